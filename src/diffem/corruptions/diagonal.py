@@ -1,0 +1,182 @@
+r"""Corruptions that are diagonal in an orthonormal basis :math:`B`.
+
+.. math:: y = B^T \, m \odot (h \odot B x + s \, e) \, , \qquad e \sim \mathcal{N}(0, I)
+
+with gains :math:`h` and a mask :math:`m` (true = observed). Masks and noise act on the entries
+(:math:`B = I, h = 1`). A blur with reflecting borders acts on cosines: the matrix of each axis is
+symmetric, so one eigendecomposition an axis serves all items.
+
+They are thinned by hiding a further part of the observed coefficients.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor
+
+from diffem.errors import DiffemError
+from diffem.mixtures import Basis, Diagonal
+
+from .base import LinearCorruption, Params
+
+HIDDEN = 0.3  # the fraction of the observed entries that thinning hides
+LEAST_GAIN = 1e-3  # a coefficient that the blur weakens more than this counts as unseen
+
+
+class DiagonalCorruption(LinearCorruption):
+    """See the module; subclasses say what the gains, the basis and the masks are."""
+
+    def gains(self, shape: tuple[int, ...]) -> tuple[Basis | None, Tensor | float]:
+        """The basis and the gains h (shape of an item), for items of `shape`."""
+        return None, 1.0
+
+    def forward(self, x: Tensor, params: Params) -> Tensor:
+        return self._filter(x, params, power=1)
+
+    def adjoint(self, y: Tensor, params: Params) -> Tensor:
+        return self._filter(y, params, power=1)  # B^T diag(m h) B is symmetric
+
+    def _filter(self, x: Tensor, params: Params, power: int) -> Tensor:
+        basis, gain = self.gains(tuple(x.shape[1:]))
+        mask = params["mask"].to(x) if "mask" in params else 1.0
+        if basis is None:
+            return mask * x
+        gain = gain.to(x) if isinstance(gain, Tensor) else gain
+        c = basis.analyse(x.flatten(1)).view_as(x)
+        return basis.synthesise((mask * gain**power * c).flatten(1)).view_as(x)
+
+    def apply(self, x: Tensor, params: Params, generator: torch.Generator) -> Tensor:
+        noise = torch.randn(x.shape, generator=generator, device=generator.device).to(x)
+        if "mask" in params:
+            noise = self._filter(noise, params, power=0)
+        return self.forward(x, params) + self.noise * noise
+
+    def likelihood(self, y: Tensor, params: Params) -> Diagonal:
+        basis, gain = self.gains(tuple(y.shape[1:]))
+        z = y.flatten(1)
+        if basis is not None:
+            z = basis.analyse(z)
+        gain = (gain.flatten() if isinstance(gain, Tensor) else torch.tensor(gain)).to(y)
+        visible = gain > LEAST_GAIN
+        z = torch.where(visible, z / gain, 0.0)
+        precision = torch.where(visible, (gain / self.noise_std).square(), 0.0).expand_as(z)
+        if "mask" in params:
+            precision = precision * params["mask"].to(y).expand_as(y).flatten(1)
+        return Diagonal(z, precision, basis)
+
+    def thin(
+        self, y: Tensor, params: Params, generator: torch.Generator
+    ) -> tuple[tuple[Tensor, Params], tuple[Tensor, Params]]:
+        everything = y if y.ndim == 2 else y[:, :1]  # a mask of its own for every feature, one for all channels
+        mask = params["mask"].bool() if "mask" in params else torch.ones_like(everything, dtype=torch.bool)
+        hide = (torch.rand(mask.shape, generator=generator, device=generator.device) < HIDDEN).to(mask.device)
+        kept, hidden = {**params, "mask": mask & ~hide}, {**params, "mask": mask & hide}
+        return (self._filter(y, kept, power=0), kept), (self._filter(y, hidden, power=0), hidden)
+
+    def compared(self, y: Tensor) -> Tensor:
+        """The coefficients of y that masks speak of (y itself where the basis is that of the entries)."""
+        basis, _ = self.gains(tuple(y.shape[1:]))
+        return y if basis is None else basis.analyse(y.flatten(1)).view_as(y)
+
+    def seen(self, y: Tensor, params: Params) -> Tensor:
+        return params["mask"].bool() if "mask" in params else super().seen(y, params)
+
+    def condition(self, y: Tensor, params: Params) -> list[Tensor]:
+        return [y, params["mask"].to(y).expand_as(y) if "mask" in params else torch.ones_like(y)]
+
+    def scale_y(self, y: Tensor, params: Params, centre: float, half: float) -> Tensor:
+        return self._filter((y - centre) / half, params, power=0) if "mask" in params else (y - centre) / half
+
+
+class RandomMask(DiagonalCorruption):
+    """Deletes entries at random; a pixel is deleted in all its channels, and the mask is observed.
+
+    Arguments:
+        rate: The fraction of the pixels that is deleted, in [0, 1).
+        noise: Standard deviation of the noise on what is left.
+        block: Edge length of the square blocks that are deleted together; 1 for single pixels.
+    """
+
+    def __init__(self, rate: float, noise: float, block: int = 1) -> None:
+        super().__init__(noise)
+        if not 0 <= rate < 1:
+            raise DiffemError(f"RandomMask: rate is the fraction deleted, in [0, 1), got {rate}")
+        if block < 1:
+            raise DiffemError(f"RandomMask: block must be at least 1, got {block}")
+        self.rate, self.block = float(rate), int(block)
+
+    @property
+    def config(self) -> dict[str, object]:
+        return {"name": "RandomMask", "rate": self.rate, "noise": self.noise, "block": self.block}
+
+    def draw(self, n: int, shape: tuple[int, ...], generator: torch.Generator) -> Params:
+        spatial = shape if len(shape) == 1 else shape[1:]
+        coarse = [-(-size // self.block) for size in spatial]
+        mask = torch.rand(n, *coarse, generator=generator, device=generator.device) >= self.rate
+        for axis, size in enumerate(spatial, start=1):
+            mask = mask.repeat_interleave(self.block, axis).narrow(axis, 0, size) if self.block > 1 else mask
+        return {"mask": mask if len(shape) == 1 else mask[:, None]}
+
+
+class GaussianNoise(DiagonalCorruption):
+    """Adds white noise.
+
+    Arguments:
+        noise: Its standard deviation.
+    """
+
+    @property
+    def config(self) -> dict[str, object]:
+        return {"name": "GaussianNoise", "noise": self.noise}
+
+
+class GaussianBlur(DiagonalCorruption):
+    """Blurs every spatial axis with a Gaussian kernel (borders reflect), then adds white noise.
+
+    Arguments:
+        std: Standard deviation of the kernel, in pixels.
+        noise: Standard deviation of the noise.
+    """
+
+    def __init__(self, std: float, noise: float) -> None:
+        super().__init__(noise)
+        if not std > 0:
+            raise DiffemError(f"GaussianBlur: std of the kernel must be > 0 pixels, got {std}")
+        self.std = float(std)
+        self._cache: dict[tuple[int, ...], tuple[Basis, Tensor]] = {}
+
+    @property
+    def config(self) -> dict[str, object]:
+        return {"name": "GaussianBlur", "std": self.std, "noise": self.noise}
+
+    def scaled(self, centre: float, half: float) -> GaussianBlur:
+        other = copy.copy(self)
+        other.noise = self.noise / half
+        return other
+
+    def gains(self, shape: tuple[int, ...]) -> tuple[Basis, Tensor]:
+        if shape not in self._cache:
+            matrices: list[Tensor | None] = [None] if len(shape) > 1 else []
+            gain = torch.ones(shape, dtype=torch.float64)
+            for axis in range(len(matrices), len(shape)):
+                values, vectors = torch.linalg.eigh(blur_matrix(shape[axis], self.std))
+                matrices.append(vectors.T)
+                gain = gain * values.clamp(min=0).view(-1, *(1,) * (len(shape) - 1 - axis))
+            self._cache[shape] = Basis(matrices, shape), gain
+        return self._cache[shape]
+
+
+def blur_matrix(size: int, std: float) -> Tensor:
+    """The symmetric matrix (size, size) that convolves with a normalised Gaussian, borders reflecting."""
+    radius = max(1, round(4 * std))
+    kernel = torch.exp(-0.5 * (torch.arange(-radius, radius + 1, dtype=torch.float64) / std).square())
+    kernel = kernel / kernel.sum()
+    matrix = torch.zeros(size, size, dtype=torch.float64)
+    position = torch.arange(size)
+    for offset, weight in zip(range(-radius, radius + 1), kernel, strict=True):
+        source = (position + offset) % (2 * size)
+        source = torch.where(source < size, source, 2 * size - 1 - source)
+        matrix.index_put_((position, source), weight.expand(size), accumulate=True)
+    return matrix

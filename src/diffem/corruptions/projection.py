@@ -1,0 +1,66 @@
+"""Random projections: every observation has a matrix of its own, whose rows are uniform on the sphere."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from diffem.errors import DiffemError
+from diffem.mixtures import Rows
+
+from .base import LinearCorruption, Params
+
+
+class RandomProjection(LinearCorruption):
+    """y = A x + noise with A (rows, features), its rows drawn anew for each item, uniform on the unit sphere.
+
+    Arguments:
+        rows: How many numbers are measured of each item.
+        noise: Standard deviation of the noise on each.
+    """
+
+    def __init__(self, rows: int, noise: float) -> None:
+        super().__init__(noise)
+        if rows < 1:
+            raise DiffemError(f"RandomProjection: rows must be at least 1, got {rows}")
+        self.rows = int(rows)
+
+    @property
+    def config(self) -> dict[str, object]:
+        return {"name": "RandomProjection", "rows": self.rows, "noise": self.noise}
+
+    def draw(self, n: int, shape: tuple[int, ...], generator: torch.Generator) -> Params:
+        if len(shape) != 1:
+            raise DiffemError(f"RandomProjection: items must have shape (features,), got {shape}")
+        matrix = torch.randn(n, self.rows, *shape, generator=generator, device=generator.device)
+        return {"matrix": matrix / matrix.norm(dim=-1, keepdim=True)}
+
+    def forward(self, x: Tensor, params: Params) -> Tensor:
+        return (params["matrix"].to(x) @ x[..., None])[..., 0]
+
+    def adjoint(self, y: Tensor, params: Params) -> Tensor:
+        return (params["matrix"].to(y).mT @ y[..., None])[..., 0]
+
+    def apply(self, x: Tensor, params: Params, generator: torch.Generator) -> Tensor:
+        y = self.forward(x, params)
+        noise = torch.randn(y.shape, generator=generator, device=generator.device).to(x)
+        return y + self.noise * noise * self.seen(y, params)
+
+    def likelihood(self, y: Tensor, params: Params) -> Rows:
+        return Rows(y, params["matrix"].to(y), torch.full_like(y[:, :1], self.noise_std))
+
+    def thin(self, y: Tensor, params: Params, generator: torch.Generator):
+        # One row is hidden, by writing zeros: a zero row measures nothing.
+        row = torch.randint(y.shape[1], (len(y), 1), generator=generator, device=generator.device).to(y.device)
+        hide = torch.arange(y.shape[1], device=y.device) == row
+        part = lambda keep: (y * keep, {**params, "matrix": params["matrix"] * keep[..., None]})  # noqa: E731
+        return part(~hide), part(hide)
+
+    def seen(self, y: Tensor, params: Params) -> Tensor:
+        return (params["matrix"] != 0).any(-1)
+
+    def condition(self, y: Tensor, params: Params) -> list[Tensor]:
+        return [y, params["matrix"].to(y).flatten(1)]
+
+    def scale_y(self, y: Tensor, params: Params, centre: float, half: float) -> Tensor:
+        return (y - centre * params["matrix"].to(y).sum(-1)) / half

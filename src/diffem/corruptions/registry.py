@@ -1,0 +1,62 @@
+"""From a name in a file or on the command line to a corruption."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import sys
+
+from diffem.errors import DiffemError, suggest
+
+from .base import BlackBox, Corruption
+from .diagonal import GaussianBlur, GaussianNoise, RandomMask
+from .projection import RandomProjection
+
+REGISTRY: dict[str, type[Corruption]] = {
+    c.__name__: c for c in (RandomMask, GaussianNoise, GaussianBlur, RandomProjection)
+}
+
+
+def from_config(config: dict, source: str = "corruption") -> Corruption:
+    """The corruption of a flat mapping {name: ..., argument: ...}.
+
+    Arguments:
+        config: The mapping; only the arguments of the named corruption may stand beside its name.
+        source: What error messages call the place where the mapping was found.
+    """
+    arguments = dict(config)
+    name = arguments.pop("name", None)
+    if name == "BlackBox":
+        raise DiffemError(
+            f"{source}: a data folder never names code to run; give the function with --corruption package.module:function"
+        )
+    if not isinstance(name, str) or name not in REGISTRY:
+        raise DiffemError(f"{source}: name: unknown corruption {name!r};{suggest(str(name), REGISTRY)}")
+    kind = REGISTRY[name]
+    known = inspect.signature(kind).parameters
+    for key, value in arguments.items():
+        if key not in known:
+            raise DiffemError(f"{source}: {key}: {name} has no such argument;{suggest(str(key), known)}")
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise DiffemError(f"{source}: {key}: must be a number, got {value!r}")
+    missing = [k for k, p in known.items() if p.default is p.empty and k not in arguments]
+    if missing:
+        raise DiffemError(f"{source}: {missing[0]}: {name} needs it")
+    return kind(**arguments)
+
+
+def from_function_path(path: str) -> BlackBox:
+    """The black box of 'package.module:function', looked up from the current directory too."""
+    module_name, _, name = path.partition(":")
+    if not module_name or not name:
+        raise DiffemError(f"--corruption {path}: write it as package.module:function")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        function = getattr(importlib.import_module(module_name), name)
+    except (ImportError, AttributeError) as error:
+        raise DiffemError(f"--corruption {path}: cannot be imported: {error}") from None
+    if not callable(function):
+        raise DiffemError(f"--corruption {path}: is not callable")
+    return BlackBox(function, path)

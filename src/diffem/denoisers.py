@@ -1,0 +1,186 @@
+r"""The denoiser: a reference posterior, corrected by a network.
+
+With the noisy item :math:`x_t = x + \sigma_t z`, its observation :math:`y` and a *reference prior*
+:math:`r(x)`, let :math:`m` be the mean of the reference posterior :math:`r(x \mid x_t, y)` and
+:math:`S` a square root of its covariance. The denoiser is
+
+.. math:: d(x_t, \sigma_t, y) = m + S \, f(x_t, \log \sigma_t, y, m, \ldots)
+    \qquad \text{trained by} \qquad E \, \| S^{-1} (x - m) - f \|^2 \, ,
+
+so that the network always predicts a quantity of unit variance, whatever the noise level and whatever
+was observed. The choices of the reference (`denoiser.precondition`) are:
+
+* `plain`: N(0, I), and y is not used. Then :math:`m = x_t / (\sigma^2 + 1)`, :math:`S = \sigma /
+  \sqrt{\sigma^2 + 1}`: the preconditioning of EDM with unit data variance, and the loss of the DiffEM
+  paper, weighted by :math:`1 / \sigma^2 + 1`.
+* `fuse`: N(0, I), given both x_t and y: what was measured is respected at the noise level.
+* `start`: the mixture fitted to the observations. The untrained denoiser then *is* the exact posterior of
+  the initial prior, and training only has to learn what a mixture cannot say.
+
+When y is withheld the same network is the prior's denoiser.
+
+References:
+    | Elucidating the Design Space of Diffusion-Based Generative Models (Karras et al., 2022)
+    | DiffEM (Hosseintabar et al., 2025), arXiv 2510.12691
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from azula.noise import VESchedule
+from torch import Tensor, nn
+
+from diffem import mixtures, networks
+from diffem.corruptions import Corruption, LinearCorruption, Params
+from diffem.errors import DiffemError
+from diffem.mixtures import Diagonal, Mixture
+
+
+@dataclass(frozen=True)
+class DenoiserConfig:
+    """Preconditioning, noise schedule and loss. Noise levels are in model units (data about [-1, 1]).
+
+    Attributes:
+        precondition: `plain`, `fuse`, `start`, or `auto`: `start` where the start is a mixture, else `plain`.
+        sigma_min: The least noise level.
+        sigma_max: The largest noise level.
+        time_alpha: First parameter of the Beta density of the training times.
+        time_beta: Second parameter of it.
+        observation_dropout: The fraction of training items whose observation is withheld.
+    """
+
+    precondition: str = "auto"
+    sigma_min: float = 1e-2
+    sigma_max: float = 1e1
+    time_alpha: float = 3.0
+    time_beta: float = 3.0
+    observation_dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.precondition not in ("auto", "plain", "fuse", "start"):
+            raise DiffemError(f"denoiser.precondition: must be auto, plain, fuse or start, got {self.precondition!r}")
+        if not 0 < self.sigma_min < self.sigma_max:
+            raise DiffemError("denoiser.sigma_min: must be > 0 and below denoiser.sigma_max")
+        if not 0 <= self.observation_dropout <= 1:
+            raise DiffemError(f"denoiser.observation_dropout: must be in [0, 1], got {self.observation_dropout}")
+
+
+class Denoiser(nn.Module):
+    """d(x_t, sigma, y) in model units.
+
+    Arguments:
+        corruption: The corruption in model units.
+        shape: The shape of an item.
+        config: See :class:`DenoiserConfig`.
+        network: See :class:`diffem.networks.NetworkConfig`.
+        start: The mixture of the start, for `precondition: start`.
+    """
+
+    def __init__(
+        self,
+        corruption: Corruption,
+        shape: tuple[int, ...],
+        config: DenoiserConfig,
+        network: networks.NetworkConfig,
+        start: Mixture | None = None,
+    ) -> None:
+        super().__init__()
+        self.corruption, self.shape, self.config = corruption, tuple(shape), config
+        self.precondition = config.precondition
+        if self.precondition == "auto":
+            self.precondition = "plain" if start is None else "start"
+        if self.precondition == "start" and start is None:
+            raise DiffemError("denoiser.precondition: start needs a Gaussian or mixture start (start.kind)")
+        if self.precondition == "fuse" and not isinstance(corruption, LinearCorruption):
+            raise DiffemError("denoiser.precondition: fuse needs a linear-Gaussian corruption; use plain")
+        features = torch.Size(shape).numel()
+        self.reference = start if self.precondition == "start" and start is not None else Mixture.standard(features)
+        x = torch.zeros(1, *shape)
+        generator = torch.Generator().manual_seed(0)
+        params = corruption.draw(1, self.shape, generator)
+        y = corruption.apply(x, params, generator)
+        self.schedule = VESchedule(config.sigma_min, config.sigma_max)
+        with torch.no_grad():
+            inputs = self._inputs(x, torch.ones(1), y, params, torch.zeros(1, dtype=torch.bool))[1]
+        self.network = networks.build(network, self.shape, [tuple(v.shape[1:]) for v in inputs])
+
+    def _apply(self, fn, recurse=True):  # the mixture moves with the module, but is not trained
+        mixture = self.reference
+        self.reference = Mixture(*(fn(t) for t in mixture.tensors.values()), basis=mixture.basis)
+        return super()._apply(fn, recurse)
+
+    def _posterior(self, x_t: Tensor, sigma: Tensor, y: Tensor, params: Params, withheld: Tensor) -> mixtures.Posterior:
+        flat = x_t.flatten(1)
+        if self.precondition == "plain" or not isinstance(self.corruption, LinearCorruption):
+            likelihood = Diagonal(flat, torch.zeros_like(flat))
+        else:
+            likelihood = self.corruption.likelihood(y, params).withheld(withheld)
+        return self.reference.posterior(likelihood.given(flat, sigma[:, None]))
+
+    def _inputs(
+        self, x_t: Tensor, sigma: Tensor, y: Tensor, params: Params, withheld: Tensor
+    ) -> tuple[mixtures.Posterior, list[Tensor]]:
+        posterior = self._posterior(x_t, sigma, y, params, withheld)
+        level = sigma.view(-1, *(1,) * len(self.shape))
+        given = (~withheld).to(x_t).view(-1, *(1,) * len(self.shape))
+        inputs = [x_t * torch.rsqrt(1 + level.square())]
+        if self.precondition != "plain":
+            inputs += [posterior.mean.view(x_t.shape), posterior.spread.reshape(x_t.shape).to(x_t)]
+        inputs += [v * given.view(-1, *(1,) * (v.ndim - 1)) for v in self.corruption.condition(y, params)]
+        inputs += [given.expand(-1, 1, *self.shape[1:]) if len(self.shape) > 1 else given]
+        return posterior, [v.to(x_t) for v in inputs]
+
+    def predict(
+        self, x_t: Tensor, sigma: Tensor, y: Tensor, params: Params, withheld: Tensor | None = None
+    ) -> tuple[mixtures.Posterior, Tensor]:
+        """The reference posterior and the network's correction f (B, d), both of the flattened item.
+
+        Arguments:
+            x_t: Noisy items, shape (B, *shape).
+            sigma: Their noise levels, shape (B,).
+            y: Observations in model units, shape (B, *y shape).
+            params: Operator parameters.
+            withheld: True where the observation must not be used, shape (B,); nowhere by default.
+        """
+        if withheld is None:
+            withheld = torch.zeros(len(x_t), dtype=torch.bool, device=x_t.device)
+        with torch.no_grad():
+            posterior, inputs = self._inputs(x_t, sigma, y, params, withheld)
+        return posterior, self.network(inputs, sigma.log()).flatten(1)
+
+    def forward(self, x_t: Tensor, sigma: Tensor, y: Tensor, params: Params, withheld: Tensor | None = None) -> Tensor:
+        """E[x | x_t, y], shape (B, *shape); arguments as in :meth:`predict`."""
+        posterior, f = self.predict(x_t, sigma, y, params, withheld)
+        return (posterior.mean + posterior.scale(f)).view(x_t.shape).to(x_t)
+
+    def residual(
+        self, x: Tensor, sigma: Tensor, noise: Tensor, y: Tensor, params: Params, withheld: Tensor | None = None
+    ) -> Tensor:
+        """S^-1 (x - d(x + sigma noise, sigma, y)), flattened: what the loss squares. Shape (B, d)."""
+        x_t = x + sigma.view(-1, *(1,) * (x.ndim - 1)) * noise
+        posterior, f = self.predict(x_t, sigma, y, params, withheld)
+        with torch.no_grad():
+            target = posterior.whiten(x.flatten(1) - posterior.mean).to(x)
+        return target - f
+
+    def loss(self, x: Tensor, y: Tensor, params: Params, generator: torch.Generator) -> Tensor:
+        """The denoising loss of a batch of clean items and their observations, in model units."""
+        device = generator.device
+        # by inversion: torch's Beta takes no generator
+        time = _beta(len(x), self.config.time_alpha, self.config.time_beta, generator).to(x)
+        noise = torch.randn(x.shape, generator=generator, device=device).to(x)
+        withheld = torch.rand(len(x), generator=generator, device=device).to(x.device) < self.config.observation_dropout
+        return self.residual(x, self.schedule.sigma(time), noise, y, params, withheld).square().mean()
+
+
+def _beta(n: int, alpha: float, beta: float, generator: torch.Generator) -> Tensor:
+    grid = torch.linspace(0, 1, 4097, dtype=torch.float64)
+    middle = (grid[1:] + grid[:-1]) / 2
+    density = middle ** (alpha - 1) * (1 - middle) ** (beta - 1)
+    cumulative = torch.cat((torch.zeros(1, dtype=torch.float64), density.cumsum(0)))
+    uniform = torch.rand(n, generator=generator, device=generator.device).double().cpu() * cumulative[-1]
+    right = torch.searchsorted(cumulative, uniform, right=True).clamp(1, len(grid) - 1)
+    low, high = cumulative[right - 1], cumulative[right]
+    return grid[right - 1] + (uniform - low) / (high - low) * (grid[right] - grid[right - 1])

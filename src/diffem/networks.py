@@ -1,0 +1,166 @@
+"""Backbones: an MLP for vectors and a U-Net for signals and images, both modulated by the noise level.
+
+A backbone maps a list of tensors (what the denoiser shows it: means, x_t, y, masks, ...) and log sigma to
+one tensor of the shape of an item. Its last layer starts at zero, so that an untrained denoiser is its
+reference posterior (see :mod:`diffem.denoisers`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from azula.nn.attention import MultiheadSelfAttention
+from azula.nn.layers import SineEncoding
+from azula.nn.unet import UNet, UNetBlock
+from torch import Tensor, nn
+
+from diffem.errors import DiffemError
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """The backbone.
+
+    Attributes:
+        kind: `mlp`, `unet`, or `auto`: an MLP for vectors, a U-Net for everything else.
+        width: Hidden features of the MLP.
+        depth: Residual blocks of the MLP.
+        channels: Channels of the U-Net at each level, finest first.
+        blocks: Blocks of the U-Net at each level, on the way down and again on the way up.
+        attention: Levels of the U-Net (0 = finest) that have self-attention after each block.
+        heads: Heads of the self-attention.
+        embedding: Features of the embedding of the noise level.
+        dropout: Dropout rate inside the blocks.
+    """
+
+    kind: str = "auto"
+    width: int = 256
+    depth: int = 3
+    channels: tuple[int, ...] = (32, 64)
+    blocks: tuple[int, ...] = (2, 2)
+    attention: tuple[int, ...] = ()
+    heads: int = 4
+    embedding: int = 128
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("auto", "mlp", "unet"):
+            raise DiffemError(f"network.kind: must be auto, mlp or unet, got {self.kind!r}")
+        if len(self.channels) != len(self.blocks):
+            raise DiffemError("network.blocks: must have as many entries as network.channels")
+        if any(not 0 <= level < len(self.channels) for level in self.attention):
+            raise DiffemError(
+                f"network.attention: levels are 0 to {len(self.channels) - 1}, got {list(self.attention)}"
+            )
+
+
+def build(config: NetworkConfig, shape: tuple[int, ...], inputs: list[tuple[int, ...]]) -> nn.Module:
+    """The backbone for items of `shape` that is shown tensors of the shapes `inputs` (without the batch)."""
+    kind = config.kind
+    if kind == "auto":
+        kind = "mlp" if len(shape) == 1 else "unet"
+    if kind == "mlp":
+        return MLP(config, shape, sum(torch.Size(s).numel() for s in inputs))
+    if len(shape) == 1:
+        raise DiffemError("network.kind: unet needs items of shape (channels, *spatial); use mlp for vectors")
+    for s in inputs:
+        if s[1:] != shape[1:]:
+            raise DiffemError(
+                f"network.kind: unet cannot be shown an observation of shape {s} beside items of shape {shape}; "
+                "use mlp, or give the corruption a condition() of the items' spatial shape"
+            )
+    return ModulatedUNet(config, shape, sum(s[0] for s in inputs))
+
+
+class NoiseEmbedding(nn.Sequential):
+    """log sigma (B,) -> features (B, embedding)."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__(SineEncoding(64), nn.Linear(64, features), nn.SiLU(), nn.Linear(features, features), nn.SiLU())
+
+
+class ResidualBlock(nn.Module):
+    """LayerNorm, modulation, and a two-layer perceptron around a skip connection."""
+
+    def __init__(self, width: int, embedding: int, dropout: float) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width, elementwise_affine=False)
+        self.modulation = nn.Linear(embedding, 2 * width)
+        last = nn.Linear(width, width)
+        self.layers = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Dropout(dropout), last)
+        with torch.no_grad():
+            self.modulation.weight.mul_(0.1)
+            last.weight.mul_(0.1)
+
+    def forward(self, h: Tensor, embedding: Tensor) -> Tensor:
+        scale, shift = self.modulation(embedding).chunk(2, 1)
+        return h + self.layers(self.norm(h) * (1 + scale) + shift)
+
+
+class MLP(nn.Module):
+    """Residual perceptron on the concatenated, flattened inputs."""
+
+    def __init__(self, config: NetworkConfig, shape: tuple[int, ...], features: int) -> None:
+        super().__init__()
+        self.shape = shape
+        self.embedding = NoiseEmbedding(config.embedding)
+        self.first = nn.Linear(features, config.width)
+        self.blocks = nn.ModuleList(
+            ResidualBlock(config.width, config.embedding, config.dropout) for _ in range(config.depth)
+        )
+        self.last = nn.Linear(config.width, torch.Size(shape).numel())
+        nn.init.zeros_(self.last.weight)
+        nn.init.zeros_(self.last.bias)
+
+    def forward(self, inputs: list[Tensor], log_sigma: Tensor) -> Tensor:
+        embedding = self.embedding(log_sigma)
+        h = self.first(torch.cat([v.flatten(1) for v in inputs], 1))
+        for block in self.blocks:
+            h = block(h, embedding)
+        return self.last(h).view(-1, *self.shape)
+
+
+class SpatialAttention(nn.Module):
+    """Self-attention over all positions, around a skip connection; (B, C, *spatial)."""
+
+    def __init__(self, channels: int, heads: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(channels)
+        self.attention = MultiheadSelfAttention(channels, attention_heads=heads)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(2).mT
+        return x + self.attention(self.norm(tokens)).mT.reshape(x.shape)
+
+
+class ModulatedUNet(nn.Module):
+    """azula's U-Net, with self-attention after the blocks of the chosen levels."""
+
+    def __init__(self, config: NetworkConfig, shape: tuple[int, ...], channels: int) -> None:
+        super().__init__()
+        self.embedding = NoiseEmbedding(config.embedding)
+        self.unet = UNet(
+            channels,
+            shape[0],
+            hid_channels=config.channels,
+            hid_blocks=config.blocks,
+            spatial=len(shape) - 1,
+            mod_features=config.embedding,
+            dropout=config.dropout or None,
+        )
+        for level in config.attention:
+            for paths, i in ((self.unet.descent, level), (self.unet.ascent, len(config.channels) - 1 - level)):
+                modules = nn.ModuleList()
+                for module in cast(nn.ModuleList, paths[i]):
+                    modules.append(module)
+                    if isinstance(module, UNetBlock):
+                        modules.append(SpatialAttention(config.channels[level], config.heads))
+                paths[i] = modules
+        last = cast(nn.Conv2d, cast(nn.ModuleList, self.unet.ascent[-1])[-1])
+        for parameter in last.parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(self, inputs: list[Tensor], log_sigma: Tensor) -> Tensor:
+        return self.unet(torch.cat(inputs, 1), self.embedding(log_sigma))

@@ -1,0 +1,101 @@
+r"""Random numbers that depend on what is drawn, never on how the work was cut up.
+
+Two needs, two tools:
+
+* :func:`generator`: a :class:`torch.Generator` for one named step of the work, e.g. M-step 17 of
+  iteration 3. All that a training step draws comes from it, so a resumed run draws the same.
+* :func:`normal` and :func:`uniform`: numbers for single items, keyed by their global index. They are
+  counter-based: number j of the stream with key k is the SplitMix64 hash of :math:`k + j \gamma`, so
+  an item gets the same numbers in a batch of 7 and in one of 256, on the CPU and on a GPU.
+
+Reference:
+    | Fast Splittable Pseudorandom Number Generators (Steele, Lea & Flood, 2014)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_GAMMA = 0x9E3779B97F4A7C15
+_MASK = (1 << 64) - 1
+# A name for every kind of work that draws: the numbers are part of what a seed means, so only append.
+PHASES = {
+    name: number
+    for number, name in enumerate(("init", "split", "data", "start", "m_step", "e_step", "score", "prior", "user"))
+}
+
+
+def _mix(value: int) -> int:
+    value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9 & _MASK
+    value = (value ^ (value >> 27)) * 0x94D049BB133111EB & _MASK
+    return value ^ (value >> 31)
+
+
+def fold(seed: int, *numbers: int) -> int:
+    """A 64-bit key from a seed and any number of counters."""
+    key = _mix((seed + _GAMMA) & _MASK)
+    for number in numbers:
+        key = _mix((key + (number + 1) * _GAMMA) & _MASK)
+    return key
+
+
+def generator(
+    seed: int, iteration: int, phase: str, step: int = 0, device: str | torch.device = "cpu"
+) -> torch.Generator:
+    """The generator of one step of one phase of one iteration."""
+    return torch.Generator(device).manual_seed(fold(seed, iteration, PHASES[phase], step) >> 1)
+
+
+def item_seeds(seed: int, iteration: int, phase: str, indices: Sequence[int] | Tensor) -> Tensor:
+    """One 64-bit key for each item, from its global index; shape (N,), int64."""
+    indices = torch.as_tensor(indices, dtype=torch.int64)
+    base = fold(seed, iteration, PHASES[phase])
+    return _hash(_signed(base) + (indices + 1) * _signed(_GAMMA))
+
+
+def _signed(value: int) -> int:
+    return value - (1 << 64) if value >> 63 else value
+
+
+def _shift(value: Tensor, bits: int) -> Tensor:
+    return (value >> bits) & ((1 << (64 - bits)) - 1)  # logical, where torch shifts the sign in
+
+
+def _hash(value: Tensor) -> Tensor:
+    value = (value ^ _shift(value, 30)) * _signed(0xBF58476D1CE4E5B9)
+    value = (value ^ _shift(value, 27)) * _signed(0x94D049BB133111EB)
+    return value ^ _shift(value, 31)
+
+
+def _bits(seeds: Tensor, count: int, stream: int) -> Tensor:
+    # Every stream has a key of its own; within it the counter runs over the numbers of the item.
+    keys = _hash(seeds + _signed((stream + 1) * 0xD1342543DE82EF95 & _MASK))
+    counters = torch.arange(1, count + 1, device=seeds.device) * _signed(_GAMMA)
+    return _hash(keys[:, None] + counters)
+
+
+def uniform(seeds: Tensor, shape: Sequence[int] = (), stream: int = 0) -> Tensor:
+    """Uniform numbers in [0, 1): shape (N, *shape), float32, stream `stream` of each item.
+
+    Arguments:
+        seeds: Keys from :func:`item_seeds`, shape (N,).
+        shape: The shape for one item.
+        stream: Which of the item's independent streams, e.g. the step of the sampler.
+    """
+    bits = _bits(seeds, math.prod(shape), stream)
+    return (_shift(bits, 40).to(torch.float32) * 2.0**-24).view(len(seeds), *shape)
+
+
+def normal(seeds: Tensor, shape: Sequence[int] = (), stream: int = 0) -> Tensor:
+    """Standard normal numbers: shape (N, *shape), float32; arguments as in :func:`uniform` (Box-Muller)."""
+    count = math.prod(shape)
+    bits = _bits(seeds, (count + 1) // 2, stream)
+    first = (_shift(bits, 32).to(torch.float32) + 1) * 2.0**-32  # in (0, 1]
+    angle = (bits & 0xFFFFFFFF).to(torch.float32) * (2 * math.pi * 2.0**-32)
+    radius = (-2 * first.log()).sqrt()
+    both = torch.cat((radius * angle.cos(), radius * angle.sin()), 1)
+    return both[:, :count].reshape(len(seeds), *shape)

@@ -1,0 +1,428 @@
+"""Observation folders: what is stored comes back, only what may be read is read, and errors say what to do."""
+
+from __future__ import annotations
+
+import pickle
+import tracemalloc
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from diffem.corruptions import BlackBox, GaussianBlur, GaussianNoise, RandomMask, RandomProjection
+from diffem.errors import DiffemError
+from diffem.observations import CHUNK, Observations
+
+
+def rng(seed: int = 0) -> np.random.Generator:
+    return np.random.default_rng(seed)
+
+
+def masked(n: int = 20, shape=(2, 3, 4), dtype=np.float32, **kwargs) -> Observations:
+    """Observations of a RandomMask, NaN where the mask says unobserved."""
+    y = rng(0).normal(size=(n, *shape)).astype(dtype)
+    mask = rng(1).random((n, 1, *shape[1:]) if len(shape) > 1 else (n, *shape)) > 0.4
+    y[np.broadcast_to(~mask, y.shape)] = np.nan
+    return Observations(y, RandomMask(0.4, 0.1), {"mask": mask}, **kwargs)
+
+
+def projected(n: int = 6) -> Observations:
+    matrix = rng(2).normal(size=(n, 2, 5)).astype(np.float32)
+    return Observations(rng(3).normal(size=(n, 2)).astype(np.float32), RandomProjection(2, 0.1), {"matrix": matrix})
+
+
+def error(function, *args, **kwargs) -> str:
+    with pytest.raises(DiffemError) as caught:
+        function(*args, **kwargs)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "original",
+    [
+        masked(),
+        masked(shape=(5,), dtype=np.float64, range=(-1, 2.5)),
+        projected(),
+        Observations(rng().integers(0, 256, (4, 3, 2, 2)).astype(np.uint8), GaussianNoise(3.0)),
+        Observations(rng().integers(0, 4096, (4, 1, 8)).astype(np.int16), GaussianBlur(1.5, 20.0), range=[0, 4095]),
+        Observations(rng().normal(size=(4, 2)), GaussianNoise(0.1), shape=(1, 3, 3)),
+    ],
+    ids=["mask", "features", "projection", "uint8", "int16", "shape"],
+)
+def test_save_and_load(original, tmp_path):
+    folder = tmp_path / "deep" / "folder"
+    original.save(folder)
+    loaded = Observations.load(folder)
+    assert type(loaded.corruption) is type(original.corruption)
+    assert loaded.corruption.config == original.corruption.config
+    assert (loaded.range, loaded.shape, len(loaded)) == (original.range, original.shape, len(original))
+    assert loaded.y.dtype == original.y.dtype
+    assert np.array_equal(loaded.y, original.y, equal_nan=original.y.dtype.kind == "f")
+    assert loaded.params.keys() == original.params.keys()
+    for name, array in original.params.items():
+        assert loaded.params[name].dtype == array.dtype
+        assert np.array_equal(loaded.params[name], array)
+    for a, b in zip(_flat(original.batch([3, 1])), _flat(loaded.batch([3, 1])), strict=True):
+        assert torch.equal(a, b)
+
+
+def _flat(batch):
+    return [batch[0], *batch[1].values()]
+
+
+def test_shapes_and_ranges_by_default(tmp_path):
+    assert masked().shape == (2, 3, 4)
+    assert masked().range is None
+    assert projected().shape == (5,)
+    assert Observations(np.zeros((2, 3), np.uint8), GaussianNoise(1.0)).range == (0.0, 255.0)
+    assert Observations(np.zeros((2, 3), np.uint8), GaussianNoise(1.0), range=(10, 20)).range == (10.0, 20.0)
+    assert isinstance(Observations(np.zeros((2, 3)), GaussianNoise(1.0), range=np.array([0, 1])).range[0], float)
+
+
+def test_the_yaml_is_flat_and_plain(tmp_path):
+    masked(range=(0, 1)).save(tmp_path)
+    expected = {"name": "RandomMask", "rate": 0.4, "noise": 0.1, "block": 1, "range": [0.0, 1.0]}
+    assert yaml.safe_load((tmp_path / "corruption.yaml").read_text()) == expected
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["corruption.yaml", "mask.npy", "y.npy"]
+
+
+def test_a_black_box_is_not_written(tmp_path):
+    box = BlackBox(torch.abs, "torch:abs")
+    Observations(np.ones((4, 3), np.float32), box, range=(0, 2)).save(tmp_path)
+    assert yaml.safe_load((tmp_path / "corruption.yaml").read_text()) == {"range": [0.0, 2.0]}
+    loaded = Observations.load(tmp_path, box)
+    assert loaded.corruption is box
+    assert loaded.range == (0.0, 2.0)
+    known = "(known: GaussianBlur, GaussianNoise, RandomMask, RandomProjection)"
+    expected = f"{tmp_path / 'corruption.yaml'}: name: unknown corruption None; {known}"
+    assert error(Observations.load, tmp_path) == expected
+
+
+def test_a_given_corruption_replaces_that_of_the_file(tmp_path):
+    masked().save(tmp_path)
+    other = RandomMask(0.1, 0.7)
+    assert Observations.load(tmp_path, other).corruption is other
+    (tmp_path / "corruption.yaml").unlink()
+    assert Observations.load(tmp_path, other).corruption is other
+
+
+def test_files_are_mapped_not_read(tmp_path):
+    n, d = 60_000, 100
+    np.save(tmp_path / "y.npy", np.zeros((n, d), np.float32))  # 24 MB
+    np.save(tmp_path / "mask.npy", np.ones((n, d), bool))
+    (tmp_path / "corruption.yaml").write_text("name: RandomMask\nrate: 0.5\nnoise: 0.1\nrange: [0, 1]\n")
+    tracemalloc.start()
+    try:
+        observations = Observations.load(tmp_path)
+        observations.unobserved()
+        observations.scaling(observations.split(0)[0])
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert isinstance(observations.y, np.memmap)
+    assert isinstance(observations.params["mask"], np.memmap)
+    assert not observations.y.flags.writeable
+    assert CHUNK * d * 4 < n * d * 4 / 10
+    assert peak < 8e6
+    y, _ = observations.batch([0, 1])  # a batch is a copy that may be written to
+    y += 1
+    assert observations.y[0, 0] == 0
+
+
+def test_batches_zero_what_is_masked():
+    observations = masked()
+    indices = np.array([4, 0, 17])
+    y, params = observations.batch(indices)
+    assert y.dtype == torch.float32
+    assert params["mask"].dtype == torch.bool
+    assert torch.isfinite(y).all()
+    seen = np.broadcast_to(observations.params["mask"][indices], y.shape)
+    assert np.array_equal(y.numpy()[seen], observations.y[indices][seen])
+    assert (y.numpy()[~seen] == 0).all()
+    assert not seen.all()
+    for same in ([4, 0, 17], torch.tensor([4, 0, 17])):
+        assert torch.equal(observations.batch(same)[0], y)
+
+
+def test_masked_integers_are_zeroed_and_integer_masks_are_masks():
+    y = np.full((3, 4), 7, np.uint8)
+    mask = np.array([[1, 0, 1, 1], [0, 0, 1, 1], [1, 1, 1, 0]], np.uint8)
+    batch, params = Observations(y, RandomMask(0.3, 0.0), {"mask": mask}).batch([0, 1, 2])
+    assert torch.equal(batch, torch.from_numpy(mask) * 7.0)
+    assert torch.equal(params["mask"], torch.from_numpy(mask).bool())
+
+
+def test_matrices_come_as_floats():
+    observations = projected()
+    observations.params["matrix"] = observations.params["matrix"].astype(np.float64)
+    matrix = observations.batch([5, 2])[1]["matrix"]
+    assert matrix.dtype == torch.float32
+    assert np.array_equal(matrix.numpy(), observations.params["matrix"][[5, 2]].astype(np.float32))
+
+
+def test_chunks_cover_all_in_order():
+    observations = masked(10)
+    assert [c.tolist() for c in observations.chunks(size=4)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    assert [c.tolist() for c in observations.chunks(np.array([7, 3, 9]), size=2)] == [[7, 3], [9]]
+
+
+@pytest.mark.parametrize(("n", "held_out"), [(2, 1), (9, 1), (20, 2), (1003, 100)])
+def test_split(n, held_out):
+    observations = Observations(np.zeros((n, 1)), GaussianNoise(0.1))
+    train, held = observations.split(5)
+    assert len(held) == held_out
+    assert (np.diff(train) > 0).all()
+    assert (np.diff(held) > 0).all()
+    assert np.array_equal(np.sort(np.concatenate((train, held))), np.arange(n))
+    again = observations.split(5)
+    assert np.array_equal(again[0], train)
+    assert np.array_equal(again[1], held)
+
+
+def test_split_is_seeded_and_spread():
+    observations = Observations(np.zeros((1000, 1)), GaussianNoise(0.1))
+    counts = np.zeros(1000)
+    for seed in range(200):
+        counts[observations.split(seed)[1]] += 1
+    assert counts.sum() == 20_000
+    assert abs(counts[:500].sum() - 10_000) < 4 * 95  # std of a half's count: sqrt(200 * 22.5)
+    assert counts.max() < 50  # binomial(200, 0.1): mean 20
+    assert not np.array_equal(observations.split(0)[1], observations.split(1)[1])
+
+
+def test_scaling_from_the_range():
+    assert masked(range=(-1, 3)).scaling(np.arange(5)) == (1.0, 2.0)
+    assert Observations(np.zeros((3, 2), np.uint8), GaussianNoise(1.0)).scaling(np.arange(2)) == (127.5, 127.5)
+
+
+def test_scaling_reads_only_observed_training_values():
+    n = 400
+    observations = masked(n, shape=(5,))
+    train, held = observations.split(0)
+    centre, half = observations.scaling(train)
+    values = observations.y[train]
+    low, high = np.quantile(values[np.isfinite(values)], [0.001, 0.999])
+    assert centre == pytest.approx((low + high) / 2, rel=1e-5)
+    assert half == pytest.approx((high - low) / 2, rel=1e-5)
+    poisoned = observations.y.copy()
+    poisoned[held] = np.where(np.isfinite(poisoned[held]), 1e6, np.nan)
+    poisoned[~observations.params["mask"]] = -1e9  # neither do masked values count
+    other = Observations(poisoned, observations.corruption, observations.params)
+    assert other.scaling(train) == (centre, half)
+    assert other.scaling(held)[1] > 1e5
+
+
+def test_scaling_where_values_say_no_range():
+    observations = projected(200)
+    train, held = observations.split(0)
+    observations.y[held] = 1e6
+    centre, half = observations.scaling(train)
+    assert centre == 0
+    assert half == pytest.approx(2 * np.sqrt(np.square(observations.y[train]).mean()), rel=1e-5)
+    assert Observations(np.full((9, 3), 2.0), GaussianNoise(0.1)).scaling(np.arange(8)) == (0.0, 4.0)  # constant
+    assert Observations(np.zeros((9, 3)), GaussianNoise(0.1)).scaling(np.arange(8)) == (0.0, 1.0)
+    other_shape = Observations(np.full((9, 3), 2.0) + np.arange(3), GaussianNoise(0.1), shape=(1, 2, 2))
+    assert other_shape.scaling(np.arange(8))[0] == 0.0
+
+
+def test_zeroed_projections_do_not_count_for_the_scaling():
+    observations = projected(50)
+    observations.params["matrix"][:, 1] = 0
+    half = observations.scaling(np.arange(50))[1]
+    assert half == pytest.approx(2 * np.sqrt(np.square(observations.y[:, 0]).mean()), rel=1e-5)
+
+
+def test_unobserved_names_the_pixels():
+    n = CHUNK + 10
+    mask = np.ones((n, 1, 3, 4), bool)
+    y = np.zeros((n, 2, 3, 4), np.float32)
+    mask[:, 0, 2, 1] = mask[:, 0, 0, 3] = False
+    corruption = RandomMask(0.5, 0.1)
+    assert Observations(y, corruption, {"mask": mask}).unobserved() == [(0, 0, 3), (0, 2, 1)]
+    mask[-1, 0, 2, 1] = True  # seen once, by the last item
+    assert Observations(y, corruption, {"mask": mask}).unobserved() == [(0, 0, 3)]
+    mask[0, 0, 0, 3] = True
+    assert Observations(y, corruption, {"mask": mask}).unobserved() == []
+    assert Observations(y[:5], GaussianNoise(0.1)).unobserved() == []
+
+
+# Errors --------------------------------------------------------------------------------------------
+
+
+def test_missing_folder_and_files(tmp_path):
+    assert error(Observations.load, tmp_path / "no") == f"{tmp_path / 'no'}: no such folder of observations"
+    assert error(Observations.load, tmp_path) == (
+        f"{tmp_path / 'corruption.yaml'}: missing; it says how y came about, "
+        "e.g. `name: RandomMask`, `rate: 0.75`, `noise: 0.01`"
+    )
+    (tmp_path / "corruption.yaml").write_text("name: GaussianNoise\nnoise: 0.1\n")
+    assert error(Observations.load, tmp_path) == f"{tmp_path / 'y.npy'}: missing"
+    np.save(tmp_path / "y.npy", np.zeros((3, 2)))
+    assert len(Observations.load(tmp_path)) == 3
+    (tmp_path / "corruption.yaml").write_text("name: RandomMask\nrate: 0.5\nnoise: 0.1\n")
+    assert error(Observations.load, tmp_path) == (
+        f"{tmp_path}: mask.npy: missing; RandomMask needs to know which entries were observed (true = observed)"
+    )
+    (tmp_path / "corruption.yaml").write_text("name: RandomProjection\nrows: 2\nnoise: 0.1\n")
+    assert error(Observations.load, tmp_path) == (
+        f"{tmp_path}: matrix.npy: missing; RandomProjection needs one matrix (rows, features) per observation"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name: [", "is not YAML: while parsing a flow node"),
+        ("- RandomMask\n- 0.5\n", "must hold `key: value` lines"),
+        ("RandomMask", "must hold `key: value` lines"),
+        (
+            "name: GaussianNose\nnoise: 0.1",
+            "name: unknown corruption 'GaussianNose'; did you mean 'GaussianNoise'? "
+            "(known: GaussianBlur, GaussianNoise, RandomMask, RandomProjection)",
+        ),
+        ("name: GaussianNoise", "noise: GaussianNoise needs it"),
+        ("name: GaussianNoise\nnoise: [1]", "noise: must be a number, got [1]"),
+        (
+            "name: BlackBox\nfunction: os:system",
+            "a data folder never names code to run; give the function with --corruption package.module:function",
+        ),
+        (
+            "name: !!python/object/apply:os.system [exit 1]",
+            "is not YAML: could not determine a constructor for the tag "
+            "'tag:yaml.org,2002:python/object/apply:os.system'",
+        ),
+    ],
+)
+def test_bad_yaml(tmp_path, text, message):
+    np.save(tmp_path / "y.npy", np.zeros((3, 2)))
+    (tmp_path / "corruption.yaml").write_text(text)
+    assert error(Observations.load, tmp_path) == f"{tmp_path / 'corruption.yaml'}: {message}"
+
+
+@pytest.mark.parametrize(
+    ("text", "got"),
+    [
+        ("[1, 0]", "[1, 0]"),
+        ("[1, 1]", "[1, 1]"),
+        ("[0, 1, 2]", "[0, 1, 2]"),
+        ("[.nan, 1]", "[nan, 1]"),
+        ("5", "5"),
+        ("ab", "'ab'"),
+        ("[a, b]", "['a', 'b']"),
+        ("{low: 0, high: 1}", "{'low': 0, 'high': 1}"),
+    ],
+)
+def test_bad_range(tmp_path, text, got):
+    np.save(tmp_path / "y.npy", np.zeros((3, 2)))
+    (tmp_path / "corruption.yaml").write_text(f"name: GaussianNoise\nnoise: 0.1\nrange: {text}\n")
+    expected = f"{tmp_path}: range: must be [low, high] with low < high, got {got}"
+    assert error(Observations.load, tmp_path) == expected
+
+
+def test_bad_range_given_directly():
+    y = np.zeros((3, 2))
+    expected = "observations: range: must be [low, high] with low < high, got [2, 1]"
+    assert error(Observations, y, GaussianNoise(0.1), range=(2, 1)) == expected
+
+
+@pytest.mark.parametrize("dtype", [np.int16, np.uint16, np.int64, bool])
+def test_integers_need_a_range(dtype):
+    y = np.zeros((3, 2), dtype)
+    assert error(Observations, y, GaussianNoise(0.1), source="here") == (
+        f"here: y.npy: holds {np.dtype(dtype)} but no range is stated; add e.g. `range: [0, 4095]` to corruption.yaml"
+    )
+    assert Observations(y, GaussianNoise(0.1), range=(0, 1)).range == (0.0, 1.0)
+
+
+@pytest.mark.parametrize("shape", [(3,), (0, 3), (3, 0), ()])
+def test_bad_y(shape):
+    assert error(Observations, np.zeros(shape), GaussianNoise(0.1), source="here") == (
+        f"here: y.npy: needs at least one observation of shape (features,) or (channels, *spatial), got {shape}"
+    )
+
+
+@pytest.mark.parametrize("shape", [(5, 1, 3, 3), (5, 3, 4), (5, 2, 3, 4, 1), (5, 4, 3, 4)])
+def test_mask_that_does_not_fit(shape):
+    y = np.zeros((5, 2, 3, 4))
+    assert error(Observations, y, RandomMask(0.5, 0.1), {"mask": np.ones(shape, bool)}, source="here") == (
+        f"here: mask.npy: shape {shape} does not broadcast against y's (5, 2, 3, 4)"
+    )
+
+
+def test_lengths_that_differ():
+    y = np.zeros((5, 4))
+    assert error(Observations, y, RandomMask(0.5, 0.1), {"mask": np.ones((4, 4), bool)}, source="here") == (
+        "here: mask.npy: has 4 rows where y.npy has 5"
+    )
+    assert error(Observations, y, RandomMask(0.5, 0.1), {"mask": np.ones((1, 4), bool)}, source="here") == (
+        "here: mask.npy: has 1 rows where y.npy has 5"
+    )
+    matrix = np.ones((6, 4, 3))
+    assert error(Observations, y, RandomProjection(4, 0.1), {"matrix": matrix}, source="here") == (
+        "here: matrix.npy: has 6 rows where y.npy has 5"
+    )
+
+
+@pytest.mark.parametrize("shape", [(5, 3, 7), (5, 4), (5, 4, 7, 1)])
+def test_matrix_that_does_not_fit(shape):
+    matrix = np.ones(shape)
+    assert error(Observations, np.zeros((5, 4)), RandomProjection(4, 0.1), {"matrix": matrix}, source="here") == (
+        f"here: matrix.npy: shape {shape} does not fit y's (5, 4); it must be (N, rows, features)"
+    )
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("item", [0, CHUNK + 3])
+def test_not_finite_where_observed(value, item):
+    y = np.zeros((CHUNK + 10, 1, 2, 3), np.float32)
+    y[item, 0, 1, 2] = value
+    message = f"here: y.npy: entry [{item}, 0, 1, 2] is not finite although it counts as observed; mask it or remove it"
+    assert error(Observations, y, GaussianNoise(0.1), source="here") == message
+    mask = np.ones(y.shape, bool)
+    assert error(Observations, y, RandomMask(0.5, 0.1), {"mask": mask}, source="here") == message
+    mask[item, 0, 1, 2] = False
+    Observations(y, RandomMask(0.5, 0.1), {"mask": mask})
+
+
+def test_too_few_to_split():
+    observations = Observations(np.zeros((1, 3)), GaussianNoise(0.1), source="here")
+    assert error(observations.split, 0) == ("here: 1 observation(s) are too few: a tenth is held out, the rest trains")
+
+
+class Bomb:
+    def __reduce__(self):
+        return (pytest.fail, ("unpickled",))
+
+
+@pytest.mark.parametrize("name", ["y", "mask"])
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        ("truncate", "mmap length is greater than file size"),
+        ("header", "EOF"),
+        ("empty", "No data left in file"),
+        ("text", "pickled"),
+        ("object", "Python objects"),
+        ("pickle", "pickled"),
+    ],
+)
+def test_files_that_are_no_arrays(tmp_path, name, damage, reason):
+    masked().save(tmp_path)
+    file = tmp_path / f"{name}.npy"
+    if damage == "truncate":
+        file.write_bytes(file.read_bytes()[:-10])
+    elif damage == "header":
+        file.write_bytes(file.read_bytes()[:50])
+    elif damage == "empty":
+        file.write_bytes(b"")
+    elif damage == "text":
+        file.write_text("1,2,3\n")
+    elif damage == "object":
+        np.save(file, np.array([[Bomb(), 1], [2, 3]], dtype=object), allow_pickle=True)
+    else:
+        file.write_bytes(pickle.dumps(Bomb()))
+    message = error(Observations.load, tmp_path)
+    assert message.startswith(f"{file}: is not a complete .npy array: ")
+    assert reason in message  # numpy's own words

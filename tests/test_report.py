@@ -1,0 +1,314 @@
+import base64
+import io
+import json
+import re
+import subprocess
+import sys
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffem import report
+from diffem.errors import DiffemError
+
+
+def row(iteration, score, *, accepted=True, start=0.208, ratio=0.91, **more):
+    first = iteration == 0
+    values = {
+        "iteration": iteration,
+        "accepted": accepted,
+        "seconds": 40.0,
+        "examples": 0 if first else 1000,
+        "network_evaluations": 0 if first else 60000,
+        "loss": None if first else 0.5 / iteration,
+        "score_name": "crps",
+        "score": score,
+        "score_se": 0.003,
+        "delta": None if first else -0.01,
+        "delta_se": None if first else 0.002,
+        "start_delta": None if first else score - start,
+        "start_delta_se": None if first else 0.004,
+        "ratio": ratio,
+        "dispersion": 0.4,
+    }
+    return {**values, **more}
+
+
+def make(folder, rows, **pictures):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    if pictures:
+        np.savez(folder / "pictures.npz", **pictures)
+    return folder
+
+
+def arrays(shape, n=3, m=4, clean=True, samples=10):
+    rng = np.random.default_rng(0)
+    draws = rng.random((n, m, *shape))
+    data = {"y": rng.random((n, *shape)), "draws": draws, "mean": draws.mean(1), "std": draws.std(1)}
+    data |= {"start": rng.random((n, *shape)), "samples": rng.random((samples, *shape)), "range": np.array([0.0, 1.0])}
+    return data | ({"clean": rng.random((n, *shape))} if clean else {})
+
+
+def uris(page):
+    """(kind, bytes) of all data URIs."""
+    found = re.findall(r'(?:src|srcset)="data:([a-z/+]+);base64,([A-Za-z0-9+/=]+)"', page)
+    return [(kind, base64.b64decode(content, validate=True)) for kind, content in found]
+
+
+def png(file):
+    return Image.open(io.BytesIO(file.read_bytes()))
+
+
+def pngs(page):
+    return [Image.open(io.BytesIO(content)) for kind, content in uris(page) if kind == "image/png"]
+
+
+def check(page):
+    """The page is whole, and stands alone."""
+    assert not re.search(r'(?:src|srcset|href)\s*=\s*"(?!data:)', page)
+    assert not re.search(r"https?://|url\(|@import|<script|<link", page)
+    assert not re.search(r"\b(nan|NaN|None|inf|undefined)\b", page)
+    assert page.count("<h1>") == 1
+    assert all(re.search(r' alt="[^"]+"', tag) for tag in re.findall(r"<img[^>]*>", page))
+    assert not re.search(r"<th(?! scope=)[ >]", page)
+    for kind, content in uris(page):
+        if kind == "image/svg+xml":
+            assert ElementTree.fromstring(content).tag.endswith("svg")
+            assert b"NaN" not in content
+        else:
+            Image.open(io.BytesIO(content)).load()
+
+
+def verdict(page):
+    return re.search(r'<p class="verdict[^"]*">(.*?)</p>', page).group(1)
+
+
+ROWS = [row(0, 0.208, ratio=0.6), row(1, 0.18), row(2, 0.19, accepted=False), row(3, 0.171)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        (
+            [row(0, 0.208), row(11, 0.2), row(12, 0.171), row(13, 0.18, accepted=False)],
+            "Iteration 12 is better than the start on held-out observations: CRPS 0.171 against 0.208 "
+            "(difference -0.037 ± 0.004). Calibration ratio 0.91: honest uncertainty.",
+        ),
+        (
+            [row(0, 0.208), row(1, 0.205)],
+            "Iteration 1 is not clearly better than the start on held-out observations: CRPS 0.205 against 0.208 "
+            "(difference -0.003 ± 0.004). Calibration ratio 0.91: honest uncertainty.",
+        ),
+        (
+            [row(0, 0.208), row(1, 0.21, start_delta_se=None, ratio=None)],
+            "Iteration 1 is no better than the start on held-out observations: CRPS 0.210 against 0.208 "
+            "(difference 0.002).",
+        ),
+        (
+            [row(0, 0.208, ratio=None), row(1, 0.3, accepted=False)],
+            "Nothing beat the start; the start is saved.",
+        ),
+        (
+            [row(0, 0.208, ratio=0.74), row(1, 0.3, accepted=False)],
+            "Nothing beat the start; the start is saved. "
+            "Calibration ratio 0.74: over-confident, the draws vary too little.",
+        ),
+        (
+            [row(0, 0.208, ratio=1.3)],
+            "Only the start has been scored so far; the start is saved. "
+            "Calibration ratio 1.30: under-confident, the draws vary too much.",
+        ),
+        (
+            [
+                row(0, 12.5, score_name="energy_distance", score_se=None),
+                row(
+                    1,
+                    11.0,
+                    score_name="energy_distance",
+                    start=12.5,
+                    score_se=None,
+                    start_delta_se=0.04,
+                    ratio=float("nan"),
+                ),
+            ],
+            "Iteration 1 is better than the start on held-out observations: energy distance 11.00 against 12.50 "
+            "(difference -1.50 ± 0.04).",
+        ),
+    ],
+)
+def test_verdict(tmp_path, rows, words):
+    assert report._verdict(report._load(make(tmp_path / "run", rows))) == words
+
+
+def test_images_with_mask(tmp_path):
+    rng = np.random.default_rng(1)
+    data = arrays((1, 8, 8))
+    data["mask"] = rng.random((3, 1, 8, 8)) > 0.5
+    data["y"][~data["mask"]] = np.nan
+    clean = {"psnr": 17.25, "energy_distance": 0.0123}
+    run = make(tmp_path / "my <run>", [*ROWS[:3], {**ROWS[3], "clean": clean}], **data)
+    (run / "config.yaml").write_text("network: <unet>\nwidth: 64\n")
+    (run / "start.json").write_text('{"kind": "gaussian_mixture", "components": 32, "rank": 8}')
+    file = report.write(run)
+    page = file.read_text()
+    assert file == run / "report.html"
+    check(page)
+    assert verdict(page).startswith("Iteration 3 is better than the start on held-out observations: CRPS 0.171")
+    for words in ("my &lt;run&gt;", "&lt;unet&gt;", "gaussian mixture, 32 components, rank 8", "not used in training"):
+        assert words in page
+    assert "17.25" in page
+    assert "2 min 40 s" in page
+    assert "180,000" in page
+    assert "1 of them refused" in page
+    assert sum(kind == "image/svg+xml" for kind, _ in uris(page)) == 6  # three curves, light and dark
+
+    # 8 columns of 88 pixels (8 pixels, 11 times) and gaps of 4; a heading of 24
+    grid = png(run / "reconstructions.png")
+    assert grid.size == (4 + 8 * 92, 28 + 3 * 92)
+    assert [image.size for image in pngs(page)] == [grid.size, grid.size, (4 + 10 * 60, 64), (4 + 10 * 60, 64)]
+    pixels = np.asarray(grid)[28:, 4:]
+    sharp = pixels[:88, :88].reshape(8, 11, 8, 11, 3)
+    assert (sharp == sharp[:, :1, :, :1]).all()
+    hidden = (sharp[:, 0, :, 0] == report.UNOBSERVED).all(axis=-1)
+    np.testing.assert_array_equal(hidden, ~data["mask"][0, 0])
+    draw = pixels[:88:11, 2 * 92 : 2 * 92 + 88 : 11, 0]
+    np.testing.assert_array_equal(draw, np.rint(255 * data["draws"][0, 0, 0]))
+
+
+def test_rgb_without_clean(tmp_path):
+    data = arrays((3, 40, 20), n=9, m=2, clean=False)
+    data["mask"] = np.ones((9, 1, 1, 1), dtype=bool)
+    data["y"] = data["y"][:, :, ::2, ::2]  # fewer pixels than the item
+    page = report.write(make(tmp_path / "run", ROWS, **data)).read_text()
+    check(page)
+    assert "clean reference" not in page
+    assert "Pale blue" not in page
+    grid = np.asarray(png(tmp_path / "run" / "reconstructions.png"))
+    assert grid.shape[0] == 28 + 8 * (120 + 4)  # 8 of 9 items, 40 pixels 3 times
+    colour = grid[28:148].astype(int)
+    assert (np.ptp(colour, axis=-1) > 50).any()
+
+
+@pytest.mark.parametrize("features", [1, 5])
+def test_vectors(tmp_path, features):
+    data = arrays((features,), n=20)
+    data["y"] = np.zeros((20, 2))
+    page = report.write(make(tmp_path / "run", ROWS[:2], **data)).read_text()
+    check(page)
+    assert len(pngs(page)) == 4
+    assert pngs(page)[1].size == png(tmp_path / "run" / "reconstructions.png").size
+    assert (pngs(page)[0].width > 700) == (features == 5)
+
+
+def test_signals(tmp_path):
+    data = arrays((2, 30), samples=4)
+    data["mask"] = np.arange(30) % 2 == 0
+    page = report.write(make(tmp_path / "run", ROWS[:2], **data)).read_text()
+    check(page)
+    assert len(pngs(page)) == 4
+    assert (tmp_path / "run" / "samples.png").exists()
+
+
+def test_only_the_start(tmp_path):
+    data = {k: v for k, v in arrays((1, 4, 4)).items() if k in ("mean", "std", "draws")}
+    data["std"] = np.zeros_like(data["std"])
+    run = make(tmp_path / "run", [row(0, 0.2)], **data)
+    page = report.write(run).read_text()
+    check(page)
+    assert verdict(page).startswith("Only the start has been scored so far")
+    assert "iteration 1" not in report.summary_table(run)
+    assert not (run / "samples.png").exists()
+    assert "Configuration" not in page
+
+
+def test_values_that_are_not_finite(tmp_path):
+    data = arrays((1, 4, 4))
+    data["draws"][0, 0] = data["mean"][0] = data["std"][0] = np.nan
+    rows = [row(0, 0.2, ratio=float("nan")), row(1, float("inf"), accepted=False), row(2, 0.19, loss=float("nan"))]
+    check(report.write(make(tmp_path / "run", rows, **data)).read_text())
+
+
+def test_large_images_are_averaged_down_and_inlined_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "HEAVY", 10_000)
+    run = make(tmp_path / "run", ROWS[:1], **arrays((1, 300, 600), n=1, m=1, samples=1))
+    page = report.write(run).read_text()
+    check(page)
+    assert [image.size for image in pngs(page)] == [(4 + 6 * 196, 28 + 100), (200, 104)]
+
+
+def test_the_report_is_the_same_twice(tmp_path):
+    run = make(tmp_path / "run", ROWS, **arrays((1, 8, 8)))
+    assert report.write(run).read_bytes() == report.write(run).read_bytes()
+
+
+def test_summary_table(tmp_path):
+    run = make(tmp_path / "run", [{**ROWS[0], "clean": {"psnr": 14}}, {**ROWS[3], "clean": {"psnr": 17.25}}])
+    assert report.summary_table(run).splitlines() == [
+        "                                       start          iteration 3",
+        "CRPS, held out                         0.208 ± 0.003  0.171 ± 0.003",
+        "paired difference to the start         –              -0.037 ± 0.004",
+        "calibration ratio                      0.60           0.91",
+        "E-step share of the residual variance  0.40           0.40",
+        "PSNR of the mean [dB] (clean data)     14.00          17.25",
+    ]
+
+
+def test_a_row_that_is_being_written_is_left_out(tmp_path):
+    run = make(tmp_path / "run", ROWS)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"iteration": 4, "sco')
+    assert "iteration 3" in report.summary_table(run)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("metrics.jsonl", None, "metrics.jsonl: missing"),
+        ("metrics.jsonl", "", "metrics.jsonl: holds no rows"),
+        ("metrics.jsonl", "{}\n", "metrics.jsonl: line 1 needs"),
+        ("metrics.jsonl", "what\n", "metrics.jsonl: line 1 is not JSON"),
+        ("pictures.npz", "what", "pictures.npz: cannot be read"),
+        ("start.json", "what", "start.json: is not JSON"),
+    ],
+)
+def test_foreign_folders(tmp_path, name, content, words):
+    run = make(tmp_path / "run", ROWS[:1])
+    (run / name).unlink(missing_ok=True)
+    if content is not None:
+        (run / name).write_text(content)
+    with pytest.raises(DiffemError, match=words) as error:
+        report.write(run)
+    assert str(run) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"std": np.zeros((2, 1, 8, 8))}, "do not fit"),
+        ({"mask": np.ones((3, 1, 8, 7))}, "the mask"),
+        ({"samples": np.zeros((3, 8))}, "samples has shape"),
+        ({"start": np.zeros((2, 1, 8, 8))}, "start has 2 items"),
+        ({"y": np.zeros((4, 8))}, "y has 4 items"),
+        ({"range": np.zeros(3)}, "range must hold"),
+    ],
+)
+def test_pictures_that_do_not_fit(tmp_path, change, words):
+    run = make(tmp_path / "run", ROWS[:1], **(arrays((1, 8, 8)) | change))
+    with pytest.raises(DiffemError, match=words):
+        report.write(run)
+
+
+def test_no_such_folder(tmp_path):
+    for function in (report.write, report.summary_table):
+        with pytest.raises(DiffemError, match="no such run folder"):
+            function(tmp_path / "nowhere")
+
+
+def test_pictures_libraries_are_imported_late():
+    code = "import sys, diffem.report; print([m for m in ('matplotlib', 'PIL', 'jinja2') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

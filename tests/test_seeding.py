@@ -1,0 +1,177 @@
+"""The random numbers: independent of how the work is cut up, well distributed, and never silently changed."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from diffem import seeding
+
+
+def kolmogorov_smirnov(x: torch.Tensor, cdf) -> float:
+    """sqrt(n) times the greatest distance between the empirical and the exact cdf; above 2.2 with chance 1e-4."""
+    x = x.double().flatten().sort().values
+    n = len(x)
+    exact = cdf(x)
+    steps = torch.arange(n + 1, dtype=torch.float64) / n
+    return math.sqrt(n) * max((steps[1:] - exact).max().item(), (exact - steps[:-1]).max().item())
+
+
+def normal_cdf(x: torch.Tensor) -> torch.Tensor:
+    return torch.special.ndtr(x)
+
+
+@pytest.mark.parametrize("draw", [seeding.uniform, seeding.normal])
+@pytest.mark.parametrize("shape", [(), (1,), (3,), (2, 5), (101,)])
+def test_items_do_not_depend_on_the_batch(draw, shape):
+    indices = torch.arange(600)
+    whole = draw(seeding.item_seeds(7, 3, "e_step", indices), shape, stream=5)
+    assert whole.shape == (600, *shape)
+    assert whole.dtype == torch.float32
+    for size in (1, 7, 256):
+        parts = [draw(seeding.item_seeds(7, 3, "e_step", i), shape, stream=5) for i in indices.split(size)]
+        assert torch.equal(torch.cat(parts), whole)
+    order = torch.randperm(600, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(draw(seeding.item_seeds(7, 3, "e_step", order), shape, stream=5), whole[order])
+    as_list = seeding.item_seeds(7, 3, "e_step", [17, 3])
+    assert torch.equal(draw(as_list, shape, stream=5), whole[[17, 3]])
+
+
+def test_uniform_numbers_do_not_depend_on_how_many_are_drawn():
+    seeds = seeding.item_seeds(0, 0, "user", range(4))
+    assert torch.equal(seeding.uniform(seeds, (100,))[:, :3], seeding.uniform(seeds, (3,)))
+
+
+def test_different_addresses_give_different_numbers():
+    addresses = [
+        (seed, iteration, phase, index, stream)
+        for seed, iteration, phase, index, stream in itertools.product(
+            (0, 1, 2**63), (0, 1, 2), seeding.PHASES, (0, 1, 10**9), (0, 1, 64)
+        )
+    ]
+    numbers = [
+        seeding.uniform(seeding.item_seeds(seed, iteration, phase, [index]), (4,), stream)
+        for seed, iteration, phase, index, stream in addresses
+    ]
+    rows = torch.cat(numbers)
+    assert len(torch.unique(rows, dim=0)) == len(addresses)
+    assert len(torch.unique(rows)) > 0.999 * rows.numel()
+
+
+def test_keys_have_no_collisions():
+    keys = torch.cat(
+        [seeding.item_seeds(0, i, phase, torch.arange(20_000)) for i in range(3) for phase in ("e_step", "score")]
+    )
+    assert len(torch.unique(keys)) == len(keys)
+
+
+@pytest.mark.parametrize("items", [10, 200_000])  # few items with long streams, many items with short ones
+def test_distributions(items):
+    shape = (400_000 // items,)
+    seeds = seeding.item_seeds(1, 2, "prior", torch.arange(items))
+    u = seeding.uniform(seeds, shape)
+    assert u.min() >= 0
+    assert u.max() < 1
+    assert kolmogorov_smirnov(u, lambda x: x) < 2.2
+    n = seeding.normal(seeds, shape)
+    assert torch.isfinite(n).all()
+    assert kolmogorov_smirnov(n, normal_cdf) < 2.2
+    # moments, each with its exact standard error, and the tails
+    for power, expected, variance in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)):
+        error = n.double().pow(power).mean().item() - expected
+        assert abs(error) < 4 * math.sqrt(variance / n.numel())
+    beyond = 2 * normal_cdf(torch.tensor(-4.0, dtype=torch.float64)).item() * n.numel()
+    assert abs((n.abs() > 4).sum().item() - beyond) < 4 * math.sqrt(beyond)
+
+
+def test_the_two_halves_of_box_muller_are_independent():
+    n = seeding.normal(seeding.item_seeds(0, 0, "init", torch.arange(100_000)), (2,)).double()
+    assert kolmogorov_smirnov(n.square().sum(1), lambda x: 1 - (-x / 2).exp()) < 2.2
+    assert kolmogorov_smirnov(torch.atan2(n[:, 1], n[:, 0]), lambda x: (x + math.pi) / (2 * math.pi)) < 2.2
+
+
+@pytest.mark.parametrize("draw", [seeding.uniform, seeding.normal])
+def test_neighbours_are_uncorrelated(draw):
+    indices = torch.arange(20_001)
+
+    def numbers(seed=0, iteration=0, phase="e_step", stream=0, shift=0):
+        return draw(seeding.item_seeds(seed, iteration, phase, indices + shift), (5,), stream).double()
+
+    base = numbers()
+    pairs = {
+        "items": (base[1:], base[:-1]),
+        "far items": (base, numbers(shift=2**20)),
+        "streams": (base, numbers(stream=1)),
+        "positions": (base[:, 1:], base[:, :-1]),
+        "two positions": (base[:, 2:], base[:, :-2]),
+        "three positions": (base[:, 3:], base[:, :-3]),
+        "item and stream": (base[1:], numbers(stream=1)[:-1]),
+        "item and position": (base[1:, 1:], base[:-1, :-1]),
+        "iterations": (base, numbers(iteration=1)),
+        "phases": (base, numbers(phase="score")),
+        "seeds": (base, numbers(seed=1)),
+    }
+    for name, (a, b) in pairs.items():
+        for transform in (lambda v: v, torch.square):  # squares: a shared magnitude with random signs would show
+            correlation = torch.corrcoef(torch.stack((transform(a).flatten(), transform(b).flatten())))[0, 1]
+            assert abs(correlation) < 4 / math.sqrt(a.numel()), name
+
+
+def test_generator_repeats():
+    def numbers(*args):
+        return torch.randn(8, generator=seeding.generator(*args)).tolist()
+
+    assert numbers(1, 2, "m_step", 3) == numbers(1, 2, "m_step", 3)
+    others = [(0, 2, "m_step", 3), (1, 1, "m_step", 3), (1, 2, "e_step", 3), (1, 2, "m_step", 4), (2, 1, "m_step", 3)]
+    assert all(numbers(*other) != numbers(1, 2, "m_step", 3) for other in others)
+    assert numbers(1, 2, "m_step") == numbers(1, 2, "m_step", 0)
+    state = torch.get_rng_state()
+    numbers(1, 2, "m_step", 3)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_fold_takes_every_counter_and_their_order():
+    keys = {seeding.fold(*numbers) for numbers in itertools.product(range(6), repeat=3)}
+    keys |= {seeding.fold(*numbers) for numbers in itertools.product(range(6), repeat=2)}
+    assert len(keys) == 6**3 + 6**2
+    assert all(0 <= key < 2**64 for key in keys)
+
+
+def test_mixing_is_splitmix64():
+    # The reference stream of SplitMix64 for seed 1234567 (from the generator's published test vectors).
+    expected = [
+        6457827717110365317,
+        3203168211198807973,
+        9817491932198370423,
+        4593380528125082431,
+        16408922859458223821,
+    ]
+    gamma = 0x9E3779B97F4A7C15
+    states = [(1234567 + (j + 1) * gamma) % 2**64 for j in range(5)]
+    assert [seeding._mix(s) for s in states] == expected
+    signed = torch.tensor([s - 2**64 if s >= 2**63 else s for s in states])
+    assert [v % 2**64 for v in seeding._hash(signed).tolist()] == expected
+
+
+def test_the_streams_are_pinned():
+    # These numbers are what a seed means: results stop being reproducible when they change.
+    assert list(seeding.PHASES)[:9] == ["init", "split", "data", "start", "m_step", "e_step", "score", "prior", "user"]
+    seeds = seeding.item_seeds(0, 1, "e_step", [0, 1, 123456])
+
+    assert seeding.fold(3, 1, 4) == 13610870152623129215
+    assert seeds.tolist() == [-5597966292176874931, 205203844301906614, -1933244586156863754]
+    uniform = (seeding.uniform(seeds, (2,), stream=3) * 2**24).long()
+    assert uniform.tolist() == [[13897666, 4677060], [2457190, 9592519], [14698521, 15643438]]
+    normal = torch.tensor(
+        [
+            [-0.03126574, -0.82829130, 0.61288172],
+            [0.97573054, -1.05464947, 1.69998705],
+            [0.16384393, -0.35554937, -0.48754981],
+        ]
+    )
+    torch.testing.assert_close(seeding.normal(seeds, (3,), stream=3), normal, rtol=1e-5, atol=1e-6)
+    drawn = torch.rand(2, generator=seeding.generator(0, 1, "m_step", 2))
+    torch.testing.assert_close(drawn, torch.tensor([0.94782174, 0.28222692]), rtol=0, atol=1e-7)
