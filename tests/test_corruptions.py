@@ -21,11 +21,12 @@ from diffem.corruptions import (
     from_function_path,
 )
 from diffem.corruptions.base import NOISE_FLOOR
-from diffem.corruptions.diagonal import HIDDEN, blur_matrix
+from diffem.corruptions.diagonal import blur_matrix
 from diffem.errors import DiffemError
 from diffem.mixtures import Mixture
 
 DOUBLE = torch.float64
+HIDDEN = 0.3  # the fraction that thinning is documented to hide
 SHAPES = {"1d": (6,), "2d": (1, 4, 5), "channels": (3, 4, 5), "sequence": (2, 7)}
 KINDS = {
     "mask": RandomMask(0.4, 0.1),

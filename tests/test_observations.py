@@ -351,6 +351,13 @@ def test_mask_that_does_not_fit(shape):
     )
 
 
+def test_mask_with_more_channels_than_y():
+    mask = np.ones((5, 2, 3, 4), bool)
+    assert error(Observations, np.zeros((5, 1, 3, 4)), RandomMask(0.5, 0.1), {"mask": mask}, source="here") == (
+        "here: mask.npy: shape (5, 2, 3, 4) does not broadcast against y's (5, 1, 3, 4)"
+    )
+
+
 def test_lengths_that_differ():
     y = np.zeros((5, 4))
     assert error(Observations, y, RandomMask(0.5, 0.1), {"mask": np.ones((4, 4), bool)}, source="here") == (

@@ -373,7 +373,7 @@ class _Statistics:
         self.items += len(posterior.mean)
         self.log_likelihood += posterior.log_evidence.double().sum().item()
         sums = self._diagonal(posterior) if isinstance(posterior, DiagonalPosterior) else self._rows(posterior)
-        if self.sums is not None:
+        if self.sums:
             total = [a + b for a, b in zip(self.sums, sums, strict=True)]
             if isinstance(posterior, DiagonalPosterior):
                 total[-1] = torch.maximum(self.sums[-1], sums[-1])  # the precisions are not a sum

@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -50,7 +51,7 @@ def generator(
     return torch.Generator(device).manual_seed(fold(seed, iteration, PHASES[phase], step) >> 1)
 
 
-def item_seeds(seed: int, iteration: int, phase: str, indices: Sequence[int] | Tensor) -> Tensor:
+def item_seeds(seed: int, iteration: int, phase: str, indices: Sequence[int] | np.ndarray | Tensor) -> Tensor:
     """One 64-bit key for each item, from its global index; shape (N,), int64."""
     indices = torch.as_tensor(indices, dtype=torch.int64)
     base = fold(seed, iteration, PHASES[phase])

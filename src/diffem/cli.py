@@ -1,0 +1,326 @@
+"""The command line: diffem corrupt | train | reconstruct | sample | evaluate | report."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from diffem.errors import DiffemError
+
+_TRAIN_HELP = """
+examples:
+  diffem train digits --out runs/digits            a benchmark that makes its own observations
+  diffem train fashion-mask75 --root DATA          a preset on a data set in DATA
+  diffem train --observations DIR --out RUN        your own observations
+  diffem train digits --em.iterations 30           any setting: --section.field value
+
+DIR holds y.npy, mask.npy (or matrix.npy) and corruption.yaml, e.g.
+  name: RandomMask
+  rate: 0.5
+  noise: 0.01
+Run the same command again to go on where a run was stopped.
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):  # one line instead of the usage
+        raise DiffemError(f"{self.prog}: {message}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="diffem", description="Learn from corrupted observations: a posterior sampler and a prior.")
+    parser.add_argument("--version", action="version", version="diffem 0.1.0")
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
+
+    def add(name: str, text: str, **options: Any) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=text, description=text, **options)
+
+    train = add(
+        "train",
+        "Train on observations, or on those of a benchmark preset.",
+        epilog=_TRAIN_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    train.add_argument("preset", nargs="?", help="a preset's name or a YAML file")
+    train.add_argument("--observations", metavar="DIR", help="folder of observations")
+    train.add_argument("--corruption", metavar="MODULE:FUNCTION", help="a black box x -> y")
+    train.add_argument("--root", metavar="DIR", help="where the clean data set of a benchmark preset lies")
+    train.add_argument("--out", metavar="RUN", help="the run folder (default: runs/PRESET)")
+    train.add_argument("--allow-unobserved", action="store_true", help="go on although some entry is never observed")
+
+    corrupt = add("corrupt", "Make observations from clean data (for benchmarks).")
+    corrupt.add_argument(
+        "source", help="manifold, digits, fashion-mnist, cifar10, celeba, a .npy file or a folder of images"
+    )
+    corrupt.add_argument("--name", help="RandomMask, GaussianNoise, GaussianBlur or RandomProjection")
+    corrupt.add_argument("--corruption", metavar="MODULE:FUNCTION", help="a black box x -> y instead")
+    for argument in ("rate", "noise", "std"):
+        corrupt.add_argument(f"--{argument}", type=float)
+    for argument in ("rows", "block"):
+        corrupt.add_argument(f"--{argument}", type=int)
+    corrupt.add_argument("--root", metavar="DIR")
+    corrupt.add_argument("--limit", type=int, metavar="N", help="at most the first N items")
+    corrupt.add_argument("--seed", type=int, default=0)
+    corrupt.add_argument(
+        "--keep-clean", action="store_true", help="write clean.npy beside them, for evaluate and report"
+    )
+    corrupt.add_argument("--out", required=True, metavar="DIR")
+
+    reconstruct = add("reconstruct", "Clean observations, also new ones, with a trained run.")
+    reconstruct.add_argument("run")
+    reconstruct.add_argument("--observations", required=True, metavar="DIR")
+    reconstruct.add_argument("--draws", type=int, default=8, metavar="M")
+    reconstruct.add_argument("--seed", type=int, default=0)
+    reconstruct.add_argument(
+        "--out", required=True, metavar="DIR", help="gets draws.npy (N, M, ...), mean.npy, std.npy"
+    )
+
+    sample = add("sample", "Generate new clean data from the prior of a run.")
+    sample.add_argument("run")
+    sample.add_argument("--n", type=int, default=64)
+    sample.add_argument("--seed", type=int, default=0)
+    sample.add_argument("--out", required=True, metavar="FILE", help="a .npy file")
+
+    evaluate = add("evaluate", "Compare a run with clean data.")
+    evaluate.add_argument("run")
+    evaluate.add_argument(
+        "--reference", required=True, metavar="CLEAN", help="a .npy of clean items, row i for observation i"
+    )
+    evaluate.add_argument("--json", action="store_true", help="print JSON")
+
+    report = add("report", "Write report.html of a run again.")
+    report.add_argument("run")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; the exit status is 0, or 2 after an error of the user's that is said on one line."""
+    try:
+        arguments, rest = _parser().parse_known_args(argv)
+        if rest and arguments.command != "train":
+            raise DiffemError(f"diffem {arguments.command}: unknown argument {rest[0]}")
+        {
+            "train": lambda: _train(arguments, rest),
+            "corrupt": lambda: _corrupt(arguments),
+            "reconstruct": lambda: _reconstruct(arguments),
+            "sample": lambda: _sample(arguments),
+            "evaluate": lambda: _evaluate(arguments),
+            "report": lambda: print(_report(Path(arguments.run))),
+        }[arguments.command]()
+    except DiffemError as error:
+        print(f"diffem: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"diffem: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("diffem: stopped; run the same command to go on", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _overrides(rest: Sequence[str]) -> list[tuple[str, str]]:
+    pairs, words = [], list(rest)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--"):
+            raise DiffemError(f"diffem train: {word}: not understood; settings are written --section.field value")
+        key, equals, value = word[2:].partition("=")
+        if not equals:
+            if not words:
+                raise DiffemError(f"diffem train: --{key}: needs a value")
+            value = words.pop(0)
+        pairs.append((key, value))
+    return pairs
+
+
+def _train(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
+    from diffem import config as configuration
+    from diffem import datasets, pictures, report
+    from diffem.corruptions import from_config, from_function_path
+    from diffem.em import DiffEM
+    from diffem.observations import Observations
+
+    config = configuration.load(arguments.preset, _overrides(rest))
+    if arguments.out is None and arguments.preset is None:
+        raise DiffemError("diffem train: --out: give a run folder")
+    out = Path(arguments.out or f"runs/{Path(arguments.preset).stem}")
+    box = from_function_path(arguments.corruption) if arguments.corruption else None
+    folder = Path(arguments.observations) if arguments.observations else out / "observations"
+    if arguments.observations is None and not (folder / "y.npy").exists():
+        if not config.data.source:
+            raise DiffemError(
+                "diffem train: --observations: give a folder of observations, or a preset that makes its own"
+            )
+        out.mkdir(parents=True, exist_ok=True)
+        corruption = box or from_config(config.data.corruption, f"{arguments.preset}: data.corruption")
+        datasets.corrupt(
+            config.data.source,
+            corruption,
+            folder,
+            arguments.root,
+            config.data.limit or None,
+            config.em.seed,
+            keep_clean=True,
+        )
+    observations = Observations.load(folder, box)
+    bar = _Bar()
+    em = DiffEM(config, observations, out, arguments.allow_unobserved, bar.update)
+    for row in em.iterate():
+        bar.clear()
+        ratio = "" if row["ratio"] is None else f", ratio {row['ratio']:.2f}"
+        verdict = "start" if row["iteration"] == 0 else "accepted" if row["accepted"] else "refused"
+        print(
+            f"iteration {row['iteration']:3d} {verdict:8s} {row['score_name']} {row['score']:.4f} +- {row['score_se']:.4f}{ratio} ({row['seconds']:.0f} s)",
+            flush=True,
+        )
+    pictures.save(em.run, observations, em.held_out, config.em.seed, folder / "clean.npy")
+    page = report.write(out)
+    print(report.summary_table(out))
+    print(f"report: {page}")
+
+
+class _Bar:
+    """A progress bar with what is being done; silent where standard error is not a terminal."""
+
+    def __init__(self) -> None:
+        self.bar: Any = None
+        self.what = ""
+
+    def update(self, what: str, done: int, total: int) -> None:
+        from tqdm import tqdm
+
+        phase = what.split(":")[0]
+        if self.bar is None or self.what != phase:
+            self.clear()
+            self.bar, self.what = tqdm(total=total, leave=False, disable=not sys.stderr.isatty()), phase
+        self.bar.set_description_str(what, refresh=False)
+        self.bar.update(done - self.bar.n)
+
+    def clear(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+
+def _corrupt(arguments: argparse.Namespace) -> None:
+    from diffem import datasets
+    from diffem.corruptions import from_config, from_function_path
+
+    if arguments.corruption:
+        corruption = from_function_path(arguments.corruption)
+    else:
+        given = {k: getattr(arguments, k) for k in ("name", "rate", "noise", "std", "rows", "block")}
+        corruption = from_config({k: v for k, v in given.items() if v is not None}, "diffem corrupt")
+    made = datasets.corrupt(
+        arguments.source,
+        corruption,
+        arguments.out,
+        arguments.root,
+        arguments.limit,
+        arguments.seed,
+        arguments.keep_clean,
+    )
+    print(f"{len(made)} observations of shape {tuple(made.y.shape[1:])} in {arguments.out}")
+
+
+def _model(run: str, name: str):
+    from diffem.posteriors import from_pretrained
+
+    if not (Path(run) / "config.yaml").exists():
+        raise DiffemError(f"{run}: is not a run folder (no config.yaml)")
+    return from_pretrained(Path(run) / name)
+
+
+def _reconstruct(arguments: argparse.Namespace) -> None:
+    import numpy as np
+
+    from diffem.observations import Observations
+    from diffem.pictures import draw_many
+
+    sampler = _model(arguments.run, "posterior")
+    observations = Observations.load(
+        arguments.observations, sampler.corruption if sampler.corruption.config["name"] == "BlackBox" else None
+    )
+    if observations.shape != sampler.shape:
+        raise DiffemError(
+            f"{arguments.observations}: items of shape {observations.shape}, but {arguments.run} was trained on {sampler.shape}"
+        )
+    if arguments.draws < 1:
+        raise DiffemError(f"diffem reconstruct: --draws: must be at least 1, got {arguments.draws}")
+    out = Path(arguments.out)
+    temporary = out.with_name(out.name + ".tmp")
+    temporary.mkdir(parents=True, exist_ok=True)
+    n = len(observations)
+
+    def make(name: str, *extra: int) -> np.memmap:
+        return np.lib.format.open_memmap(temporary / f"{name}.npy", "w+", np.float32, (n, *extra, *sampler.shape))
+
+    draws, mean, std = make("draws", arguments.draws), make("mean"), make("std")
+    for rows in observations.chunks(size=256):
+        block = draw_many(sampler, observations, rows, arguments.draws, arguments.seed)
+        draws[rows], mean[rows] = block.numpy(), block.mean(1).numpy()
+        std[rows] = block.std(1, correction=min(1, arguments.draws - 1)).numpy()
+    for array in (draws, mean, std):
+        array.flush()
+    out.mkdir(exist_ok=True)
+    for name in ("draws", "mean", "std"):
+        (temporary / f"{name}.npy").replace(out / f"{name}.npy")
+    shutil.rmtree(temporary)
+    print(f"{n} observations, {arguments.draws} draws each, in {out}")
+
+
+def _sample(arguments: argparse.Namespace) -> None:
+    import io
+
+    import numpy as np
+    import torch
+
+    from diffem import seeding
+
+    prior = _model(arguments.run, "prior")
+    rows = torch.arange(arguments.n)
+    parts = [prior.sample_prior(seeding.item_seeds(arguments.seed, 0, "prior", chunk)) for chunk in rows.split(256)]
+    stream = io.BytesIO()
+    np.save(stream, torch.cat(parts).numpy())
+    out = Path(arguments.out)
+    out.with_name(out.name + ".tmp").write_bytes(stream.getvalue())
+    out.with_name(out.name + ".tmp").replace(out)
+    print(f"{arguments.n} samples in {out}")
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    import numpy as np
+    import torch
+
+    from diffem import metrics
+
+    run = Path(arguments.run)
+    posterior = _model(arguments.run, "posterior")
+    reference = Path(arguments.reference)
+    if not reference.exists():
+        raise DiffemError(f"{reference}: no such file; --reference is a .npy of clean items")
+    clean = np.load(reference, mmap_mode="r", allow_pickle=False)
+    x = np.load(run / "reconstructions.npy", mmap_mode="r")
+    if clean.shape != x.shape:
+        raise DiffemError(f"{reference}: shape {clean.shape}, but the run has reconstructions of {x.shape}")
+    rows = np.arange(min(len(x), 4096))
+    centre, half = posterior.scaling
+    u, v = ((torch.from_numpy(np.array(a[rows], dtype=np.float32)) - centre) / half for a in (x, clean))
+    result = {"items": len(rows), "psnr": metrics.psnr(u, v, 2.0), "energy_distance": metrics.energy_distance(u, v)}
+    print(json.dumps(result) if arguments.json else "\n".join(f"{k:18s} {w:.4f}" for k, w in result.items()))
+
+
+def _report(run: Path) -> Path:
+    from diffem import report
+
+    return report.write(run)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,207 @@
+"""The configuration of a run: one documented, validated dataclass per component, presets, and overrides."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+
+import yaml
+
+from diffem.denoisers import DenoiserConfig
+from diffem.errors import DiffemError, suggest
+from diffem.networks import NetworkConfig
+from diffem.posteriors import SamplerConfig
+from diffem.starts import StartConfig
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Observations that a preset makes for itself from a clean data set (benchmarks); unused with --observations.
+
+    Attributes:
+        source: A name or path as in `diffem corrupt`, or empty.
+        corruption: Name and arguments of the corruption.
+        limit: At most this many items.
+    """
+
+    source: str = ""
+    corruption: dict = field(default_factory=dict)
+    limit: int = 0
+
+
+@dataclass(frozen=True)
+class EMConfig:
+    """The EM loop.
+
+    Attributes:
+        iterations: Number of EM iterations.
+        seed: Seed of everything that is drawn.
+        refresh: The fraction of the reconstructions that an E-step replaces.
+        score_items: Held-out observations that score an iteration.
+        score_draws: Draws per scored observation.
+        gate: An iteration is refused if its score is worse than the best by more than this many standard errors.
+    """
+
+    iterations: int = 20
+    seed: int = 0
+    refresh: float = 1.0
+    score_items: int = 128
+    score_draws: int = 4
+    gate: float = 2.0
+
+    def __post_init__(self) -> None:
+        if self.iterations < 0 or self.score_items < 2 or self.score_draws < 2:
+            raise DiffemError("em: iterations must be >= 0, score_items and score_draws >= 2")
+        if not 0 < self.refresh <= 1:
+            raise DiffemError(f"em.refresh: must be in (0, 1], got {self.refresh}")
+
+
+@dataclass(frozen=True)
+class EStepConfig:
+    """The E-step.
+
+    Attributes:
+        sharp: The fraction of the iterations at `dispersion_first`; the rest ramps to `dispersion_last`.
+        dispersion_first: Share of the residual variance that is put back at first (0 is plain DDPM).
+        dispersion_last: The same at the last iteration (1 is calibrated).
+        batch: Observations at a time.
+    """
+
+    sharp: float = 0.6
+    dispersion_first: float = 0.0
+    dispersion_last: float = 1.0
+    batch: int = 256
+
+    def dispersion(self, iteration: int, iterations: int) -> float:
+        """The dispersion of iteration 1, 2, ..., `iterations`."""
+        done = (iteration - 1) / max(iterations - 1, 1)
+        ramp = min(1.0, max(0.0, (done - self.sharp) / max(1 - self.sharp, 1e-9) * 2)) if self.sharp < 1 else 0.0
+        return self.dispersion_first + ramp * (self.dispersion_last - self.dispersion_first)
+
+
+@dataclass(frozen=True)
+class MStepConfig:
+    """The M-step.
+
+    Attributes:
+        steps: Optimiser steps per iteration.
+        first_steps: Steps of the first iteration at most; it ends earlier once the loss has settled.
+        batch: Items per step.
+        learning_rate: Of Adam.
+        schedule: `constant`, or `linear`: falls to a twentieth over all iterations.
+        weight_decay: Decoupled weight decay.
+        clip: The gradient's norm is clipped to this.
+        ema: Decay of the exponential moving average of the weights, which the E-step uses.
+        thinned: The fraction of the simulated observations that is thinned.
+        optimizer: `carry` or `reset` its state between iterations.
+        checkpoint: Steps between two checkpoints.
+    """
+
+    steps: int = 150
+    first_steps: int = 600
+    batch: int = 128
+    learning_rate: float = 1e-3
+    schedule: str = "linear"
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    ema: float = 0.99
+    thinned: float = 0.5
+    optimizer: str = "carry"
+    checkpoint: int = 500
+
+    def __post_init__(self) -> None:
+        if self.schedule not in ("constant", "linear"):
+            raise DiffemError(f"m_step.schedule: must be constant or linear, got {self.schedule!r}")
+        if self.optimizer not in ("carry", "reset"):
+            raise DiffemError(f"m_step.optimizer: must be carry or reset, got {self.optimizer!r}")
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run; the sections are the fields."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    start: StartConfig = field(default_factory=StartConfig)
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    e_step: EStepConfig = field(default_factory=EStepConfig)
+    m_step: MStepConfig = field(default_factory=MStepConfig)
+    em: EMConfig = field(default_factory=EMConfig)
+
+    def to_dict(self) -> dict:
+        """Plain lists, dictionaries and numbers, as config.yaml holds them."""
+        return _plain(dataclasses.asdict(self))
+
+
+def _plain(value: object) -> typing.Any:
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def presets() -> list[str]:
+    """The names of the presets."""
+    return sorted(f.name[:-5] for f in (resources.files("diffem") / "presets").iterdir() if f.name.endswith(".yaml"))
+
+
+def load(preset: str | None = None, overrides: Sequence[tuple[str, str]] = ()) -> Config:
+    """A preset (a name, or a path to a YAML file) with overrides ('section.field', 'YAML value').
+
+    Raises:
+        DiffemError: Naming the unknown preset, section or field with a suggestion, or the value that does not fit.
+    """
+    values: dict = {}
+    source = preset or "configuration"
+    if preset is not None:
+        file = resources.files("diffem") / "presets" / f"{preset}.yaml"
+        if preset in presets():
+            values = yaml.safe_load(file.read_text())
+        elif Path(preset).is_file():
+            values = yaml.safe_load(Path(preset).read_text()) or {}
+        else:
+            raise DiffemError(f"{preset}: unknown preset;{suggest(preset, presets())}")
+    for key, text in overrides:
+        section, _, name = key.partition(".")
+        values.setdefault(section, {})[name] = yaml.safe_load(text)
+    return from_dict(values, source)
+
+
+def from_dict(values: Mapping, source: str = "configuration") -> Config:
+    """A configuration from nested mappings; what is missing has its default."""
+    sections = {f.name: typing.get_type_hints(Config)[f.name] for f in dataclasses.fields(Config)}
+    built = {}
+    for section, content in values.items():
+        if section not in sections:
+            raise DiffemError(f"{source}: {section}: unknown section;{suggest(str(section), sections)}")
+        kind = sections[section]
+        hints = typing.get_type_hints(kind)
+        arguments = {}
+        for name, value in (content or {}).items():
+            if name not in hints:
+                raise DiffemError(f"{source}: {section}.{name}: unknown field;{suggest(str(name), hints)}")
+            arguments[name] = _convert(value, hints[name], f"{source}: {section}.{name}")
+        built[section] = kind(**arguments)
+    return Config(**built)
+
+
+def _convert(value: object, hint: typing.Any, where: str) -> object:
+    if typing.get_origin(hint) is tuple:
+        inner = typing.get_args(hint)[0]
+        sequence = value if isinstance(value, list | tuple) else [value]
+        return tuple(_convert(v, inner, where) for v in sequence)
+    if hint is float:
+        if isinstance(value, str):  # YAML reads 1e-3 as text
+            try:
+                return float(value)
+            except ValueError:
+                pass
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value)
+    elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        return value
+    raise DiffemError(f"{where}: must be of type {getattr(hint, '__name__', hint)}, got {value!r}")

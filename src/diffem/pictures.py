@@ -1,0 +1,57 @@
+"""What the report shows of a run: a few held-out observations, their draws, and samples of the prior."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from diffem import seeding
+from diffem.observations import Observations
+from diffem.posteriors import PosteriorSampler, from_pretrained
+from diffem.run import Run
+
+
+def draw_many(
+    sampler: PosteriorSampler, observations: Observations, rows: np.ndarray, draws: int, seed: int, phase: str = "user"
+) -> torch.Tensor:
+    """M draws for each of the observations `rows`, shape (len(rows), M, *shape), in the units of y."""
+    out = []
+    for chunk in observations.chunks(rows, 256):
+        y, params = observations.batch(chunk)
+        out.append(
+            torch.stack([sampler.sample(y, params, seeding.item_seeds(seed, j, phase, chunk)) for j in range(draws)], 1)
+        )
+    return torch.cat(out)
+
+
+def save(run: Run, observations: Observations, held_out: np.ndarray, seed: int, clean: Path | None = None) -> None:
+    """Writes pictures.npz into the run folder; clean items, if there are any, are only shown."""
+    image = len(observations.shape) > 1
+    rows = held_out[: 8 if image else 200]
+    posterior, start = from_pretrained(run.folder / "posterior"), from_pretrained(run.folder / "start")
+    draws = draw_many(posterior, observations, rows, 16, seed)
+    low, high = observations.range or (float(draws.min()), float(draws.max()))
+    y, params = observations.batch(rows)
+    arrays = {
+        "y": y.numpy(),
+        "mean": draws.mean(1).numpy(),
+        "std": draws.std(1).numpy(),
+        "draws": draws[:, :4].numpy(),
+        "start": draw_many(start, observations, rows, 1, seed)[:, 0].numpy(),
+        "range": np.array([low, high]),
+    }
+    if "mask" in params:
+        arrays["mask"] = params["mask"].numpy()
+    if clean is not None and clean.exists():
+        arrays["clean"] = np.asarray(np.load(clean, mmap_mode="r")[rows], dtype=np.float32)
+    if (run.folder / "prior" / "config.json").exists():
+        prior = from_pretrained(run.folder / "prior")
+        arrays["samples"] = prior.sample_prior(
+            seeding.item_seeds(seed, 0, "prior", range(64 if image else 1000))
+        ).numpy()
+    stream = io.BytesIO()
+    np.savez_compressed(stream, **arrays)
+    run.write("pictures.npz", stream.getvalue())

@@ -1,0 +1,339 @@
+r"""Posterior samplers q(x | y): what the E-step draws from, what is saved, what users call.
+
+All take and return the units of y as stored. :class:`DiffusionPosterior` runs the reverse diffusion from
+:math:`\sigma_t` to :math:`\sigma_s` in steps
+
+.. math:: x_s = x_t - \tau (x_t - \hat x) + \sigma_s \sqrt\tau \, z \, , \qquad
+    \tau = 1 - \sigma_s^2 / \sigma_t^2 \, , \qquad
+    \hat x = d(x_t, \sigma_t, y) + \sqrt{\rho \, v_t} \, S \, z' \, .
+
+With dispersion :math:`\rho = 0` this is DDPM, the sampler of the paper, which at few steps loses
+variance. With :math:`\rho = 1` the residual variance of the denoiser is put back: :math:`v_t` is the
+fraction of the reference posterior's covariance :math:`S S^T` that the denoiser leaves unexplained,
+measured at the sampler's own noise levels (Analytic-DPM, Bao et al., arXiv 2201.06503).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from azula import sample as azula_sample
+from azula.denoise import Denoiser as AzulaDenoiser
+from azula.denoise import DiracPosterior
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from diffem import seeding
+from diffem.corruptions import BlackBox, Corruption, LinearCorruption, Params, from_config
+from diffem.denoisers import Denoiser, DenoiserConfig
+from diffem.errors import DiffemError
+from diffem.mixtures import Basis, Diagonal, Mixture
+from diffem.networks import NetworkConfig
+
+AZULA = {"ddim": azula_sample.DDIMSampler, "heun": azula_sample.HeunSampler, "zab": azula_sample.zABSampler}
+GROUPS = 3  # residual variances: unseen entries, seen entries, observation withheld
+
+
+@dataclass(frozen=True)
+class SamplerConfig:
+    """The reverse diffusion.
+
+    Attributes:
+        kind: `ddpm`, or one of azula's deterministic few-step solvers: `ddim`, `heun`, `zab`.
+        steps: Number of steps.
+    """
+
+    kind: str = "ddpm"
+    steps: int = 16
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("ddpm", *AZULA):
+            raise DiffemError(f"sampler.kind: must be one of ddpm, {', '.join(AZULA)}, got {self.kind!r}")
+        if self.steps < 1:
+            raise DiffemError(f"sampler.steps: must be at least 1, got {self.steps}")
+
+
+class PosteriorSampler:
+    """Draws x given y.
+
+    Arguments:
+        corruption: The corruption, in the units of y.
+        shape: The shape of a clean item.
+        scaling: (centre, half): models see (x - centre) / half.
+    """
+
+    kind = ""
+
+    def __init__(self, corruption: Corruption, shape: tuple[int, ...], scaling: tuple[float, float]) -> None:
+        self.corruption, self.shape, self.scaling = corruption, tuple(shape), scaling
+        self.model_corruption = corruption.scaled(*scaling)
+
+    @torch.no_grad()
+    def sample(self, y: Tensor, params: Params, seeds: Tensor) -> Tensor:
+        """One draw per observation.
+
+        Arguments:
+            y: Observations, shape (B, *y shape).
+            params: Their operator parameters.
+            seeds: One key per item (:func:`diffem.seeding.item_seeds`), shape (B,).
+
+        Returns:
+            Draws of shape (B, *shape), in the units of y.
+        """
+        centre, half = self.scaling
+        y = self.model_corruption.scale_y(y, params, centre, half)
+        return self._sample(y, params, seeds, torch.zeros(len(y), dtype=torch.bool, device=y.device)) * half + centre
+
+    @torch.no_grad()
+    def sample_prior(self, seeds: Tensor) -> Tensor:
+        """One draw from the prior per seed, shape (B, *shape)."""
+        centre, half = self.scaling
+        # An observation of zeros with the right shape; it is withheld, so that its values do not matter.
+        generator = torch.Generator().manual_seed(0)
+        x = torch.zeros(len(seeds), *self.shape)
+        params = {
+            k: v.to(seeds.device) for k, v in self.model_corruption.draw(len(seeds), self.shape, generator).items()
+        }
+        y = self.model_corruption.apply(x.to(seeds.device), params, generator)
+        return self._sample(y, params, seeds, torch.ones(len(seeds), dtype=torch.bool, device=y.device)) * half + centre
+
+    def _sample(self, y: Tensor, params: Params, seeds: Tensor, withheld: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _state(self) -> tuple[dict, dict[str, Tensor]]:
+        return {}, {}
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes config.json, model.safetensors and a model card; each file is replaced atomically."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        extra, tensors = self._state()
+        config = {
+            "kind": self.kind,
+            "corruption": self.corruption.config,
+            "shape": list(self.shape),
+            "scaling": list(self.scaling),
+            **extra,
+        }
+        _replace(folder / "config.json", json.dumps(config, indent=2).encode())
+        tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()} or {"empty": torch.zeros(1)}
+        temporary = folder / "model.safetensors.tmp"
+        save_file(tensors, temporary)
+        os.replace(temporary, folder / "model.safetensors")
+        _replace(folder / "README.md", _CARD.format(**config).encode())
+
+
+_CARD = """# diffem model: {kind}
+
+Trained by diffem on observations corrupted by `{corruption}`; items of shape {shape}, no clean data.
+
+    from diffem import from_pretrained
+    draws = from_pretrained("THIS FOLDER").sample(y, params, seeds)
+"""
+
+
+def _replace(file: Path, content: bytes) -> None:
+    temporary = file.with_name(file.name + ".tmp")
+    temporary.write_bytes(content)
+    os.replace(temporary, file)
+
+
+class ObservationPosterior(PosteriorSampler):
+    """The observation itself (what was not observed is the middle of the range)."""
+
+    kind = "observation"
+
+    def _sample(self, y: Tensor, params: Params, seeds: Tensor, withheld: Tensor) -> Tensor:
+        if tuple(y.shape[1:]) != self.shape:
+            raise DiffemError(
+                f"start.kind: observation: y of shape {tuple(y.shape[1:])} cannot stand for items of shape {self.shape}"
+            )
+        return y
+
+
+class MixturePosterior(PosteriorSampler):
+    """The exact posterior under a mixture of Gaussians in model units."""
+
+    kind = "mixture"
+
+    def __init__(self, corruption: LinearCorruption, shape, scaling, mixture: Mixture) -> None:
+        super().__init__(corruption, shape, scaling)
+        self.mixture = mixture
+
+    def _sample(self, y: Tensor, params: Params, seeds: Tensor, withheld: Tensor) -> Tensor:
+        assert isinstance(self.model_corruption, LinearCorruption)
+        posterior = self.mixture.posterior(self.model_corruption.likelihood(y, params).withheld(withheld))
+        width = self.mixture.rank + self.mixture.features
+        draw = posterior.draw(seeding.uniform(seeds), seeding.normal(seeds, (width,), stream=1))
+        return draw.view(-1, *self.shape).float()
+
+    def _state(self) -> tuple[dict, dict[str, Tensor]]:
+        return {}, self.mixture.tensors
+
+
+class DiffusionPosterior(PosteriorSampler):
+    """Reverse diffusion with a denoiser; see the module.
+
+    Arguments:
+        denoiser: In model units.
+        residual: v_t at the sampler's noise levels, for the groups unseen, seen, withheld; (steps + 1, 3).
+        dispersion: rho, the share of the residual variance that is put back.
+    """
+
+    kind = "diffusion"
+
+    def __init__(
+        self,
+        corruption: Corruption,
+        shape: tuple[int, ...],
+        scaling: tuple[float, float],
+        denoiser: Denoiser,
+        sampler: SamplerConfig,
+        network: NetworkConfig,
+        residual: Tensor | None = None,
+        dispersion: float = 1.0,
+    ) -> None:
+        super().__init__(corruption, shape, scaling)
+        self.denoiser, self.sampler, self.network, self.dispersion = denoiser, sampler, network, dispersion
+        self.residual = torch.ones(sampler.steps + 1, GROUPS) if residual is None else residual
+
+    @property
+    def sigmas(self) -> Tensor:
+        """The sampler's noise levels, largest first, shape (steps + 1,)."""
+        return self.denoiser.schedule.sigma(torch.linspace(1, 0, self.sampler.steps + 1))
+
+    def _seen(self, x: Tensor, y: Tensor, params: Params) -> Tensor:
+        likelihood_in_entries = not isinstance(self.model_corruption, LinearCorruption) or y.shape == x.shape
+        seen = self.model_corruption.seen(y, params)
+        if not likelihood_in_entries or seen.ndim != x.ndim:
+            return torch.ones_like(x, dtype=torch.bool)
+        return seen.expand(x.shape)
+
+    def _groups(self, x: Tensor, y: Tensor, params: Params, withheld: Tensor) -> Tensor:
+        seen = self._seen(x, y, params).long()
+        return torch.where(withheld.view(-1, *(1,) * (x.ndim - 1)), 2, seen).flatten(1)
+
+    @torch.no_grad()
+    def measure(self, x: Tensor, y: Tensor, params: Params, seeds: Tensor) -> None:
+        """Measures the residual variances on clean items and their observations (user units).
+
+        Entries of a group that does not occur keep 1, the variance of the reference posterior.
+        """
+        centre, half = self.scaling
+        x, y = (x - centre) / half, self.model_corruption.scale_y(y, params, centre, half)
+        sums, counts = torch.zeros(2, self.sampler.steps + 1, GROUPS)
+        for k, sigma in enumerate(self.sigmas.to(x)):
+            for held in (False, True):
+                withheld = torch.full((len(x),), held, device=x.device)
+                noise = seeding.normal(seeds, self.shape, stream=k)
+                error = self.denoiser.residual(x, sigma.expand(len(x)), noise, y, params, withheld).square()
+                groups = self._groups(x, y, params, withheld)
+                for g in range(GROUPS):
+                    sums[k, g] += (error * (groups == g)).sum().cpu()
+                    counts[k, g] += (groups == g).sum().cpu()
+        self.residual = torch.where(counts > 0, sums / counts.clamp(min=1), 1.0)
+
+    def _sample(self, y: Tensor, params: Params, seeds: Tensor, withheld: Tensor) -> Tensor:
+        sigmas = self.sigmas.to(y)
+        x = sigmas[0] * seeding.normal(seeds, self.shape)
+        if self.sampler.kind != "ddpm":
+            bound = _Bound(self.denoiser, y, params, withheld)
+            solver = AZULA[self.sampler.kind](bound, steps=self.sampler.steps, silent=True, dtype=y.dtype)
+            return solver(x)
+        share = (self.dispersion * self.residual.to(y)).sqrt()
+        groups = self._groups(x, y, params, withheld)
+        for k, sigma in enumerate(sigmas):
+            after = sigmas[k + 1] if k + 1 < len(sigmas) else torch.zeros_like(sigma)
+            posterior, f = self.denoiser.predict(x, sigma.expand(len(x)), y, params, withheld)
+            if self.dispersion > 0:
+                f = f + share[k][groups] * seeding.normal(seeds, (f.shape[1],), stream=2 * k + 1)
+            clean = (posterior.mean + posterior.scale(f)).view(x.shape).to(x)
+            tau = 1 - (after / sigma).square()
+            x = x - tau * (x - clean) + after * tau.sqrt() * seeding.normal(seeds, self.shape, stream=2 * k + 2)
+        return x
+
+    def _state(self) -> tuple[dict, dict[str, Tensor]]:
+        config = {
+            "denoiser": asdict(self.denoiser.config),
+            "network": asdict(self.network),
+            "sampler": asdict(self.sampler),
+            "dispersion": self.dispersion,
+        }
+        tensors = {f"network.{k}": v for k, v in self.denoiser.network.state_dict().items()}
+        if self.denoiser.precondition == "start":
+            tensors |= {f"start.{k}": v for k, v in self.denoiser.reference.tensors.items()}
+        return config, {**tensors, "residual": self.residual}
+
+
+class _Bound(AzulaDenoiser):
+    """Our denoiser with its observation, as azula's samplers want it."""
+
+    def __init__(self, denoiser: Denoiser, y: Tensor, params: Params, withheld: Tensor) -> None:
+        super().__init__()
+        self.denoiser, self.schedule, self.given = denoiser, denoiser.schedule, (y, params, withheld)
+
+    def forward(self, x_t: Tensor, t: Tensor, **kwargs: object) -> DiracPosterior:
+        return DiracPosterior(mean=self.denoiser(x_t, self.denoiser.schedule.sigma(t).expand(len(x_t)), *self.given))
+
+
+def from_pretrained(folder: str | Path, corruption: Corruption | None = None) -> PosteriorSampler:
+    """Loads what :meth:`PosteriorSampler.save_pretrained` wrote; nothing is unpickled.
+
+    Arguments:
+        folder: The folder.
+        corruption: The black box, where one was trained for and its function is needed again.
+    """
+    folder = Path(folder)
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        tensors = load_file(folder / "model.safetensors")
+    except FileNotFoundError as error:
+        raise DiffemError(f"{error.filename or folder}: missing; {folder} is not a saved model") from None
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise DiffemError(f"{folder}: is not a complete saved model: {str(error).splitlines()[0]}") from None
+    if corruption is None:
+        stored = config["corruption"]
+        corruption = (
+            _Untold(stored.get("function")) if stored["name"] == "BlackBox" else from_config(stored, str(folder))
+        )
+    shape, scaling = tuple(config["shape"]), tuple(config["scaling"])
+    if config["kind"] == "observation":
+        return ObservationPosterior(corruption, shape, scaling)
+    basis = likelihood_basis(corruption, shape)
+    if config["kind"] == "mixture":
+        assert isinstance(corruption, LinearCorruption)
+        return MixturePosterior(corruption, shape, scaling, Mixture(*(tensors[n] for n in Mixture.names), basis=basis))
+    start = Mixture(*(tensors[f"start.{n}"] for n in Mixture.names), basis=basis) if "start.mean" in tensors else None
+    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config["network"].items()}
+    network = NetworkConfig(**fields)
+    denoiser = Denoiser(corruption.scaled(*scaling), shape, DenoiserConfig(**config["denoiser"]), network, start)
+    denoiser.network.load_state_dict({k[8:]: v for k, v in tensors.items() if k.startswith("network.")})
+    denoiser.eval().requires_grad_(False)
+    sampler = SamplerConfig(**config["sampler"])
+    return DiffusionPosterior(
+        corruption, shape, scaling, denoiser, sampler, network, tensors["residual"], config["dispersion"]
+    )
+
+
+class _Untold(BlackBox):
+    """A black box whose function is not needed: models only ask it how y is scaled."""
+
+    def __init__(self, path: str | None) -> None:
+        super().__init__(lambda x: x, path)
+
+
+def likelihood_basis(corruption: Corruption, shape: tuple[int, ...]) -> Basis | None:
+    """The basis in which mixtures for this corruption are written."""
+    if not isinstance(corruption, LinearCorruption) or corruption.config["name"] == "RandomProjection":
+        return None
+    likelihood = corruption.likelihood(torch.zeros(1, *shape), {})
+    return likelihood.basis if isinstance(likelihood, Diagonal) else None
+
+
+__all__ = ["DiffusionPosterior", "MixturePosterior", "ObservationPosterior", "PosteriorSampler", "from_pretrained"]

@@ -1,0 +1,181 @@
+"""Where EM starts: the observation itself, or a Gaussian or mixture prior fitted to the observations by exact EM.
+
+How many components and which rank is decided by the likelihood of a tenth of the *training* observations
+that the fit does not see; one component is always among the candidates. Each fit stops when that
+likelihood no longer rises.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from diffem import seeding
+from diffem.corruptions import Corruption, LinearCorruption
+from diffem.errors import DiffemError
+from diffem.mixtures import Diagonal, Likelihood, Mixture, em_step
+from diffem.observations import Observations
+
+VALIDATION = 0.1
+BATCH = 2048
+
+
+@dataclass(frozen=True)
+class StartConfig:
+    """The initial prior.
+
+    Attributes:
+        kind: `mixture`, `gaussian`, `observation`, or `auto`: `mixture` where the corruption is
+            linear-Gaussian, else `observation`.
+        components: Candidates for the number of components; 1 is always tried.
+        ranks: Candidates for the rank of the low-rank part.
+        items: At most this many training observations are used.
+        iterations: At most this many EM iterations per fit.
+        tolerance: A fit ends when the validation log likelihood has not risen by this for 10 iterations.
+        ridge: Pseudo-observations that regularise each component; 0 is maximum likelihood.
+    """
+
+    kind: str = "auto"
+    components: tuple[int, ...] = (1, 2, 4)
+    ranks: tuple[int, ...] = (8, 16)
+    items: int = 16384
+    iterations: int = 200
+    tolerance: float = 1e-3
+    ridge: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("auto", "mixture", "gaussian", "observation"):
+            raise DiffemError(f"start.kind: must be auto, mixture, gaussian or observation, got {self.kind!r}")
+        if not self.ranks or min(self.ranks) < 0:
+            raise DiffemError("start.ranks: give at least one rank >= 0")
+
+    def resolve(self, corruption: Corruption) -> str:
+        """The kind for this corruption."""
+        linear = isinstance(corruption, LinearCorruption)
+        if self.kind == "auto":
+            return "mixture" if linear else "observation"
+        if not linear and self.kind != "observation":
+            raise DiffemError(f"start.kind: {self.kind} needs a linear-Gaussian corruption; use observation")
+        return self.kind
+
+
+Batches = Callable[[], Iterator[Likelihood]]
+
+
+def fit(
+    config: StartConfig,
+    observations: Observations,
+    train: np.ndarray,
+    corruption: LinearCorruption,
+    scaling: tuple[float, float],
+    seed: int,
+    progress: Callable[[str], None] = lambda text: None,
+) -> tuple[Mixture, dict]:
+    """The mixture prior in model units and a record of the candidates.
+
+    Arguments:
+        config: See :class:`StartConfig`.
+        observations: The observations.
+        train: Indices of the training ones; no others are read.
+        corruption: The corruption in model units.
+        scaling: (centre, half) of the model units.
+        seed: Seed of the run.
+        progress: Told in words what is being fitted.
+    """
+    generator = seeding.generator(seed, 0, "start")
+    order = train[torch.randperm(len(train), generator=generator).numpy()[: config.items]]
+    cut = max(1, round(VALIDATION * len(order)))
+    dtype = torch.float64 if math.prod(observations.shape) <= 32 else torch.float32
+
+    def batches(indices: np.ndarray) -> Batches:
+        def generate() -> Iterator[Likelihood]:
+            for chunk in observations.chunks(np.sort(indices), BATCH):
+                y, params = observations.batch(chunk)
+                y = corruption.scale_y(y, params, *scaling)
+                yield corruption.likelihood(y.to(dtype), params)
+
+        return generate
+
+    fitting, validating = batches(order[cut:]), batches(order[:cut])
+    features = math.prod(observations.shape)
+    best: tuple[float, Mixture] | None = None
+    record = []
+    components = (1,) if config.resolve(corruption) == "gaussian" else sorted({1, *config.components})
+    for rank in sorted({min(r, features - 1) for r in config.ranks}):
+        single: Mixture | None = None
+        for count in components:
+            progress(f"start: {count} component(s) of rank {rank}")
+            initial = (
+                _single(next(fitting()), rank, features, generator)
+                if single is None
+                else _spread(single, count, next(fitting()), generator)
+            )
+            mixture, likelihood, iterations = _converge(initial, fitting, validating, config)
+            single = single or mixture
+            record.append({"components": count, "rank": rank, "log_likelihood": likelihood, "iterations": iterations})
+            if best is None or likelihood > best[0]:
+                best = likelihood, mixture
+    assert best is not None
+    chosen = best[1].to(torch.float32)
+    return chosen, {"components": chosen.components, "rank": chosen.rank, "candidates": record}
+
+
+def _mean_log_likelihood(mixture: Mixture, batches: Batches) -> float:
+    values = torch.cat([mixture.posterior(b).log_evidence for b in batches()])
+    return values.double().mean().item()
+
+
+def _converge(
+    mixture: Mixture, fitting: Batches, validating: Batches, config: StartConfig
+) -> tuple[Mixture, float, int]:
+    best, reference, waited, iteration = (-math.inf, mixture), -math.inf, 0, 0
+    for iteration in range(config.iterations + 1):
+        value = _mean_log_likelihood(mixture, validating)
+        if value > best[0]:
+            best = value, mixture
+        waited = 0 if value > reference + config.tolerance else waited + 1
+        reference = max(reference, value)
+        if waited >= 10 or iteration == config.iterations:
+            break
+        mixture, _ = em_step(mixture, fitting(), ridge=config.ridge)
+    return best[1], best[0], iteration
+
+
+def _single(likelihood: Likelihood, rank: int, features: int, generator: torch.Generator) -> Mixture:
+    """A first Gaussian: the mean and the variance of what was seen, random factors."""
+    if isinstance(likelihood, Diagonal):
+        seen = likelihood.precision > 0
+        z = torch.where(seen, likelihood.z, 0.0)
+        mean = z.sum(0) / seen.sum(0).clamp(min=1)
+        variance = torch.where(seen, (z - mean).square(), 0.0).sum() / seen.sum().clamp(min=1)
+        basis = likelihood.basis
+    else:
+        mean = torch.zeros(features).to(likelihood.y)
+        variance = likelihood.y.square().mean() * features / likelihood.matrix.square().sum(-1).mean() / features
+        basis = None
+    half = 0.5 * variance.clamp(min=1e-3)
+    factor = torch.randn(1, features, rank, generator=generator).to(mean) * (half / max(rank, 1)).sqrt()
+    return Mixture(torch.zeros(1).to(mean), mean[None], factor, half.expand(1, features), basis)
+
+
+def _spread(single: Mixture, count: int, likelihood: Likelihood, generator: torch.Generator) -> Mixture:
+    """Components around reconstructions that the single Gaussian draws."""
+    posterior = single.posterior(likelihood)
+    n, width = len(posterior.mean), single.rank + single.features
+    uniform = torch.rand(n, generator=generator)
+    normal = torch.randn(n, width, generator=generator)
+    draws = posterior.draw(uniform, normal)
+    if single.basis is not None:
+        draws = single.basis.analyse(draws)
+    mean = draws[torch.randperm(n, generator=generator)[torch.arange(count) % n]]
+    return Mixture(
+        torch.full((count,), -math.log(count)).to(mean),
+        mean,
+        0.7 * single.factor.expand(count, -1, -1),
+        0.5 * single.variance.expand(count, -1),
+        single.basis,
+    )
