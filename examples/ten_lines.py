@@ -16,4 +16,6 @@ y = corruption.apply(x, params, torch.Generator().manual_seed(1))
 observations = Observations(y.numpy(), corruption, {"mask": params["mask"].numpy()}, range=(0, 16))
 for row in DiffEM(load("demo"), observations, "runs/ten-lines").iterate():
     print(row["iteration"], row["accepted"], row["score"], row["ratio"])
-draws = from_pretrained("runs/ten-lines/posterior").sample(*observations.batch(range(8)), item_seeds(0, 0, "user", range(8)))
+draws = from_pretrained("runs/ten-lines/posterior").sample(
+    *observations.batch(range(8)), item_seeds(0, 0, "user", range(8))
+)

@@ -269,8 +269,10 @@ def covariance(mixture: Mixture) -> torch.Tensor:
     return mixture.factor[0] @ mixture.factor[0].T + mixture.variance[0].diag()
 
 
-def diffusion(corruption, steps: int, dispersion: float, scaling=(0.0, 1.0)) -> DiffusionPosterior:
-    denoiser = Denoiser(corruption.scaled(*scaling), (6,), DenoiserConfig(precondition="start"), NETWORK, gaussian())
+def diffusion(corruption, steps: int, dispersion: float, scaling=(0.0, 1.0), start=None) -> DiffusionPosterior:
+    denoiser = Denoiser(
+        corruption.scaled(*scaling), (6,), DenoiserConfig(precondition="start"), NETWORK, start or gaussian()
+    )
     return DiffusionPosterior(
         corruption, (6,), scaling, denoiser.eval(), SamplerConfig(steps=steps), NETWORK, dispersion=dispersion
     )
@@ -313,11 +315,16 @@ def test_plain_ddpm_loses_variance(case):
 
 @pytest.mark.parametrize("case", [0, 1])
 def test_sampler_draws_the_prior(case):
-    sampler = diffusion(CASES[case][0], steps=16, dispersion=1.0)
+    # S is diagonal here, so the variances are right to the extent that entries are uncorrelated.
+    prior = gaussian()
+    prior = Mixture(prior.log_weights, prior.mean, 0.4 * prior.factor, 4 * prior.variance, None)
+    sampler = diffusion(CASES[case][0], steps=16, dispersion=1.0, start=prior)
     draws = sampler.sample_prior(seeding.item_seeds(0, 0, "prior", torch.arange(6000)))
-    variance = covariance(gaussian()).diag()
-    assert ((draws.mean(0) - gaussian().mean[0]).abs() < 0.06 * variance.sqrt()).all()
-    np.testing.assert_allclose(draws.var(0), variance, rtol=0.07)
+    variance = covariance(prior).diag()
+    assert ((draws.mean(0) - prior.mean[0]).abs() < 0.06 * variance.sqrt()).all()
+    np.testing.assert_allclose(draws.var(0), variance, rtol=0.08)
+    sampler.dispersion = 0.0
+    assert (sampler.sample_prior(seeding.item_seeds(0, 0, "prior", torch.arange(6000))).var(0) < 0.9 * variance).all()
 
 
 @pytest.mark.parametrize("kind", ["observation", "mixture", "diffusion"])

@@ -168,7 +168,7 @@ def test_chunks_cover_all_in_order():
     assert [c.tolist() for c in observations.chunks(np.array([7, 3, 9]), size=2)] == [[7, 3], [9]]
 
 
-@pytest.mark.parametrize(("n", "held_out"), [(2, 1), (9, 1), (20, 2), (1003, 100)])
+@pytest.mark.parametrize(("n", "held_out"), [(4, 2), (9, 2), (20, 2), (1003, 100)])
 def test_split(n, held_out):
     observations = Observations(np.zeros((n, 1)), GaussianNoise(0.1))
     train, held = observations.split(5)
@@ -395,7 +395,9 @@ def test_not_finite_where_observed(value, item):
 
 def test_too_few_to_split():
     observations = Observations(np.zeros((1, 3)), GaussianNoise(0.1), source="here")
-    assert error(observations.split, 0) == ("here: 1 observation(s) are too few: a tenth is held out, the rest trains")
+    assert error(observations.split, 0) == (
+        "here: 1 observation(s) are too few: a tenth, and at least two, are held out, the rest trains"
+    )
 
 
 class Bomb:

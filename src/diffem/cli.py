@@ -101,7 +101,9 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; the exit status is 0, or 2 after an error of the user's that is said on one line."""
     try:
-        arguments, rest = _parser().parse_known_args(argv)
+        words, settings = _separate(sys.argv[1:] if argv is None else argv)
+        arguments, rest = _parser().parse_known_args(words)
+        rest = [*rest, *settings]
         if rest and arguments.command != "train":
             raise DiffemError(f"diffem {arguments.command}: unknown argument {rest[0]}")
         {
@@ -122,6 +124,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("diffem: stopped; run the same command to go on", file=sys.stderr)
         return 130
     return 0
+
+
+def _separate(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The words for argparse, and `--section.field value`, whose value it would take for the preset."""
+    words, settings, left = [], [], list(argv)
+    while left:
+        word = left.pop(0)
+        setting = word.startswith("--") and "." in word.partition("=")[0]
+        (settings if setting else words).append(word)
+        if setting and "=" not in word and left and not left[0].startswith("--"):
+            settings.append(left.pop(0))
+    return words, settings
 
 
 def _overrides(rest: Sequence[str]) -> list[tuple[str, str]]:

@@ -162,13 +162,22 @@ def load(preset: str | None = None, overrides: Sequence[tuple[str, str]] = ()) -
         if preset in presets():
             values = yaml.safe_load(file.read_text())
         elif Path(preset).is_file():
-            values = yaml.safe_load(Path(preset).read_text()) or {}
+            values = _yaml(Path(preset).read_text(), preset) or {}
+            if not isinstance(values, dict) or not all(isinstance(v, dict | None) for v in values.values()):
+                raise DiffemError(f"{preset}: must hold sections of `field: value` lines")
         else:
             raise DiffemError(f"{preset}: unknown preset;{suggest(preset, presets())}")
     for key, text in overrides:
         section, _, name = key.partition(".")
-        values.setdefault(section, {})[name] = yaml.safe_load(text)
+        values[section] = {**(values.get(section) or {}), name: _yaml(text, f"--{key}")}
     return from_dict(values, source)
+
+
+def _yaml(text: str, where: str) -> typing.Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise DiffemError(f"{where}: is not YAML: {str(error).splitlines()[0]}") from None
 
 
 def from_dict(values: Mapping, source: str = "configuration") -> Config:

@@ -237,6 +237,10 @@ class DiffEM:
 
     def _build(self, start: Mixture | None) -> None:
         self.model_corruption = self.corruption.scaled(*self.scaling)
+        if start is not None:  # memory laid out as after a resume: strides change the rounding of products
+            start = Mixture(
+                *(v.clone(memory_format=torch.contiguous_format) for v in start.tensors.values()), basis=start.basis
+            )
         make = lambda: Denoiser(self.model_corruption, self.shape, self.config.denoiser, self.config.network, start)  # noqa: E731
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seeding.fold(self.seed, 0) >> 1)

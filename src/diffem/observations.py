@@ -145,10 +145,10 @@ class Observations:
     def split(self, seed: int) -> tuple[np.ndarray, np.ndarray]:
         """Indices of the training and of the held-out observations, each ascending."""
         order = torch.randperm(len(self), generator=seeding.generator(seed, 0, "split")).numpy()
-        held = max(1, round(HELD_OUT * len(self)))
-        if held >= len(self):
+        held = max(2, round(HELD_OUT * len(self)))  # one alone has no standard error
+        if 2 * held > len(self):
             raise DiffemError(
-                f"{self.source}: {len(self)} observation(s) are too few: a tenth is held out, the rest trains"
+                f"{self.source}: {len(self)} observation(s) are too few: a tenth, and at least two, are held out, the rest trains"
             )
         return np.sort(order[held:]), np.sort(order[:held])
 

@@ -41,7 +41,7 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         file = self.folder / "config.yaml"
         wanted = {**config.to_dict(), "facts": facts}
-        if file.exists():
+        if file.exists() and (self.folder / "checkpoint.safetensors").exists():
             present = yaml.safe_load(file.read_text())
             changed = _difference(present, wanted) if isinstance(present, dict) else "config.yaml"
             if changed:
@@ -50,7 +50,7 @@ class Run:
                 )
         else:
             foreign = [p.name for p in self.folder.iterdir() if p.name != "observations"]
-            if foreign:
+            if foreign and not file.exists():  # a run that failed before its first checkpoint starts again
                 raise DiffemError(
                     f"{self.folder}: holds {foreign[0]} but no config.yaml, so it is not a run; use an empty --out"
                 )
