@@ -396,3 +396,18 @@ def test_score_of_a_calibrated_sampler(case):
     assert narrow.ratio < 0.8
     delta, error = narrow.difference(right)
     assert delta > 3 * error
+
+
+def test_refresh_replaces_its_fraction_and_keeps_the_rest(whole, tmp_path):
+    em = DiffEM(settings(), observations(), whole)
+    list(em.iterate())
+    sampler, shape = from_pretrained(whole / "posterior"), (60, *SHAPE)
+    full, part = (np.lib.format.open_memmap(tmp_path / f"{n}.npy", "w+", np.float32, shape) for n in ("full", "part"))
+    before = np.array(em.run.array("reconstructions"))
+    assert em._reconstruct(sampler, full, iteration=9) == 60
+    em.config = settings(em={**SETTINGS["em"], "refresh": 0.5})
+    drawn = em._reconstruct(sampler, part, iteration=9)
+    fresh = ~(part == before).all((1, 2, 3))
+    assert drawn == fresh.sum()
+    assert abs(drawn - 30) < 4 * math.sqrt(15)
+    np.testing.assert_allclose(part[fresh], full[fresh], atol=1e-5)

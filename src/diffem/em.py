@@ -178,11 +178,11 @@ class DiffEM:
         sampler = self._sampler()
         self._measure(sampler)
         x = self.run.array("next", (len(self.observations), *self.shape))
-        self._reconstruct(sampler, x, self.iteration)
+        drawn = self._reconstruct(sampler, x, self.iteration)
+        self.evaluations += drawn * (self.config.sampler.steps + 1)
         current = self._score(sampler)
         delta, error = current.difference(self.best)
         accepted = delta <= self.config.em.gate * error
-        self.evaluations += len(self.observations) * (self.config.sampler.steps + 1)
         self.row = {
             "iteration": self.iteration,
             "accepted": accepted,
@@ -307,20 +307,24 @@ class DiffEM:
         y, params = self._corrupt_again(x, seeding.generator(self.seed, self.iteration, "e_step"))
         sampler.measure(x, y, params, seeding.item_seeds(self.seed, self.iteration, "score", rows))
 
-    def _reconstruct(self, sampler: PosteriorSampler, out: np.memmap, iteration: int) -> None:
+    def _reconstruct(self, sampler: PosteriorSampler, out: np.memmap, iteration: int) -> int:
+        """Draws reconstructions into `out`; returns how many were drawn, not kept (em.refresh)."""
         before = self.run.array("reconstructions") if iteration and self.config.em.refresh < 1 else None
-        done = 0
+        done = drawn = 0
         for chunk in self.observations.chunks(size=self.config.e_step.batch):
-            y, params = self.observations.batch(chunk)
             seeds = seeding.item_seeds(self.seed, iteration, "e_step", chunk)
-            x = sampler.sample(y, params, seeds)
+            fresh = np.ones(len(chunk), dtype=bool)
             if before is not None:
-                keep = seeding.uniform(seeds, stream=20_000) >= self.config.em.refresh
-                x[keep] = torch.from_numpy(before[chunk])[keep]
-            out[chunk[0] : chunk[-1] + 1] = x.numpy()
+                fresh = (seeding.uniform(seeds, stream=20_000) < self.config.em.refresh).numpy()
+                out[chunk[~fresh]] = before[chunk[~fresh]]
+            if fresh.any():
+                y, params = self.observations.batch(chunk[fresh])
+                out[chunk[fresh]] = sampler.sample(y, params, seeds[fresh]).numpy()
+            drawn += int(fresh.sum())
             done += len(chunk)
             self.progress(f"iteration {iteration}, E-step", done, len(self.observations))
         out.flush()  # the memory map is complete before a checkpoint says so
+        return drawn
 
     def _score(self, sampler: PosteriorSampler) -> Score:
         config = self.config.em

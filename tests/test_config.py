@@ -1,0 +1,67 @@
+"""Presets load, and hold the paper's settings where they claim to; the tiny runs use files in the real layouts."""
+
+from __future__ import annotations
+
+import pickle
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffem import cli, config
+from diffem.corruptions import from_config
+
+TINY = ["--network.channels", "[8,8]", "--network.blocks", "[1,1]", "--network.attention", "[1]", "--network.heads", "2", "--network.embedding", "16", "--start.ranks", "[2]", "--start.iterations", "2", "--sampler.steps", "2", "--em.iterations", "1", "--em.score_items", "2", "--m_step.steps", "2", "--m_step.first_steps", "2", "--m_step.batch", "4"]
+
+
+@pytest.mark.parametrize("name", config.presets())
+def test_presets_load_and_name_a_corruption(name):
+    preset = config.load(name)
+    assert preset.to_dict() == config.from_dict(preset.to_dict()).to_dict()
+    assert from_config(preset.data.corruption).config["name"] == preset.data.corruption["name"]
+
+
+@pytest.mark.parametrize(("name", "rate"), [("cifar10-mask75", 0.75), ("cifar10-mask90", 0.9)])
+def test_cifar_presets_are_those_of_the_paper(name, rate):
+    preset = config.load(name)
+    assert preset.data.corruption["rate"] == rate
+    assert preset.network.channels == (128, 256, 384)
+    assert (preset.sampler.steps, preset.m_step.batch, preset.m_step.learning_rate) == (256, 256, 2e-4)
+    assert (preset.em.iterations, preset.denoiser.precondition) == (21, "plain")
+
+
+def test_dispersion_is_sharp_first_and_calibrated_last():
+    e_step = config.EStepConfig(sharp=0.5, dispersion_first=0.2)
+    values = [e_step.dispersion(k, 11) for k in range(1, 12)]
+    assert values[:6] == [0.2] * 6
+    assert values == sorted(values)
+    assert values[-3:] == [1.0] * 3
+
+
+@pytest.mark.parametrize("name", [n for n in config.presets() if n.startswith("cifar10")])
+def test_cifar_presets_run(name, tmp_path):
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for k in range(1, 6):
+        batch = {b"data": rng.integers(0, 256, (8, 3072), np.uint8), b"labels": [0] * 8}
+        (folder / f"data_batch_{k}").write_bytes(pickle.dumps(batch))
+    assert (
+        cli.main(["train", name, "--root", str(tmp_path), "--out", str(tmp_path / "run"), "--allow-unobserved", *TINY])
+        == 0
+    )
+    assert (tmp_path / "run" / "report.html").exists()
+
+
+@pytest.mark.parametrize("name", [n for n in config.presets() if n.startswith("celeba")])
+def test_celeba_presets_run(name, tmp_path):
+    folder = tmp_path / "celeba" / "img_align_celeba"
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for k in range(24):
+        Image.fromarray(rng.integers(0, 256, (218, 178, 3), np.uint8)).save(folder / f"{k:06d}.jpg")
+    assert (
+        cli.main(["train", name, "--root", str(tmp_path), "--out", str(tmp_path / "run"), "--allow-unobserved", *TINY])
+        == 0
+    )
+    assert (tmp_path / "run" / "posterior" / "model.safetensors").exists()
