@@ -11,7 +11,34 @@ from PIL import Image
 from diffem import cli, config
 from diffem.corruptions import from_config
 
-TINY = ["--network.channels", "[8,8]", "--network.blocks", "[1,1]", "--network.attention", "[1]", "--network.heads", "2", "--network.embedding", "16", "--start.ranks", "[2]", "--start.iterations", "2", "--sampler.steps", "2", "--em.iterations", "1", "--em.score_items", "2", "--m_step.steps", "2", "--m_step.first_steps", "2", "--m_step.batch", "4"]
+TINY = [
+    "--network.channels",
+    "[8,8]",
+    "--network.blocks",
+    "[1,1]",
+    "--network.attention",
+    "[1]",
+    "--network.heads",
+    "2",
+    "--network.embedding",
+    "16",
+    "--start.ranks",
+    "[2]",
+    "--start.iterations",
+    "2",
+    "--sampler.steps",
+    "2",
+    "--em.iterations",
+    "1",
+    "--em.score_items",
+    "2",
+    "--m_step.steps",
+    "2",
+    "--m_step.first_steps",
+    "2",
+    "--m_step.batch",
+    "4",
+]
 
 
 @pytest.mark.parametrize("name", config.presets())

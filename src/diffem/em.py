@@ -263,15 +263,12 @@ class DiffEM:
         return max(0.05, 1 - min(done, 1.0))
 
     def _settled(self, window: int = 200) -> bool:
-        """Whether the mean loss of the last `window` steps is within 1 % of that of the `window` before."""
-        if self.step < 2 * window or self.step % window:
+        """Whether the loss fell by less than 1 % between the last two windows, after having fallen at all."""
+        if self.step < max(2 * window, self.config.m_step.steps) or self.step % window:
             return False
-        before, after = np.mean(self.window[-2 * window : -window]), np.mean(self.window[-window:])
-        return bool(after > 0.99 * before and self.step >= self.config.m_step.steps and before < self.window_start())
-
-    def window_start(self) -> float:
-        """The mean loss of the first 50 steps: a loss that has not moved at all has not settled."""
-        return 0.97 * float(np.mean(self.window[:50]))
+        first = float(np.mean(self.window[:50]))
+        before, after = float(np.mean(self.window[-2 * window : -window])), float(np.mean(self.window[-window:]))
+        return 0.99 * before < after and before < 0.97 * first
 
     def _corrupt_again(self, x: Tensor, generator: torch.Generator) -> tuple[Tensor, Params]:
         """Fresh observations of reconstructions, a part of them thinned."""
