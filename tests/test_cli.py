@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
+from diffem import seeding
 from diffem.cli import main
+from diffem.em import DiffEM
+from diffem.evaluation import as_text
+from diffem.observations import Observations
+from diffem.posteriors import from_pretrained
 
 TINY = [
     "--em.iterations",
@@ -38,14 +46,18 @@ TINY = [
     "--network.depth=1",
     "--network.embedding",
     "16",
+    "--prior.steps",
+    "3",
+    "--prior.sampler_steps",
+    "3",
 ]
 N, SHAPE = 60, (1, 4, 4)
 
 
-def clean() -> np.ndarray:
+def clean(n: int = N) -> np.ndarray:
     rng = np.random.default_rng(0)
-    x = rng.normal(size=(N, 2)) @ rng.normal(size=(2, 16)) + 0.1 * rng.normal(size=(N, 16))
-    return x.reshape(N, *SHAPE).astype(np.float32)
+    x = rng.normal(size=(n, 2)) @ rng.normal(size=(2, 16)) + 0.1 * rng.normal(size=(n, 16))
+    return x.reshape(n, *SHAPE).astype(np.float32)
 
 
 def write(folder: Path, y: np.ndarray, mask: np.ndarray, **config) -> Path:
@@ -58,8 +70,8 @@ def write(folder: Path, y: np.ndarray, mask: np.ndarray, **config) -> Path:
     return folder
 
 
-def random_mask() -> np.ndarray:
-    return np.random.default_rng(1).random((N, *SHAPE)) > 0.5
+def random_mask(n: int = N) -> np.ndarray:
+    return np.random.default_rng(1).random((n, *SHAPE)) > 0.5
 
 
 def snapshot(folder: Path) -> dict:
@@ -207,10 +219,16 @@ def test_corrupt_to_report(here, capsys):
 
     capsys.readouterr()
     assert main(["evaluate", "run", "--reference", "clean.npy", "--json"]) == 0
-    result = json.loads(capsys.readouterr().out)
-    assert result["items"] == N
-    assert result["psnr"] > 5
-    assert np.isfinite(result["energy_distance"])
+    table = json.loads(capsys.readouterr().out)
+    assert list(table) == ["reconstructions", "prior"]  # RUN/observations is not there
+    assert table["reconstructions"]["psnr"] > 5
+    assert main(["evaluate", "run", "--reference", "clean.npy", "--observations", "obs", "--json"]) == 0
+    more = json.loads(capsys.readouterr().out)
+    assert list(more) == ["start", "reconstructions", "prior"]
+    assert more["prior"] == table["prior"]
+    assert more["reconstructions"] == {**table["reconstructions"], "residual": more["reconstructions"]["residual"]}
+    assert main(["evaluate", "run", "--reference", "clean.npy", "--observations", "obs"]) == 0
+    assert capsys.readouterr().out == as_text(more) + "\n"
 
     (run / "report.html").unlink()
     assert main(["report", "run"]) == 0
@@ -224,6 +242,109 @@ def test_corrupt_to_report(here, capsys):
         "reconstruct run --observations obs --draws 0 --out rec",
     ):
         refused(here, capsys, *command.split())
+
+
+def test_device_precision_and_reference(here, capsys):
+    write(here / "obs", clean(), random_mask())
+    np.save("clean.npy", clean())
+    np.save("other.npy", clean()[:5])
+    (here / "text.npy").write_text("no array")
+    train = ["train", "--observations", "obs", "--out", "run", *TINY]
+    with pytest.raises(RuntimeError) as reason:
+        torch.device("gpu9")
+    device = f"diffem: --device: gpu9 cannot be used: {' '.join(str(reason.value).splitlines()[0].split())}\n"
+    precision = "diffem: --precision: must be auto, float32, bfloat16, got 'half'\n"
+    missing = "diffem: --reference: none.npy: no such file; it is a .npy of clean items\n"
+    assert refused(here, capsys, *train, "--device", "gpu9") == device
+    assert refused(here, capsys, *train, "--precision", "half") == precision
+    assert refused(here, capsys, *train, "--reference", "none.npy") == missing
+    assert refused(here, capsys, *train, "--reference", "other.npy") == (
+        "diffem: reference: shape (5, 1, 4, 4), but the reconstructions have (60, 1, 4, 4)\n"
+    )
+    assert main([*train, "--device", "cpu", "--precision", "float32", "--reference", "clean.npy"]) == 0
+    rows = [json.loads(line) for line in (here / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["reference"].keys() for row in rows] == [{"psnr", "energy_distance"}] * 2
+
+    cpu = ["--device", "cpu", "--precision", "float32"]
+    assert main(["sample", "run", "--n", "5", "--out", "x.npy", *cpu]) == 0
+    draws = from_pretrained("run/prior").sample_prior(seeding.item_seeds(0, 0, "prior", range(5)))
+    assert np.array_equal(np.load("x.npy"), draws.numpy())
+    assert main(["reconstruct", "run", "--observations", "obs", "--draws", "1", "--out", "rec", *cpu]) == 0
+    y, params = Observations.load("obs").batch(range(N))
+    draws = from_pretrained("run/posterior").sample(y, params, seeding.item_seeds(0, 0, "user", range(N)))
+    assert np.array_equal(np.load("rec/draws.npy")[:, 0], draws.numpy())
+    for command in (["sample", "run", "--out", "z.npy"], ["reconstruct", "run", "--observations", "obs", "--out", "z"]):
+        assert refused(here, capsys, *command, "--device", "gpu9") == device
+        assert refused(here, capsys, *command, "--precision", "half") == precision
+
+    assert main(["train", "--observations", "obs", "--out", "half", "--precision", "bfloat16", *TINY]) == 0
+    whole, half = (from_pretrained(here / name / "posterior") for name in ("run", "half"))
+    pairs = zip(whole.denoiser.network.parameters(), half.denoiser.network.parameters(), strict=True)
+    apart = max((a - b).abs().max().item() for a, b in pairs)
+    assert 0 < apart < 0.01
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate"])
+def test_reference_that_is_no_array(command, here, capsys):
+    write(here / "obs", clean(), random_mask())
+    assert main(["train", "--observations", "obs", "--out", "run", *TINY]) == 0
+    (here / "text.npy").write_text("no array")
+    (here / "empty.npy").write_text("")
+    argv = ["train", "--observations", "obs", "--out", "run", *TINY] if command == "train" else ["evaluate", "run"]
+    for name in ("text.npy", "empty.npy"):
+        line = refused(here, capsys, *argv, "--reference", name)
+        assert f"{name}: is not a complete .npy array: " in line
+
+
+LIMITED = """
+import resource, sys
+from diffem.cli import main
+resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))  # no file may grow beyond it, as on a full disk
+sys.exit(main({argv!r}))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs setrlimit")
+@pytest.mark.parametrize("fails", ["metrics.jsonl", "checkpoint.safetensors", "next.npy"])
+def test_full_disk(fails, here, capsys, monkeypatch):
+    n = 4000
+    write(here / "obs", clean(n), random_mask(n))
+    train = ["train", "--observations", "obs", *TINY, "--em.iterations", "2"]
+    m_step = DiffEM._m_step
+
+    def stop(self):
+        if self.state.iteration == 2:
+            raise KeyboardInterrupt
+        m_step(self)
+
+    assert main([*train, "--out", "whole"]) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(DiffEM, "_m_step", stop)
+        assert main([*train, "--out", "run"]) == 130
+    assert capsys.readouterr().err == "diffem: stopped; run the same command to go on\n"
+
+    run = here / "run"
+    size = (run / "checkpoint.safetensors").stat().st_size
+    limit = {"metrics.jsonl": 100, "checkpoint.safetensors": size - 1, "next.npy": 2 * size}[fails]
+    assert 100 < size < 2 * size < (run / "reconstructions.npy").stat().st_size
+    before = snapshot(run)
+    process = subprocess.run(
+        [sys.executable, "-c", LIMITED.format(limit=limit, argv=[*train, "--out", "run"])],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 2, process.stderr
+    after = snapshot(run)
+    changed = {name for name in before if before[name] != after.get(name)}
+    assert changed <= ({"checkpoint.safetensors"} if fails == "next.npy" else set())
+    assert process.stderr == f"diffem: run/{fails}: File too large\n"
+    assert not [name for name in after if name.endswith(".tmp")]  # they would fill the disk
+
+    assert main([*train, "--out", "run"]) == 0
+    for name in ("posterior/model.safetensors", "prior/model.safetensors", "reconstructions.npy"):
+        assert (run / name).read_bytes() == (here / "whole" / name).read_bytes(), name
+    assert snapshot(run).keys() == snapshot(here / "whole").keys()
 
 
 def test_black_box(here, capsys, monkeypatch):

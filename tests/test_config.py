@@ -12,6 +12,10 @@ from diffem import cli, config
 from diffem.corruptions import from_config
 
 TINY = [
+    "--prior.steps",
+    "2",
+    "--prior.sampler_steps",
+    "2",
     "--network.channels",
     "[8,8]",
     "--network.blocks",

@@ -13,11 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
+from diffem import cli, datasets, metrics, seeding, starts
 from diffem import config as configuration
 from diffem import em as em_module
-from diffem import seeding, starts
 from diffem.corruptions import GaussianNoise, RandomMask
 from diffem.denoisers import Denoiser, DenoiserConfig
 from diffem.diagnostics import Score, crps, score
@@ -41,7 +42,9 @@ SETTINGS = {
     "sampler": {"steps": 3},
     "start": {"components": [1], "ranks": [2], "iterations": 20},
     "network": {"kind": "mlp", "width": 16, "depth": 1, "embedding": 16},
+    "prior": {"steps": 5, "sampler_steps": 4},
 }
+UNET = {"kind": "unet", "channels": [8, 8], "blocks": [1, 1]}
 SHAPE = (1, 4, 4)
 NETWORK = NetworkConfig(kind="mlp", width=16, depth=1, embedding=16)
 
@@ -55,16 +58,20 @@ def one_thread():
 
 
 def settings(**sections) -> configuration.Config:
-    return configuration.from_dict({k: {**v, **sections.get(k, {})} for k, v in SETTINGS.items()})
+    return configuration.from_dict({k: {**SETTINGS.get(k, {}), **sections.get(k, {})} for k in SETTINGS | sections})
+
+
+def clean(n: int = 60) -> tuple[torch.Tensor, torch.Generator]:
+    """Items from a Gaussian of rank 2."""
+    generator = torch.Generator().manual_seed(0)
+    factor = torch.randn(2, 16, generator=generator)
+    x = torch.randn(n, 2, generator=generator) @ factor + 0.1 * torch.randn(n, 16, generator=generator)
+    return x.view(n, *SHAPE), generator
 
 
 def observations(n: int = 60, poison: np.ndarray | None = None) -> Observations:
-    """Masked items from a Gaussian of rank 2."""
-    generator = torch.Generator().manual_seed(0)
-    factor = torch.randn(2, 16, generator=generator)
-    x = (torch.randn(n, 2, generator=generator) @ factor + 0.1 * torch.randn(n, 16, generator=generator)).view(
-        n, *SHAPE
-    )
+    """They, masked."""
+    x, generator = clean(n)
     corruption = RandomMask(0.5, 0.05)
     params = corruption.draw(n, SHAPE, generator)
     y = corruption.apply(x, params, generator).numpy()
@@ -84,7 +91,7 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def run_and_die(out: str, where: str) -> None:
+def run_and_die(out: str, where: str, sections: dict) -> None:
     """Run by a process of its own."""
     torch.set_num_threads(1)
 
@@ -93,16 +100,18 @@ def run_and_die(out: str, where: str) -> None:
             assert done == 16
             die()
 
-    em = DiffEM(settings(), observations(), out, progress=progress)
+    em = DiffEM(settings(**sections), observations(), out, progress=progress)
     corrupt, save = em._corrupt_again, DiffusionPosterior.save_pretrained
 
     def corrupt_or_die(x, generator):
-        if where == "m_step" and (em.iteration, em.step) == (2, 3):
+        if (where, em.state.phase, em.state.iteration, em.state.step) == ("m_step", "m_step", 2, 3):
+            die()
+        if (where, em.state.phase, em.state.step) == ("prior", "prior", 3):
             die()
         return corrupt(x, generator)
 
     def save_or_die(self, folder):
-        if where == "commit" and em.iteration == 2:
+        if where == "commit" and em.state.iteration == 2:
             die()
         save(self, folder)
 
@@ -128,21 +137,39 @@ def whole(tmp_path_factory) -> Path:
 # --- a run and its resumption --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("where", ["m_step", "e_step", "commit"])
-def test_kill_nine(where, whole, tmp_path):
-    out = tmp_path / "run"
-    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_em; test_em.run_and_die({str(out)!r}, {where!r})"
+def start_and_die(out: Path, where: str, **sections) -> None:
+    arguments = f"{str(out)!r}, {where!r}, {sections!r}"
+    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_em; test_em.run_and_die({arguments})"
     process = subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
     )
     assert process.returncode == -signal.SIGKILL, process.stderr
-    assert len(bare(out)) == 2  # the start and the first iteration
-    assert (out / "next.npy").exists() == (where == "e_step")
-    train(out)
+
+
+def assert_same(out: Path, whole: Path) -> None:
     for name in ("posterior/model.safetensors", "prior/model.safetensors", "reconstructions.npy"):
         assert (out / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("where", ["m_step", "e_step", "commit", "prior"])
+def test_kill_nine(where, whole, tmp_path):
+    out = tmp_path / "run"
+    start_and_die(out, where)
+    assert len(bare(out)) == (4 if where == "prior" else 2)  # the start and the iterations that were finished
+    assert (out / "next.npy").exists() == (where == "e_step")
+    train(out)
+    assert_same(out, whole)
     assert bare(out) == bare(whole)
     assert not [p for p in out.rglob("*") if p.name == "next.npy" or p.suffix == ".tmp"]
+
+
+def test_kill_nine_of_a_unet(tmp_path):
+    train(tmp_path / "whole", network=UNET)
+    start_and_die(tmp_path / "run", "m_step", network=UNET)
+    assert len(bare(tmp_path / "run")) == 2
+    train(tmp_path / "run", network=UNET)
+    assert_same(tmp_path / "run", tmp_path / "whole")
+    assert bare(tmp_path / "run") == bare(tmp_path / "whole")
 
 
 def test_metrics_rows(whole):
@@ -189,6 +216,8 @@ def test_changed_configuration_is_refused(whole):
     )
     with pytest.raises(DiffemError, match=r"config\.yaml: facts\.observations differs from this run's;"):
         DiffEM(settings(), observations(50), whole)
+    with pytest.raises(DiffemError, match=r"config\.yaml: facts\.digest differs from this run's;"):
+        DiffEM(settings(), observations(poison=observations().split(0)[1][:1]), whole)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.999])
@@ -249,10 +278,204 @@ def test_gate_refuses_what_is_worse(tmp_path, monkeypatch):
     model = (tmp_path / "posterior" / "model.safetensors").read_bytes()
     assert [row["accepted"] for row in iterator] == [False] * 3
     assert [row["accepted"] for row in bare(tmp_path)] == [True, False, False, False]
-    assert json.loads((tmp_path / "posterior" / "config.json").read_text())["kind"] == "mixture"
-    assert (tmp_path / "posterior" / "model.safetensors").read_bytes() == model
+    for name in ("start", "posterior", "prior"):
+        assert json.loads((tmp_path / name / "config.json").read_text())["kind"] == "mixture"
+        assert (tmp_path / name / "model.safetensors").read_bytes() == model
+    assert em.state.phase == "done"
     assert (tmp_path / "reconstructions.npy").read_bytes() == before
     assert not (tmp_path / "next.npy").exists()
+
+
+# --- what trains: reconstructions of training observations, and nothing else ----------------------------
+
+
+def spy(monkeypatch) -> list[tuple[torch.Tensor, torch.Tensor, dict, float]]:
+    """The batches (clean, y, params, dropout) that reach the loss, in model units."""
+    batches, loss = [], Denoiser.loss
+
+    def listen(self, x, y, params, generator, dropout=0.0):
+        batches.append((x.clone(), y.clone(), params, dropout))
+        return loss(self, x, y, params, generator, dropout)
+
+    monkeypatch.setattr(Denoiser, "loss", listen)
+    return batches
+
+
+def model_units(out: Path, em: DiffEM, rows: np.ndarray) -> torch.Tensor:
+    centre, half = em.scaling
+    return (torch.from_numpy(np.load(out / "reconstructions.npy")[rows]) - centre) / half
+
+
+def among(x: torch.Tensor, items: torch.Tensor) -> torch.Tensor:
+    return (x[:, None] == items).flatten(2).all(2).any(1)
+
+
+def test_prior_trains_on_training_reconstructions(tmp_path, monkeypatch):
+    batches = spy(monkeypatch)
+    em = train(tmp_path, prior={"steps": 40})
+    batches = batches[-40:]
+    assert all(dropout == 1 for *_, dropout in batches)  # without observations
+    x = torch.cat([b[0] for b in batches])
+    assert among(x, model_units(tmp_path, em, em.train)).all()
+    assert among(model_units(tmp_path, em, em.train), x).float().mean() > 0.9
+    assert not among(model_units(tmp_path, em, em.held_out), x).any()
+    posterior, prior = (load_file(tmp_path / n / "model.safetensors") for n in ("posterior", "prior"))
+    assert any(not torch.equal(posterior[k], prior[k]) for k in prior if k.startswith("network."))
+    assert (len(posterior["residual"]), len(prior["residual"])) == (4, 5)  # steps of the two samplers, and one
+    about = json.loads((tmp_path / "prior.json").read_text())
+    assert (about["steps"], about["examples"]) == (40, 40 * 16)
+
+
+def test_joint_prior_is_the_posterior(tmp_path):
+    train(tmp_path, prior={"kind": "joint"})
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "prior" / name).read_bytes() == (tmp_path / "posterior" / name).read_bytes()
+    assert not (tmp_path / "prior.json").exists()
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_flip_mirrors_half_of_the_items(flip, tmp_path, monkeypatch):
+    batches = spy(monkeypatch)
+    em = DiffEM(
+        settings(em={"iterations": 1}, m_step={"first_steps": 40, "flip": flip, "thinned": 0.0}),
+        observations(),
+        tmp_path,
+    )
+    rows = em.iterate()
+    next(rows)
+    items = model_units(tmp_path, em, em.train)
+    next(rows)
+    x, y = (torch.cat([b[i] for b in batches]) for i in (0, 1))
+    same, mirrored = among(x, items), among(x, items.flip(-1))
+    assert (same ^ mirrored).all()
+    share = mirrored.float().mean()
+    assert abs(share - 0.5) < 4 * 0.5 / math.sqrt(len(x)) if flip else share == 0
+    seen = torch.cat([b[2]["mask"] for b in batches])
+    noise = em.model_corruption.config["noise"]
+    assert (x - y)[seen].square().mean().sqrt() == pytest.approx(noise, rel=0.05)  # mirrored before it is corrupted
+
+
+@pytest.mark.parametrize("what", ["poisoned", "deleted"])
+def test_clean_items_do_not_train(what, tmp_path, monkeypatch):
+    (tmp_path / "mine.yaml").write_text(
+        yaml.safe_dump(
+            {
+                **SETTINGS,
+                "data": {
+                    "source": "digits",
+                    "limit": 40,
+                    "corruption": {"name": "RandomMask", "rate": 0.5, "noise": 0.1},
+                },
+                "em": {"iterations": 2, "gate": 1e9, "score_draws": 2},
+            }
+        )
+    )
+    corrupt, touched = datasets.corrupt, []
+
+    def corrupt_and_touch(source, corruption, out, *rest, **options):
+        made = corrupt(source, corruption, out, *rest, **options)
+        file = Path(out) / "clean.npy"
+        assert len(np.load(file)) == 40
+        if Path(out).parent.name == "poisoned":
+            np.save(file, np.full_like(np.load(file), 1e6))
+        elif Path(out).parent.name == "deleted":
+            file.unlink()
+        touched.append(Path(out).parent.name)
+        return made
+
+    monkeypatch.setattr(datasets, "corrupt", corrupt_and_touch)
+    for name in ("whole", what):
+        assert (
+            cli.main(["train", str(tmp_path / "mine.yaml"), "--out", str(tmp_path / name), "--allow-unobserved"]) == 0
+        )
+    assert touched == ["whole", what]
+    assert_same(tmp_path / what, tmp_path / "whole")
+    assert bare(tmp_path / what) == bare(tmp_path / "whole")
+
+
+def test_reference_is_only_measured(whole, tmp_path):
+    x = clean()[0]
+    em = DiffEM(settings(), observations(), tmp_path / "run", reference=x.numpy())
+    rows = list(em.iterate())
+    assert all(row["reference"].keys() == {"psnr", "energy_distance"} for row in rows)
+    assert_same(tmp_path / "run", whole)
+    assert [{k: v for k, v in row.items() if k != "reference"} for row in bare(tmp_path / "run")] == bare(whole)
+    centre, half = em.scaling
+    last, truth = model_units(tmp_path / "run", em, np.arange(60)), (x - centre) / half
+    assert rows[-1]["reference"]["psnr"] == pytest.approx(
+        -10 * math.log10((last - truth).square().mean() / 4), rel=1e-5
+    )
+    assert rows[-1]["reference"]["energy_distance"] == pytest.approx(metrics.energy_distance(last, truth), rel=1e-5)
+    with pytest.raises(DiffemError) as caught:
+        DiffEM(settings(), observations(), tmp_path / "other", reference=x[1:].numpy())
+    assert str(caught.value) == "reference: shape (59, 1, 4, 4), but the reconstructions have (60, 1, 4, 4)"
+    assert not (tmp_path / "other").exists()
+
+
+# --- the start from an earlier run ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("network", [{}, UNET], ids=["mlp", "unet"])
+def test_start_from_a_run(network, whole, tmp_path):
+    if network:
+        whole = tmp_path / "whole"
+        train(whole, network=network)
+    other = observations()
+    other.y = 3 * other.y + 1
+    em = train(tmp_path / "run", other, start={"kind": "run", "run": str(whole)}, em={"iterations": 0}, network=network)
+    earlier = from_pretrained(whole / "posterior")
+    assert isinstance(earlier, DiffusionPosterior)
+    assert em.scaling == earlier.scaling != other.scaling(em.train)
+    x = np.load(tmp_path / "run" / "reconstructions.npy")
+    for rows in other.chunks(size=16):
+        draws = earlier.sample(*other.batch(rows), seeding.item_seeds(0, 0, "e_step", rows))
+        assert np.array_equal(x[rows], draws.numpy())
+    theirs = earlier.denoiser.network.state_dict()
+    assert any(v.abs().max() > 0 for k, v in theirs.items() if "last" in k or "ascent" in k)
+    for ours in (em.trainer.denoiser, em.trainer.averaged):
+        assert ours.precondition == "start"
+        assert all(torch.equal(v, theirs[k]) for k, v in ours.network.state_dict().items())
+        assert all(torch.equal(v, earlier.denoiser.reference.tensors[k]) for k, v in ours.reference.tensors.items())
+    start, model = (load_file(p / "model.safetensors") for p in (tmp_path / "run" / "start", whole / "posterior"))
+    assert start.keys() == model.keys()
+    assert all(torch.equal(start[k], model[k]) for k in start)
+
+
+def test_start_from_a_run_resumes(whole, tmp_path):
+    start = {"kind": "run", "run": str(whole)}
+    train(tmp_path / "whole", start=start)
+    start_and_die(tmp_path / "run", "m_step", start=start)
+    train(tmp_path / "run", start=start)
+    assert_same(tmp_path / "run", tmp_path / "whole")
+    assert (tmp_path / "run" / "posterior" / "model.safetensors").read_bytes() != (
+        whole / "posterior" / "model.safetensors"
+    ).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("sections", "text"),
+    [
+        ({"network": {"width": 8}}, "start.run: its network is another one; use the same network section"),
+        (
+            {"denoiser": {"precondition": "fuse"}},
+            "start.run: its denoiser.precondition is start, this run's is fuse",
+        ),
+        (
+            {"denoiser": {"precondition": "plain"}},
+            "start.run: its denoiser.precondition is start, this run's is plain",
+        ),
+        (
+            {"start": {"run": "nowhere"}},
+            "nowhere/posterior/config.json: missing; nowhere/posterior is not a saved model",
+        ),
+    ],
+)
+def test_start_from_a_run_that_does_not_fit(sections, text, whole, tmp_path):
+    sections = {**sections, "start": {"kind": "run", "run": str(whole), **sections.get("start", {})}}
+    with pytest.raises(DiffemError) as caught:
+        train(tmp_path / "run", **sections)
+    assert str(caught.value) == text
+    assert not (tmp_path / "run" / "reconstructions.npy").exists()  # it is said before anything is drawn
 
 
 # --- the sampler, where the answer is known ------------------------------------------------------------

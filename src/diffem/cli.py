@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from diffem import __version__
 from diffem.errors import DiffemError
 
 _TRAIN_HELP = """
@@ -34,7 +36,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="diffem", description="Learn from corrupted observations: a posterior sampler and a prior.")
-    parser.add_argument("--version", action="version", version="diffem 0.1.0")
+    parser.add_argument("--version", action="version", version=f"diffem {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
 
     def add(name: str, text: str, **options: Any) -> argparse.ArgumentParser:
@@ -51,6 +53,10 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--corruption", metavar="MODULE:FUNCTION", help="a black box x -> y")
     train.add_argument("--root", metavar="DIR", help="where the clean data set of a benchmark preset lies")
     train.add_argument("--out", metavar="RUN", help="the run folder (default: runs/PRESET)")
+    train.add_argument(
+        "--reference", metavar="CLEAN", help="a .npy of clean items: distances are recorded, nothing else"
+    )
+    _add_device(train)
     train.add_argument("--allow-unobserved", action="store_true", help="go on although some entry is never observed")
 
     corrupt = add("corrupt", "Make observations from clean data (for benchmarks).")
@@ -76,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     reconstruct.add_argument("--observations", required=True, metavar="DIR")
     reconstruct.add_argument("--draws", type=int, default=8, metavar="M")
     reconstruct.add_argument("--seed", type=int, default=0)
+    _add_device(reconstruct)
     reconstruct.add_argument(
         "--out", required=True, metavar="DIR", help="gets draws.npy (N, M, ...), mean.npy, std.npy"
     )
@@ -84,6 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("run")
     sample.add_argument("--n", type=int, default=64)
     sample.add_argument("--seed", type=int, default=0)
+    _add_device(sample)
     sample.add_argument("--out", required=True, metavar="FILE", help="a .npy file")
 
     evaluate = add("evaluate", "Compare a run with clean data.")
@@ -91,11 +99,19 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--reference", required=True, metavar="CLEAN", help="a .npy of clean items, row i for observation i"
     )
+    evaluate.add_argument("--observations", metavar="DIR", help="what it was trained on (default: RUN/observations)")
     evaluate.add_argument("--json", action="store_true", help="print JSON")
 
     report = add("report", "Write report.html of a run again.")
     report.add_argument("run")
     return parser
+
+
+def _add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, mps, ...")
+    parser.add_argument(
+        "--precision", default="auto", help="auto (bfloat16 on a GPU, float32 elsewhere), float32, bfloat16"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -138,7 +154,7 @@ def _separate(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     return words, settings
 
 
-def _overrides(rest: Sequence[str]) -> list[tuple[str, str]]:
+def overrides(rest: Sequence[str]) -> list[tuple[str, str]]:
     pairs, words = [], list(rest)
     while words:
         word = words.pop(0)
@@ -155,12 +171,18 @@ def _overrides(rest: Sequence[str]) -> list[tuple[str, str]]:
 
 def _train(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     from diffem import config as configuration
-    from diffem import datasets, pictures, report
+    from diffem import datasets, devices, pictures, report
     from diffem.corruptions import from_config, from_function_path
     from diffem.em import DiffEM
-    from diffem.observations import Observations
+    from diffem.observations import Observations, open_array
 
-    config = configuration.load(arguments.preset, _overrides(rest))
+    config = configuration.load(arguments.preset, overrides(rest))
+    devices.choose(arguments.device, arguments.precision)
+    reference = None
+    if arguments.reference:
+        if not Path(arguments.reference).is_file():
+            raise DiffemError(f"--reference: {arguments.reference}: no such file; it is a .npy of clean items")
+        reference = open_array(Path(arguments.reference))
     if arguments.out is None and arguments.preset is None:
         raise DiffemError("diffem train: --out: give a run folder")
     out = Path(arguments.out or f"runs/{Path(arguments.preset).stem}")
@@ -183,8 +205,17 @@ def _train(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
             keep_clean=True,
         )
     observations = Observations.load(folder, box)
-    bar = _Bar()
-    em = DiffEM(config, observations, out, arguments.allow_unobserved, bar.update)
+    bar = ProgressBar()
+    em = DiffEM(
+        config,
+        observations,
+        out,
+        allow_unobserved=arguments.allow_unobserved,
+        progress=bar.update,
+        reference=reference,
+        device=arguments.device,
+        precision=arguments.precision,
+    )
     for row in em.iterate():
         bar.clear()
         ratio = "" if row["ratio"] is None else f", ratio {row['ratio']:.2f}"
@@ -199,7 +230,7 @@ def _train(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     print(f"report: {page}")
 
 
-class _Bar:
+class ProgressBar:
     """A progress bar with what is being done; silent where standard error is not a terminal."""
 
     def __init__(self) -> None:
@@ -243,21 +274,22 @@ def _corrupt(arguments: argparse.Namespace) -> None:
     print(f"{len(made)} observations of shape {tuple(made.y.shape[1:])} in {arguments.out}")
 
 
-def _model(run: str, name: str):
+def _model(run: str, name: str, device: str = "auto", precision: str = "auto"):
     from diffem.posteriors import from_pretrained
 
     if not (Path(run) / "config.yaml").exists():
         raise DiffemError(f"{run}: is not a run folder (no config.yaml)")
-    return from_pretrained(Path(run) / name)
+    return from_pretrained(Path(run) / name, device=device, precision=precision)
 
 
 def _reconstruct(arguments: argparse.Namespace) -> None:
     import numpy as np
 
+    from diffem import files
     from diffem.observations import Observations
     from diffem.pictures import draw_many
 
-    sampler = _model(arguments.run, "posterior")
+    sampler = _model(arguments.run, "posterior", arguments.device, arguments.precision)
     observations = Observations.load(
         arguments.observations, sampler.corruption if sampler.corruption.config["name"] == "BlackBox" else None
     )
@@ -273,7 +305,7 @@ def _reconstruct(arguments: argparse.Namespace) -> None:
     n = len(observations)
 
     def make(name: str, *extra: int) -> np.memmap:
-        return np.lib.format.open_memmap(temporary / f"{name}.npy", "w+", np.float32, (n, *extra, *sampler.shape))
+        return files.make_array(temporary / f"{name}.npy", (n, *extra, *sampler.shape))
 
     draws, mean, std = make("draws", arguments.draws), make("mean"), make("std")
     for rows in observations.chunks(size=256):
@@ -297,7 +329,7 @@ def _sample(arguments: argparse.Namespace) -> None:
 
     from diffem import seeding
 
-    prior = _model(arguments.run, "prior")
+    prior = _model(arguments.run, "prior", arguments.device, arguments.precision)
     rows = torch.arange(arguments.n)
     parts = [prior.sample_prior(seeding.item_seeds(arguments.seed, 0, "prior", chunk)) for chunk in rows.split(256)]
     stream = io.BytesIO()
@@ -309,25 +341,15 @@ def _sample(arguments: argparse.Namespace) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
-    import numpy as np
-    import torch
+    from diffem.evaluation import as_text, evaluate
+    from diffem.observations import Observations
 
-    from diffem import metrics
-
-    run = Path(arguments.run)
-    posterior = _model(arguments.run, "posterior")
-    reference = Path(arguments.reference)
-    if not reference.exists():
-        raise DiffemError(f"{reference}: no such file; --reference is a .npy of clean items")
-    clean = np.load(reference, mmap_mode="r", allow_pickle=False)
-    x = np.load(run / "reconstructions.npy", mmap_mode="r")
-    if clean.shape != x.shape:
-        raise DiffemError(f"{reference}: shape {clean.shape}, but the run has reconstructions of {x.shape}")
-    rows = np.arange(min(len(x), 4096))
-    centre, half = posterior.scaling
-    u, v = ((torch.from_numpy(np.array(a[rows], dtype=np.float32)) - centre) / half for a in (x, clean))
-    result = {"items": len(rows), "psnr": metrics.psnr(u, v, 2.0), "energy_distance": metrics.energy_distance(u, v)}
-    print(json.dumps(result) if arguments.json else "\n".join(f"{k:18s} {w:.4f}" for k, w in result.items()))
+    folder = Path(arguments.observations or Path(arguments.run) / "observations")
+    given = arguments.observations is not None or folder.exists()
+    box = None if not given or (folder / "corruption.yaml").exists() else _model(arguments.run, "posterior").corruption
+    table = evaluate(arguments.run, arguments.reference, Observations.load(folder, box) if given else None)
+    finite = {k: {name: v if math.isfinite(v) else None for name, v in column.items()} for k, column in table.items()}
+    print(json.dumps(finite) if arguments.json else as_text(table))
 
 
 def _report(run: Path) -> Path:

@@ -13,6 +13,7 @@ import yaml
 
 from diffem.denoisers import DenoiserConfig
 from diffem.errors import DiffemError, suggest
+from diffem.m_step import MStepConfig
 from diffem.networks import NetworkConfig
 from diffem.posteriors import SamplerConfig
 from diffem.starts import StartConfig
@@ -62,62 +63,53 @@ class EMConfig:
 
 @dataclass(frozen=True)
 class EStepConfig:
-    """The E-step.
+    """The E-step, and the dispersion of its draws over the run: sharp first, calibrated last.
 
     Attributes:
-        sharp: The fraction of the iterations at `dispersion_first`; the rest ramps to `dispersion_last`.
+        sharp: The fraction of the iterations at `dispersion_first`; then it rises, in half of what is left of
+            the run, to `dispersion_last`.
         dispersion_first: Share of the residual variance that is put back at first (0 is plain DDPM).
-        dispersion_last: The same at the last iteration (1 is calibrated).
+        dispersion_last: The same at the end (1 is calibrated where the prior is right).
+        correct: Divide the share, once it rises, by the calibration ratio of the iteration before (at most
+            halve or double it), so that a posterior that grew too narrow is widened faster than EM does.
         batch: Observations at a time.
     """
 
     sharp: float = 0.6
     dispersion_first: float = 0.0
     dispersion_last: float = 1.0
+    correct: bool = True
     batch: int = 256
 
-    def dispersion(self, iteration: int, iterations: int) -> float:
-        """The dispersion of iteration 1, 2, ..., `iterations`."""
+    def dispersion(self, iteration: int, iterations: int, ratio: float | None = None) -> float:
+        """The dispersion of iteration 1, 2, ..., `iterations`; `ratio` is that of the iteration before."""
         done = (iteration - 1) / max(iterations - 1, 1)
-        ramp = min(1.0, max(0.0, (done - self.sharp) / max(1 - self.sharp, 1e-9) * 2)) if self.sharp < 1 else 0.0
-        return self.dispersion_first + ramp * (self.dispersion_last - self.dispersion_first)
+        rise = min(1.0, max(0.0, (done - self.sharp) / max(1 - self.sharp, 1e-9) * 2)) if self.sharp < 1 else 0.0
+        wider = min(2.0, max(0.5, 1 / ratio)) if self.correct and ratio else 1.0
+        return self.dispersion_first + rise * (self.dispersion_last * wider - self.dispersion_first)
 
 
 @dataclass(frozen=True)
-class MStepConfig:
-    """The M-step.
+class PriorConfig:
+    """The prior that generates new data.
 
     Attributes:
-        steps: Optimiser steps per iteration.
-        first_steps: Steps of the first iteration at most; it ends earlier once the loss has settled.
-        batch: Items per step.
-        learning_rate: Of Adam.
-        schedule: `constant`, or `linear`: falls to a twentieth over all iterations.
-        weight_decay: Decoupled weight decay.
-        clip: The gradient's norm is clipped to this.
-        ema: Decay of the exponential moving average of the weights, which the E-step uses.
-        thinned: The fraction of the simulated observations that is thinned.
-        optimizer: `carry` or `reset` its state between iterations.
-        checkpoint: Steps between two checkpoints.
+        kind: `unconditional`: after the last iteration the denoiser goes on training without observations,
+            on the last reconstructions (the paper's separate model); `joint`: the posterior's own network,
+            its observation withheld.
+        steps: Optimiser steps of `unconditional`.
+        sampler_steps: Steps of its sampler.
     """
 
-    steps: int = 150
-    first_steps: int = 600
-    batch: int = 128
-    learning_rate: float = 1e-3
-    schedule: str = "linear"
-    weight_decay: float = 0.0
-    clip: float = 1.0
-    ema: float = 0.99
-    thinned: float = 0.5
-    optimizer: str = "carry"
-    checkpoint: int = 500
+    kind: str = "unconditional"
+    steps: int = 1000
+    sampler_steps: int = 64
 
     def __post_init__(self) -> None:
-        if self.schedule not in ("constant", "linear"):
-            raise DiffemError(f"m_step.schedule: must be constant or linear, got {self.schedule!r}")
-        if self.optimizer not in ("carry", "reset"):
-            raise DiffemError(f"m_step.optimizer: must be carry or reset, got {self.optimizer!r}")
+        if self.kind not in ("unconditional", "joint"):
+            raise DiffemError(f"prior.kind: must be unconditional or joint, got {self.kind!r}")
+        if self.steps < 1 or self.sampler_steps < 1:
+            raise DiffemError("prior.steps: must be at least 1, and so must prior.sampler_steps")
 
 
 @dataclass(frozen=True)
@@ -132,6 +124,7 @@ class Config:
     e_step: EStepConfig = field(default_factory=EStepConfig)
     m_step: MStepConfig = field(default_factory=MStepConfig)
     em: EMConfig = field(default_factory=EMConfig)
+    prior: PriorConfig = field(default_factory=PriorConfig)
 
     def to_dict(self) -> dict:
         """Plain lists, dictionaries and numbers, as config.yaml holds them."""

@@ -34,7 +34,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from diffem import seeding
+from diffem import files, seeding
 from diffem.corruptions import Corruption
 from diffem.errors import DiffemError, suggest
 from diffem.observations import CHUNK, Observations
@@ -148,9 +148,7 @@ def _simulate(data: CleanData, corruption: Corruption, seed: int, folder: Path) 
         for name, tensor in {"y": y, **params}.items():
             part = tensor.detach().cpu().numpy()
             if name not in arrays:
-                arrays[name] = np.lib.format.open_memmap(
-                    folder / f"{name}.npy", mode="w+", dtype=part.dtype, shape=(n, *part.shape[1:])
-                )
+                arrays[name] = files.make_array(folder / f"{name}.npy", (n, *part.shape[1:]), part.dtype)
             if part.shape[1:] != arrays[name].shape[1:]:
                 raise DiffemError(
                     f"corruption: {name} of item {start} has shape {part.shape[1:]} where the first items have {arrays[name].shape[1:]}"

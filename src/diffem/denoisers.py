@@ -88,6 +88,7 @@ class Denoiser(nn.Module):
     ) -> None:
         super().__init__()
         self.corruption, self.shape, self.config = corruption, tuple(shape), config
+        self.precision = torch.float32  # of the network's arithmetic; the reference posterior is always exact
         self.precondition = config.precondition
         if self.precondition == "auto":
             self.precondition = "plain" if start is None else "start"
@@ -148,7 +149,9 @@ class Denoiser(nn.Module):
             withheld = torch.zeros(len(x_t), dtype=torch.bool, device=x_t.device)
         with torch.no_grad():
             posterior, inputs = self._inputs(x_t, sigma, y, params, withheld)
-        return posterior, self.network(inputs, sigma.log()).flatten(1)
+        with torch.autocast(x_t.device.type, self.precision, enabled=self.precision != torch.float32):
+            f = self.network(inputs, sigma.log())
+        return posterior, f.flatten(1).to(x_t)
 
     def forward(self, x_t: Tensor, sigma: Tensor, y: Tensor, params: Params, withheld: Tensor | None = None) -> Tensor:
         """E[x | x_t, y], shape (B, *shape); arguments as in :meth:`predict`."""
@@ -165,13 +168,21 @@ class Denoiser(nn.Module):
             target = posterior.whiten(x.flatten(1) - posterior.mean).to(x)
         return target - f
 
-    def loss(self, x: Tensor, y: Tensor, params: Params, generator: torch.Generator) -> Tensor:
-        """The denoising loss of a batch of clean items and their observations, in model units."""
+    def loss(self, x: Tensor, y: Tensor, params: Params, generator: torch.Generator, dropout: float = 0.0) -> Tensor:
+        """The denoising loss of a batch of clean items and their observations, in model units.
+
+        Arguments:
+            x: Clean items, shape (B, *shape).
+            y: Their observations, shape (B, *y shape).
+            params: Operator parameters.
+            generator: Draws times, noise, and whose observation is withheld.
+            dropout: The fraction of the observations that is withheld.
+        """
         device = generator.device
         # by inversion: torch's Beta takes no generator
         time = _beta(len(x), self.config.time_alpha, self.config.time_beta, generator).to(x)
         noise = torch.randn(x.shape, generator=generator, device=device).to(x)
-        withheld = torch.rand(len(x), generator=generator, device=device).to(x.device) < self.config.observation_dropout
+        withheld = torch.rand(len(x), generator=generator, device=device).to(x.device) < dropout
         return self.residual(x, self.schedule.sigma(time), noise, y, params, withheld).square().mean()
 
 

@@ -5,6 +5,7 @@
         M-step: train the denoiser d(x_t, t, y) on (x_i, y'), with y' ~ Q(. | x_i) drawn anew at every step
         E-step: draw x_i ~ q_k(. | y_i) for every observation
         gate:   keep the iteration unless held-out observations say that it is worse
+    prior: train the denoiser without an observation, d(x_t, t), on the last reconstructions
 
 A refused iteration leaves reconstructions and saved models as they were; the network goes on training on
 the last accepted reconstructions. Held-out observations are reconstructed and scored, never trained on.
@@ -12,33 +13,55 @@ the last accepted reconstructions. Held-out observations are reconstructed and s
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from diffem import seeding, starts
+from diffem import devices, metrics, seeding, starts
 from diffem.config import Config
 from diffem.corruptions import LinearCorruption, Params
 from diffem.denoisers import Denoiser
 from diffem.diagnostics import Score, score
 from diffem.errors import DiffemError
+from diffem.m_step import Trainer
 from diffem.mixtures import Mixture
-from diffem.observations import Observations
+from diffem.observations import Observations, evenly
 from diffem.posteriors import (
     DiffusionPosterior,
     MixturePosterior,
     ObservationPosterior,
     PosteriorSampler,
+    from_pretrained,
     likelihood_basis,
 )
 from diffem.run import Run
 
 Progress = Callable[[str, int, int], None]
+MEASURED = 512  # held-out reconstructions that measure the residual variances
+COMPARED = 4096  # reconstructions that are compared with a clean reference, where there is one
+
+
+@dataclass
+class State:
+    """Where a run is: what a checkpoint holds beside tensors."""
+
+    iteration: int = 1
+    phase: str = "m_step"  # then e_step, commit, and m_step of the next iteration; at the end prior, done
+    step: int = 0  # of the optimiser, in this phase
+    loss_sum: float = 0.0
+    window: list[float] = field(default_factory=list)  # losses of the first M-step
+    examples: int = 0
+    evaluations: int = 0
+    seconds: float = 0.0
+    row: dict = field(default_factory=dict)  # of the iteration that waits for its commit
+    rows: list[dict] = field(default_factory=list)
 
 
 class DiffEM:
@@ -50,6 +73,10 @@ class DiffEM:
         out: The run folder; if it holds an unfinished run of the same configuration, that one goes on.
         allow_unobserved: Go on although some entry is in no observation.
         progress: Called with what is being done, how much is done, and of how much.
+        start: A posterior sampler to start from, instead of the one that the configuration names.
+        reference: Clean items, row i for observation i: distances to them are recorded, and decide nothing.
+        device: Where networks run; see :func:`diffem.devices.choose`.
+        precision: How precisely; likewise.
     """
 
     def __init__(
@@ -59,25 +86,44 @@ class DiffEM:
         out: str | os.PathLike[str],
         allow_unobserved: bool = False,
         progress: Progress = lambda what, done, total: None,
+        start: PosteriorSampler | None = None,
+        reference: np.ndarray | None = None,
+        device: str = "auto",
+        precision: str = "auto",
     ) -> None:
         self.config, self.observations, self.progress = config, observations, progress
         self.corruption, self.shape, self.seed = observations.corruption, observations.shape, config.em.seed
+        self.device, self.precision = devices.choose(device, precision)
         missing = [] if allow_unobserved else observations.unobserved()
         if missing:
             raise DiffemError(
                 f"{observations.source}: mask.npy: no observation shows entry {list(missing[0])}"
                 f"{f' and {len(missing) - 1} more' if len(missing) > 1 else ''}, so it cannot be learned; --allow-unobserved goes on"
             )
+        self.given_start, self.reference = start, reference
+        if reference is not None and tuple(reference.shape) != (len(observations), *self.shape):
+            raise DiffemError(
+                f"reference: shape {tuple(reference.shape)}, but the reconstructions have {(len(observations), *self.shape)}"
+            )
         self.train, self.held_out = observations.split(self.seed)
-        self.scaling = observations.scaling(self.train)
+        self.scaling = self._prior_run().scaling if config.start.kind == "run" else observations.scaling(self.train)
+        if start is not None:
+            self.scaling = start.scaling
+        self.model_corruption = self.corruption.scaled(*self.scaling)
         facts = {
             "observations": len(observations),
+            "digest": observations.digest(),
             "corruption": self.corruption.config,
             "shape": list(self.shape),
             "scaling": list(self.scaling),
         }
         self.run = Run(out, config, facts)
-        self.rows: list[dict] = []
+        self.state = State()
+
+    @property
+    def rows(self) -> list[dict]:
+        """The rows of metrics so far."""
+        return self.state.rows
 
     # --- the algorithm -------------------------------------------------------------------------------
 
@@ -88,186 +134,207 @@ class DiffEM:
             self._start()
         else:
             self._restore(*saved)
-        yield from self.rows
-        while self.iteration <= self.config.em.iterations:
-            self._clock = time.monotonic() - self.seconds
-            if self.phase == "m_step":
+        yield from self.state.rows
+        while self.state.phase not in ("prior", "done"):
+            self._clock = time.monotonic() - self.state.seconds
+            if self.state.phase == "m_step":
                 self._m_step()
-            if self.phase == "e_step":
+            if self.state.phase == "e_step":
                 self._e_step()
-            if self.phase == "commit":
+            if self.state.phase == "commit":
                 self._commit()
-            yield self.rows[-1]
+            yield self.state.rows[-1]
+        if self.state.phase == "prior":
+            self._clock = time.monotonic() - self.state.seconds
+            self._prior()
 
     def _start(self) -> None:
-        begun = time.monotonic()
+        self._clock = time.monotonic()
         sampler, about = self._initial_prior()
+        self._build(sampler)
         sampler.save_pretrained(self.run.folder / "start")
         sampler.save_pretrained(self.run.folder / "posterior")
-        if isinstance(sampler, MixturePosterior):
+        if not isinstance(sampler, ObservationPosterior):
             sampler.save_pretrained(self.run.folder / "prior")
         self.run.write("start.json", json.dumps(about, indent=2).encode())
         x = self.run.array("next", (len(self.observations), *self.shape))
         self._reconstruct(sampler, x, iteration=0)
         os.replace(self.run.folder / "next.npy", self.run.folder / "reconstructions.npy")
-        first = self._score(sampler)
-        self.best = self.first = first
-        self.iteration, self.phase, self.step, self.loss_sum = 1, "m_step", 0, 0.0
-        self.examples = self.evaluations = 0
-        self.row = {}
-        self._build(sampler.mixture if isinstance(sampler, MixturePosterior) else None)
-        self.seconds = time.monotonic() - begun
-        row = {
-            "iteration": 0,
-            "accepted": True,
-            "seconds": self.seconds,
-            "examples": 0,
-            "network_evaluations": 0,
-            "loss": None,
-        }
-        self.rows.append({**row, **self._judged(first, None), "dispersion": None})
-        self.seconds = 0.0
-        self.run.save_metrics(self.rows)
-        self._checkpoint()
+        self.best = self.first = self._score(sampler)
+        row = {"iteration": 0, "accepted": True, "seconds": self._seconds(), "examples": 0, "network_evaluations": 0}
+        row |= {"loss": None, **self._judged(self.first, None), "dispersion": None, **self._compared(x)}
+        self.state.rows.append(row)
+        self._next("m_step" if self.config.em.iterations else "done")
 
     def _m_step(self) -> None:
-        config, x = self.config.m_step, self.run.array("reconstructions")
-        target = config.first_steps if self.iteration == 1 else config.steps
-        if self.step == 0 and config.optimizer == "reset":
-            self.optimizer = self._adam()
-        self.network.train()
-        while self.step < target:
-            generator = seeding.generator(self.seed, self.iteration, "m_step", self.step)
-            torch.manual_seed(seeding.fold(self.seed, self.iteration, self.step) >> 1)  # dropout
-            rows = self.train[torch.randint(len(self.train), (config.batch,), generator=generator).numpy()]
-            clean = torch.from_numpy(x[rows])
-            y, params = self._corrupt_again(clean, generator)
-            centre, half = self.scaling
-            y = self.model_corruption.scale_y(y, params, centre, half)
-            loss = self.denoiser.loss((clean - centre) / half, y, params, generator)
-            if not torch.isfinite(loss):
-                raise DiffemError(
-                    f"m_step: the loss is {loss.item()} at iteration {self.iteration}, step {self.step}; lower m_step.learning_rate"
-                )
-            for group in self.optimizer.param_groups:
-                group["lr"] = config.learning_rate * self._decay()
-            self.optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(self.network.parameters(), config.clip)
-            self.optimizer.step()
-            self.updates += 1
-            rate = min(config.ema, (1 + self.updates) / (10 + self.updates))
-            for averaged, parameter in zip(self.average.parameters(), self.network.parameters(), strict=True):
-                averaged.lerp_(parameter.detach(), 1 - rate)
-            self.step += 1
-            self.loss_sum += loss.item()
-            self.window.append(loss.item())
-            self.progress(
-                f"iteration {self.iteration}, M-step: loss {self.loss_sum / self.step:.3f}", self.step, target
-            )
-            if self.iteration == 1 and self._settled():
-                break
-            if self.step % config.checkpoint == 0:
-                self._checkpoint()
-        self.examples += self.step * config.batch
-        self.evaluations += 3 * self.step * config.batch
-        self.phase = "e_step"
+        state, config = self.state, self.config.m_step
+        if state.step == 0 and config.optimizer == "reset":
+            self.trainer.reset_optimizer()
+        first = state.iteration == 1
+        self._train(config.first_steps if first else config.steps, self.config.denoiser.observation_dropout, first)
+        state.phase = "e_step"
         self._checkpoint()
 
     def _e_step(self) -> None:
-        sampler = self._sampler()
+        state = self.state
+        before = state.rows[-1]["ratio"]
+        sampler = self._sampler(self.config.e_step.dispersion(state.iteration, self.config.em.iterations, before))
         self._measure(sampler)
         x = self.run.array("next", (len(self.observations), *self.shape))
-        drawn = self._reconstruct(sampler, x, self.iteration)
-        self.evaluations += drawn * (self.config.sampler.steps + 1)
+        drawn = self._reconstruct(sampler, x, state.iteration)
         current = self._score(sampler)
         delta, error = current.difference(self.best)
-        accepted = delta <= self.config.em.gate * error
-        self.row = {
-            "iteration": self.iteration,
-            "accepted": accepted,
-            "seconds": time.monotonic() - self._clock,
-            "examples": self.examples,
-            "network_evaluations": self.evaluations,
-            "loss": self.loss_sum / self.step,
+        state.row = {
+            "iteration": state.iteration,
+            "accepted": delta <= self.config.em.gate * error,
+            "seconds": self._seconds(),
+            "examples": state.examples,
+            "network_evaluations": state.evaluations + drawn * (self.config.sampler.steps + 1),
+            "loss": state.loss_sum / state.step,
             **self._judged(current, (delta, error)),
             "dispersion": sampler.dispersion,
+            **self._compared(x),
         }
-        if accepted and delta < 0:
+        if state.row["accepted"] and delta < 0:
             self.best = current
-        self.residual, self.phase = sampler.residual, "commit"
+        self.residual, state.phase = sampler.residual, "commit"
         self._checkpoint()
 
     def _commit(self) -> None:
         # Every action here can be done twice: a run killed between two of them repeats the first.
-        if self.row["accepted"]:
-            following = self.run.folder / "next.npy"
-            if following.exists():
-                os.replace(following, self.run.folder / "reconstructions.npy")
-            sampler = self._sampler(self.row["dispersion"])
+        state, waiting = self.state, self.run.folder / "next.npy"
+        if state.row["accepted"]:
+            if waiting.exists():
+                os.replace(waiting, self.run.folder / "reconstructions.npy")
+            sampler = self._sampler(state.row["dispersion"])
             sampler.save_pretrained(self.run.folder / "posterior")
             sampler.save_pretrained(self.run.folder / "prior")
-        (self.run.folder / "next.npy").unlink(missing_ok=True)
-        if not self.rows or self.rows[-1]["iteration"] != self.row["iteration"]:
-            self.rows.append(self.row)
-        self.run.save_metrics(self.rows)
-        self.iteration, self.phase, self.step, self.loss_sum, self.window = self.iteration + 1, "m_step", 0, 0.0, []
-        self.examples = self.evaluations = 0
-        self.seconds = 0.0
-        self._clock = time.monotonic()
-        self._checkpoint()
+        waiting.unlink(missing_ok=True)
+        state.rows.append(state.row)
+        if state.iteration < self.config.em.iterations:
+            state.iteration += 1
+            self._next("m_step")
+        elif self.config.prior.kind == "unconditional" and any(row["accepted"] for row in state.rows[1:]):
+            self.trainer.restart_from_average()
+            self._next("prior")
+        else:
+            self._next("done")
+
+    def _prior(self) -> None:
+        state = self.state
+        self._train(self.config.prior.steps, dropout=1.0)
+        sampler = self._sampler(dispersion=1.0, steps=self.config.prior.sampler_steps)
+        self._measure(sampler)
+        sampler.save_pretrained(self.run.folder / "prior")
+        about = {"steps": state.step, "examples": state.examples, "seconds": self._seconds()}
+        self.run.write("prior.json", json.dumps({**about, "loss": state.loss_sum / state.step}, indent=2).encode())
+        self._next("done")
 
     # --- its parts -----------------------------------------------------------------------------------
 
     def _initial_prior(self) -> tuple[PosteriorSampler, dict]:
+        if self.given_start is not None:
+            return self.given_start, {"kind": self.given_start.kind}
         kind = self.config.start.resolve(self.corruption)
+        if kind == "run":
+            return self._prior_run(), {"kind": kind, "run": self.config.start.run}
         if kind == "observation":
             return ObservationPosterior(self.corruption, self.shape, self.scaling), {"kind": kind}
         assert isinstance(self.corruption, LinearCorruption)
+        assert isinstance(self.model_corruption, LinearCorruption)
         mixture, about = starts.fit(
             self.config.start,
             self.observations,
             self.train,
-            self.corruption.scaled(*self.scaling),
+            self.model_corruption,
             self.scaling,
             self.seed,
             lambda text: self.progress(text, 0, 1),
         )
         return MixturePosterior(self.corruption, self.shape, self.scaling, mixture), {"kind": kind, **about}
 
-    def _build(self, start: Mixture | None) -> None:
-        self.model_corruption = self.corruption.scaled(*self.scaling)
-        if start is not None:  # memory laid out as after a resume: strides change the rounding of products
-            start = Mixture(
-                *(v.clone(memory_format=torch.contiguous_format) for v in start.tensors.values()), basis=start.basis
-            )
-        make = lambda: Denoiser(self.model_corruption, self.shape, self.config.denoiser, self.config.network, start)  # noqa: E731
+    def _prior_run(self) -> PosteriorSampler:
+        folder = self.config.start.run
+        precision = "bfloat16" if self.precision == torch.bfloat16 else "float32"
+        earlier = from_pretrained(os.path.join(folder, "posterior"), self.corruption, str(self.device), precision)
+        if earlier.shape != self.shape:
+            raise DiffemError(f"start.run: {folder} was trained on items of shape {earlier.shape}, not {self.shape}")
+        return earlier
+
+    def _build(self, start: PosteriorSampler | Mixture | None) -> None:
+        mixture = start if isinstance(start, Mixture) else None
+        if isinstance(start, MixturePosterior):
+            mixture = start.mixture
+        elif isinstance(start, DiffusionPosterior) and start.denoiser.precondition == "start":
+            mixture = start.denoiser.reference
+        if mixture is not None:  # memory laid out as after a resume: strides change the rounding of products
+            tensors = (v.cpu().clone(memory_format=torch.contiguous_format) for v in mixture.tensors.values())
+            mixture = Mixture(*tensors, basis=mixture.basis)
+
+        def make() -> Denoiser:
+            denoiser = Denoiser(self.model_corruption, self.shape, self.config.denoiser, self.config.network, mixture)
+            denoiser.precision = self.precision
+            return denoiser.to(self.device)
+
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seeding.fold(self.seed, 0) >> 1)
-            self.denoiser, self.averaged_denoiser = make(), make()
-        self.network, self.average = self.denoiser.network, self.averaged_denoiser.network
-        self.average.load_state_dict(self.network.state_dict())
-        self.average.requires_grad_(False).eval()
-        self.optimizer, self.updates = self._adam(), 0
-        self.window: list[float] = []
+            denoiser, averaged = make(), make()
+        if isinstance(start, DiffusionPosterior):
+            _take_weights(start.denoiser, denoiser)
+        self.trainer = Trainer(denoiser, averaged, self.config.m_step)
         self.residual = torch.ones(self.config.sampler.steps + 1, 3)
 
-    def _adam(self) -> torch.optim.Optimizer:
-        config = self.config.m_step
-        return torch.optim.AdamW(self.network.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    def _train(self, target: int, dropout: float, until_settled: bool = False) -> None:
+        state, config, x = self.state, self.config.m_step, self.run.array("reconstructions")
+        what = "prior" if state.phase == "prior" else f"iteration {state.iteration}, M-step"
+        self.trainer.denoiser.network.train()
+        while state.step < target:
+            number = state.iteration + (state.phase == "prior")
+            generator = seeding.generator(self.seed, number, "m_step", state.step, self.device)
+            torch.manual_seed(seeding.fold(self.seed, number, state.step) >> 1)  # dropout inside the network
+            rows = torch.randint(len(self.train), (config.batch,), generator=generator, device=self.device)
+            clean = torch.from_numpy(x[self.train[rows.cpu().numpy()]]).to(self.device)
+            if config.flip:
+                chosen = torch.rand(len(clean), generator=generator, device=self.device) < 0.5
+                clean = torch.where(chosen.view(-1, *(1,) * (clean.ndim - 1)), clean.flip(-1), clean)
+            y, params = self._corrupt_again(clean, generator)
+            centre, half = self.scaling
+            y = self.model_corruption.scale_y(y, params, centre, half)
+            loss = self.trainer.denoiser.loss((clean - centre) / half, y, params, generator, dropout)
+            value = loss.item()
+            if not np.isfinite(value):
+                raise DiffemError(
+                    f"m_step: the loss is {value} at iteration {state.iteration}, step {state.step}; lower m_step.learning_rate"
+                )
+            self.trainer.update(loss, config.learning_rate * self._decay(target))
+            state.step += 1
+            state.loss_sum += value
+            if until_settled:
+                state.window.append(value)
+            self.progress(f"{what}: loss {state.loss_sum / state.step:.3f}", state.step, target)
+            if until_settled and self._settled():
+                break
+            if state.step % config.checkpoint == 0:
+                self._checkpoint()
+        state.examples, state.evaluations = state.step * config.batch, 3 * state.step * config.batch
 
-    def _decay(self) -> float:
+    def _decay(self, target: int) -> float:
+        """The share of the learning rate that is left."""
         if self.config.m_step.schedule == "constant":
             return 1.0
-        done = (self.iteration - 1 + self.step / self.config.m_step.steps) / max(self.config.em.iterations, 1)
-        return max(0.05, 1 - min(done, 1.0))
+        within = self.state.step / target
+        done = (
+            within if self.state.phase == "prior" else (self.state.iteration - 1 + within) / self.config.em.iterations
+        )
+        return max(0.05, 1 - done)
 
     def _settled(self, window: int = 200) -> bool:
         """Whether the loss fell by less than 1 % between the last two windows, after having fallen at all."""
-        if self.step < max(2 * window, self.config.m_step.steps) or self.step % window:
+        step, losses = self.state.step, self.state.window
+        if step < max(2 * window, self.config.m_step.steps) or step % window:
             return False
-        first = float(np.mean(self.window[:50]))
-        before, after = float(np.mean(self.window[-2 * window : -window])), float(np.mean(self.window[-window:]))
+        first = float(np.mean(losses[:50]))
+        before, after = float(np.mean(losses[-2 * window : -window])), float(np.mean(losses[-window:]))
         return 0.99 * before < after and before < 0.97 * first
 
     def _corrupt_again(self, x: Tensor, generator: torch.Generator) -> tuple[Tensor, Params]:
@@ -278,31 +345,30 @@ class DiffEM:
         if split is None or not self.config.m_step.thinned:
             return y, params
         (thin_y, thin_params), _ = split
-        chosen = torch.rand(len(x), generator=generator) < self.config.m_step.thinned
+        chosen = torch.rand(len(x), generator=generator, device=x.device) < self.config.m_step.thinned
         pick = lambda a, b: torch.where(chosen.view(-1, *(1,) * (a.ndim - 1)), a, b)  # noqa: E731
         whole = {k: params.get(k, torch.ones_like(v)) for k, v in thin_params.items()}
         return pick(thin_y, y), {k: pick(v, whole[k]) for k, v in thin_params.items()}
 
-    def _sampler(self, dispersion: float | None = None) -> DiffusionPosterior:
-        if dispersion is None:
-            dispersion = self.config.e_step.dispersion(self.iteration, self.config.em.iterations)
+    def _sampler(self, dispersion: float, steps: int | None = None) -> DiffusionPosterior:
+        config = self.config.sampler if steps is None else dataclasses.replace(self.config.sampler, steps=steps)
         return DiffusionPosterior(
             self.corruption,
             self.shape,
             self.scaling,
-            self.averaged_denoiser,
-            self.config.sampler,
+            self.trainer.averaged,
+            config,
             self.config.network,
-            self.residual,
+            self.residual if steps is None else None,
             dispersion,
         )
 
     def _measure(self, sampler: DiffusionPosterior) -> None:
         """Residual variances, on re-corrupted held-out reconstructions of the last accepted iteration."""
-        rows = self.held_out[:512]
+        rows = evenly(self.held_out, MEASURED)
         x = torch.from_numpy(self.run.array("reconstructions")[rows])
-        y, params = self._corrupt_again(x, seeding.generator(self.seed, self.iteration, "e_step"))
-        sampler.measure(x, y, params, seeding.item_seeds(self.seed, self.iteration, "score", rows))
+        y, params = self._corrupt_again(x, seeding.generator(self.seed, self.state.iteration, "e_step"))
+        sampler.measure(x, y, params, seeding.item_seeds(self.seed, self.state.iteration, "score", rows))
 
     def _reconstruct(self, sampler: PosteriorSampler, out: np.memmap, iteration: int) -> int:
         """Draws reconstructions into `out`; returns how many were drawn, not kept (em.refresh)."""
@@ -325,7 +391,8 @@ class DiffEM:
 
     def _score(self, sampler: PosteriorSampler) -> Score:
         config = self.config.em
-        return score(sampler, self.observations, self.held_out[: config.score_items], self.seed, config.score_draws)
+        rows = evenly(self.held_out, config.score_items)
+        return score(sampler, self.observations, rows, self.seed, config.score_draws)
 
     def _judged(self, current: Score, delta: tuple[float, float] | None) -> dict:
         start = None if delta is None else current.difference(self.first)
@@ -340,67 +407,57 @@ class DiffEM:
             "ratio": current.ratio,
         }
 
+    def _compared(self, x: np.ndarray) -> dict:
+        """Distances to the clean reference, if one was given."""
+        if self.reference is None:
+            return {}
+        rows = evenly(np.arange(len(x)), COMPARED)
+        return {"reference": metrics.compare(x[rows], self.reference[rows], self.scaling)}
+
     # --- state ---------------------------------------------------------------------------------------
 
+    def _seconds(self) -> float:
+        return time.monotonic() - self._clock
+
+    def _next(self, phase: str) -> None:
+        """Begins a phase with counters at zero."""
+        self.state = State(iteration=self.state.iteration, phase=phase, rows=self.state.rows)
+        self._clock = time.monotonic()
+        self.run.save_metrics(self.state.rows)
+        self._checkpoint()
+
     def _checkpoint(self) -> None:
-        tensors = {f"network.{k}": v for k, v in self.network.state_dict().items()}
-        tensors |= {f"average.{k}": v for k, v in self.average.state_dict().items()}
-        names = [name for name, _ in self.network.named_parameters()]
-        for i, slots in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{names[i]}.{slot}": torch.as_tensor(v) for slot, v in slots.items()}
-        tensors |= {f"start.{k}": v for k, v in self.denoiser.reference.tensors.items()}
-        tensors |= {"residual": self.residual, "best": self.best.items, "first": self.first.items}
-        state = {
-            "iteration": self.iteration,
-            "phase": self.phase,
-            "step": self.step,
-            "loss_sum": self.loss_sum,
-            "window": self.window if self.iteration == 1 else [],
-            "updates": self.updates,
-            "examples": self.examples,
-            "evaluations": self.evaluations,
-            "seconds": time.monotonic() - getattr(self, "_clock", time.monotonic()),
-            "row": self.row,
-            "rows": self.rows,
-            "best": {"name": self.best.name, "ratio": self.best.ratio},
-            "first": {"name": self.first.name, "ratio": self.first.ratio},
-            "start": self.denoiser.precondition == "start",
-        }
-        self.run.save_checkpoint(tensors, state)
+        self.state.seconds = self._seconds()
+        denoiser = self.trainer.denoiser
+        tensors = {**self.trainer.state(), "residual": self.residual}
+        tensors |= {"best": self.best.items, "first": self.first.items}
+        if denoiser.precondition == "start":
+            tensors |= {f"start.{k}": v for k, v in denoiser.reference.tensors.items()}
+        scores = {k: {"name": s.name, "ratio": s.ratio} for k, s in (("best", self.best), ("first", self.first))}
+        self.run.save_checkpoint(tensors, {**dataclasses.asdict(self.state), "scores": scores})
 
     def _restore(self, tensors: dict[str, Tensor], state: dict) -> None:
         start = None
-        if state["start"]:
+        if "start.mean" in tensors:
             basis = likelihood_basis(self.corruption, self.shape)
             start = Mixture(*(tensors[f"start.{n}"] for n in Mixture.names), basis=basis)
         self._build(start)
-        part = lambda prefix: {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}  # noqa: E731
-        self.network.load_state_dict(part("network."))
-        self.average.load_state_dict(part("average."))
-        slots: dict[int, dict] = {}
-        for i, (name, _) in enumerate(self.network.named_parameters()):
-            found = {
-                s: tensors[k] for s in ("step", "exp_avg", "exp_avg_sq") if (k := f"optimizer.{name}.{s}") in tensors
-            }
-            if found:
-                slots[i] = found
-        if slots:
-            self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": slots})
+        self.trainer.load(tensors)
         self.residual = tensors["residual"]
-        self.best = Score(state["best"]["name"], tensors["best"], state["best"]["ratio"])
-        self.first = Score(state["first"]["name"], tensors["first"], state["first"]["ratio"])
-        for name in (
-            "iteration",
-            "phase",
-            "step",
-            "loss_sum",
-            "window",
-            "updates",
-            "examples",
-            "evaluations",
-            "seconds",
-            "row",
-            "rows",
-        ):
-            setattr(self, name, state[name])
-        self.run.save_metrics(self.rows)
+        scores = state.pop("scores")
+        self.best = Score(scores["best"]["name"], tensors["best"], scores["best"]["ratio"])
+        self.first = Score(scores["first"]["name"], tensors["first"], scores["first"]["ratio"])
+        self.state = State(**state)
+        self.run.save_metrics(self.state.rows)
+
+
+def _take_weights(earlier: Denoiser, denoiser: Denoiser) -> None:
+    """Warm start: the weights of an earlier run, where the networks are of one form."""
+    theirs, ours = earlier.network.state_dict(), denoiser.network.state_dict()
+    if earlier.precondition != denoiser.precondition:
+        raise DiffemError(
+            f"start.run: its denoiser.precondition is {earlier.precondition}, this run's is {denoiser.precondition}"
+        )
+    if {k: v.shape for k, v in theirs.items()} != {k: v.shape for k, v in ours.items()}:
+        raise DiffemError("start.run: its network is another one; use the same network section")
+    denoiser.network.load_state_dict(theirs)

@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import torch
 from torch import Tensor
+
+
+def compare(x: np.ndarray, clean: np.ndarray, scaling: tuple[float, float]) -> dict[str, float]:
+    """Distances of items x (N, *) to clean ones of the same rows, in model units (x - centre) / half."""
+    centre, half = scaling
+    u, v = ((torch.from_numpy(np.asarray(a, dtype=np.float32)) - centre) / half for a in (x, clean))
+    return {"psnr": psnr(u, v, 2.0), "energy_distance": energy_distance(u, v)}
 
 
 def psnr(x: Tensor, clean: Tensor, width: float) -> float:
@@ -29,6 +39,40 @@ def frechet_distance(u: Tensor, v: Tensor) -> float:
     return ((u.mean(0) - v.mean(0)).square().sum() + a.trace() + b.trace() - 2 * cross).item()
 
 
+def sinkhorn_divergence(u: Tensor, v: Tensor, regularisation: float = 1e-3) -> float:
+    """Debiased entropic transport cost of two samples (N, d) and (M, d) with squared distances, as in the paper.
+
+    S(u, v) = T(u, v) - T(u, u) / 2 - T(v, v) / 2, where T is the dual value of optimal transport with entropy
+    `regularisation`, found by Sinkhorn iterations in the log domain with a falling entropy (Feydy et al.,
+    2019, arXiv 1810.08278).
+    """
+
+    def transport(a: Tensor, b: Tensor) -> float:
+        cost = torch.cdist(a, b).square()
+        f, g = torch.zeros(len(a)).to(a), torch.zeros(len(b)).to(a)
+        entropy = float(cost.max())
+        while True:
+            for _ in range(20 if entropy == regularisation else 2):
+                f = -entropy * (((g - cost) / entropy).logsumexp(1) - math.log(len(b)))
+                g = -entropy * (((f[:, None] - cost) / entropy).logsumexp(0) - math.log(len(a)))
+            if entropy == regularisation:
+                return (f.mean() + g.mean()).item()
+            entropy = max(0.6 * entropy, regularisation)
+
+    u, v = u.flatten(1), v.flatten(1)
+    return transport(u, v) - 0.5 * transport(u, u) - 0.5 * transport(v, v)
+
+
+def distances(x: Tensor, clean: Tensor) -> dict[str, float]:
+    """Distances between the distributions of items x (N, *) and clean ones (M, *)."""
+    u, v = x.flatten(1), clean.flatten(1)
+    return {
+        "energy_distance": energy_distance(u, v),
+        "nearest_clean": nearest(u, v).mean().item(),
+        "nearest_item": nearest(v, u).mean().item(),
+    }
+
+
 def nearest(u: Tensor, v: Tensor, batch: int = 1024) -> Tensor:
     """Distance of every row of u (N, d) to the nearest row of v (M, d), shape (N,)."""
-    return torch.cat([torch.cdist(chunk, v).amin(1) for chunk in u.split(batch)])
+    return torch.cat([torch.cdist(chunk.double(), v.double()).amin(1) for chunk in u.split(batch)])

@@ -61,6 +61,10 @@ class Basis:
         """Coefficients of x, shape (..., d) -> (..., d)."""
         return self._apply(x, transpose=False)
 
+    def squared(self) -> Basis:
+        """Its matrices squared entry by entry: what variances of independent coefficients are synthesised with."""
+        return Basis([m if m is None else m.square() for m in self.matrices], self.shape)
+
     def synthesise(self, c: Tensor) -> Tensor:
         """The item with coefficients c, shape (..., d) -> (..., d)."""
         return self._apply(c, transpose=True)
@@ -140,6 +144,11 @@ class Posterior:
     @property
     def spread(self) -> Tensor:
         """The diagonal of S, shape (B, d)."""
+        raise NotImplementedError
+
+    @property
+    def variance(self) -> Tensor:
+        """The variances of the entries, shape (B, d): the diagonal of S S^T."""
         raise NotImplementedError
 
     def scale(self, f: Tensor) -> Tensor:
@@ -275,6 +284,11 @@ class DiagonalPosterior(Posterior):
     def spread(self) -> Tensor:
         return self.std
 
+    @property
+    def variance(self) -> Tensor:
+        basis = self.likelihood.basis
+        return self.std.square() if basis is None else basis.squared().synthesise(self.std.square())
+
     def scale(self, f: Tensor) -> Tensor:
         return self._synthesise(self.std * self._analyse(f))
 
@@ -340,6 +354,10 @@ class RowsPosterior(Posterior):
     @property
     def spread(self) -> Tensor:
         return self.chol.diagonal(dim1=-2, dim2=-1)
+
+    @property
+    def variance(self) -> Tensor:
+        return self.chol.square().sum(-1)
 
     def scale(self, f: Tensor) -> Tensor:
         return (self.chol @ f.to(self.chol)[..., None])[..., 0]

@@ -16,6 +16,7 @@ Units: everything here is in the units of y as stored. Models work on (x - centr
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -104,8 +105,10 @@ class Observations:
         value_range, shape = config.pop("range", None), config.pop("shape", None)
         if corruption is None:
             corruption = from_config(config, str(config_file))
-        y = _open(folder / "y.npy")
-        params = {name: _open(folder / f"{name}.npy") for name in PARAMETER_FILES if (folder / f"{name}.npy").exists()}
+        y = open_array(folder / "y.npy")
+        params = {
+            name: open_array(folder / f"{name}.npy") for name in PARAMETER_FILES if (folder / f"{name}.npy").exists()
+        }
         return cls(y, corruption, params, value_range, shape, source=str(folder))
 
     def save(self, folder: str | Path) -> None:
@@ -175,6 +178,14 @@ class Observations:
                 return []
         return [tuple(int(v) for v in index) for index in np.argwhere(~ever)]
 
+    def digest(self) -> str:
+        """A checksum of a sample of the observations: a resumed run must see the ones it began with."""
+        rows = np.unique(np.linspace(0, len(self) - 1, 256).astype(int))
+        digest = hashlib.sha256()
+        for array in (self.y, *(self.params[k] for k in sorted(self.params))):
+            digest.update(np.ascontiguousarray(array[rows]).tobytes())
+        return digest.hexdigest()[:16]
+
     def _check(self) -> None:
         for name, array in self.params.items():
             if len(array) != len(self):
@@ -216,13 +227,18 @@ class Observations:
                     )
 
 
+def evenly(rows: np.ndarray, count: int) -> np.ndarray:
+    """At most `count` of the rows, from everywhere: data come sorted by writer, place, or time."""
+    return rows if len(rows) <= count else rows[np.linspace(0, len(rows) - 1, count).round().astype(int)]
+
+
 def _is_range(value: object) -> bool:
     if not isinstance(value, list | tuple | np.ndarray) or len(value) != 2:
         return False
     return all(isinstance(v, int | float | np.number) for v in value) and bool(value[0] < value[1])
 
 
-def _open(file: Path) -> np.ndarray:
+def open_array(file: Path) -> np.ndarray:
     if not file.exists():
         raise DiffemError(f"{file}: missing")
     try:

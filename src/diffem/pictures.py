@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from diffem import seeding
-from diffem.observations import Observations
+from diffem.observations import Observations, evenly
 from diffem.posteriors import PosteriorSampler, from_pretrained
 from diffem.run import Run
 
@@ -30,7 +30,7 @@ def draw_many(
 def save(run: Run, observations: Observations, held_out: np.ndarray, seed: int, clean: Path | None = None) -> None:
     """Writes pictures.npz into the run folder; clean items, if there are any, are only shown."""
     image = len(observations.shape) > 1
-    rows = held_out[: 8 if image else 200]
+    rows = evenly(held_out, 8 if image else 200)
     posterior, start = from_pretrained(run.folder / "posterior"), from_pretrained(run.folder / "start")
     draws = draw_many(posterior, observations, rows, 16, seed)
     low, high = observations.range or (float(draws.min()), float(draws.max()))

@@ -5,18 +5,18 @@ All take and return the units of y as stored. :class:`DiffusionPosterior` runs t
 
 .. math:: x_s = x_t - \tau (x_t - \hat x) + \sigma_s \sqrt\tau \, z \, , \qquad
     \tau = 1 - \sigma_s^2 / \sigma_t^2 \, , \qquad
-    \hat x = d(x_t, \sigma_t, y) + \sqrt{\rho \, v_t} \, S \, z' \, .
+    \hat x = d(x_t, \sigma_t, y) + \sqrt{\rho \, v_t} \, (r - m) \, .
 
 With dispersion :math:`\rho = 0` this is DDPM, the sampler of the paper, which at few steps loses
-variance. With :math:`\rho = 1` the residual variance of the denoiser is put back: :math:`v_t` is the
-fraction of the reference posterior's covariance :math:`S S^T` that the denoiser leaves unexplained,
-measured at the sampler's own noise levels (Analytic-DPM, Bao et al., arXiv 2201.06503).
+variance. With :math:`\rho = 1` the residual variance of the denoiser is put back: :math:`r` is a draw
+from the reference posterior, :math:`m` its mean, and :math:`v_t` the fraction of its variance that the
+denoiser leaves unexplained, measured at the sampler's own noise levels (Analytic-DPM, Bao et al.,
+arXiv 2201.06503, with a covariance in the place of a variance).
 """
 
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,11 @@ from azula import sample as azula_sample
 from azula.denoise import Denoiser as AzulaDenoiser
 from azula.denoise import DiracPosterior
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as serialise
 from torch import Tensor
 
-from diffem import seeding
+from diffem import devices, files, seeding
 from diffem.corruptions import BlackBox, Corruption, LinearCorruption, Params, from_config
 from diffem.denoisers import Denoiser, DenoiserConfig
 from diffem.errors import DiffemError
@@ -87,8 +88,10 @@ class PosteriorSampler:
             Draws of shape (B, *shape), in the units of y.
         """
         centre, half = self.scaling
+        origin, y, params, seeds = y.device, *self._here(y, params, seeds)
         y = self.model_corruption.scale_y(y, params, centre, half)
-        return self._sample(y, params, seeds, torch.zeros(len(y), dtype=torch.bool, device=y.device)) * half + centre
+        x = self._sample(y, params, seeds, torch.zeros(len(y), dtype=torch.bool, device=y.device))
+        return (x * half + centre).to(origin)
 
     @torch.no_grad()
     def sample_prior(self, seeds: Tensor) -> Tensor:
@@ -96,12 +99,19 @@ class PosteriorSampler:
         centre, half = self.scaling
         # An observation of zeros with the right shape; it is withheld, so that its values do not matter.
         generator = torch.Generator().manual_seed(0)
-        x = torch.zeros(len(seeds), *self.shape)
-        params = {
-            k: v.to(seeds.device) for k, v in self.model_corruption.draw(len(seeds), self.shape, generator).items()
-        }
-        y = self.model_corruption.apply(x.to(seeds.device), params, generator)
-        return self._sample(y, params, seeds, torch.ones(len(seeds), dtype=torch.bool, device=y.device)) * half + centre
+        params = self.model_corruption.draw(len(seeds), self.shape, generator)
+        y = self.model_corruption.apply(torch.zeros(len(seeds), *self.shape), params, generator)
+        origin, y, params, seeds = seeds.device, *self._here(y, params, seeds)
+        x = self._sample(y, params, seeds, torch.ones(len(seeds), dtype=torch.bool, device=y.device))
+        return (x * half + centre).to(origin)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes; what it is given may lie elsewhere, and draws are returned to there."""
+        return torch.device("cpu")
+
+    def _here(self, y: Tensor, params: Params, seeds: Tensor) -> tuple[Tensor, Params, Tensor]:
+        return y.to(self.device), {k: v.to(self.device) for k, v in params.items()}, seeds.to(self.device)
 
     def _sample(self, y: Tensor, params: Params, seeds: Tensor, withheld: Tensor) -> Tensor:
         raise NotImplementedError
@@ -121,12 +131,10 @@ class PosteriorSampler:
             "scaling": list(self.scaling),
             **extra,
         }
-        _replace(folder / "config.json", json.dumps(config, indent=2).encode())
         tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()} or {"empty": torch.zeros(1)}
-        temporary = folder / "model.safetensors.tmp"
-        save_file(tensors, temporary)
-        os.replace(temporary, folder / "model.safetensors")
-        _replace(folder / "README.md", _CARD.format(**config).encode())
+        files.replace(folder / "model.safetensors", serialise(tensors))
+        files.replace(folder / "config.json", json.dumps(config, indent=2).encode())
+        files.replace(folder / "README.md", _CARD.format(**config).encode())
 
 
 _CARD = """# diffem model: {kind}
@@ -136,12 +144,6 @@ Trained by diffem on observations corrupted by `{corruption}`; items of shape {s
     from diffem import from_pretrained
     draws = from_pretrained("THIS FOLDER").sample(y, params, seeds)
 """
-
-
-def _replace(file: Path, content: bytes) -> None:
-    temporary = file.with_name(file.name + ".tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, file)
 
 
 class ObservationPosterior(PosteriorSampler):
@@ -165,6 +167,10 @@ class MixturePosterior(PosteriorSampler):
     def __init__(self, corruption: LinearCorruption, shape, scaling, mixture: Mixture) -> None:
         super().__init__(corruption, shape, scaling)
         self.mixture = mixture
+
+    @property
+    def device(self) -> torch.device:
+        return self.mixture.mean.device
 
     def _sample(self, y: Tensor, params: Params, seeds: Tensor, withheld: Tensor) -> Tensor:
         assert isinstance(self.model_corruption, LinearCorruption)
@@ -204,6 +210,10 @@ class DiffusionPosterior(PosteriorSampler):
         self.residual = torch.ones(sampler.steps + 1, GROUPS) if residual is None else residual
 
     @property
+    def device(self) -> torch.device:
+        return next(self.denoiser.network.parameters()).device
+
+    @property
     def sigmas(self) -> Tensor:
         """The sampler's noise levels, largest first, shape (steps + 1,)."""
         return self.denoiser.schedule.sigma(torch.linspace(1, 0, self.sampler.steps + 1))
@@ -226,18 +236,20 @@ class DiffusionPosterior(PosteriorSampler):
         Entries of a group that does not occur keep 1, the variance of the reference posterior.
         """
         centre, half = self.scaling
-        x, y = (x - centre) / half, self.model_corruption.scale_y(y, params, centre, half)
-        sums, counts = torch.zeros(2, self.sampler.steps + 1, GROUPS)
+        y, params, seeds = self._here(y, params, seeds)
+        x, y = (x.to(y) - centre) / half, self.model_corruption.scale_y(y, params, centre, half)
+        left, reference = torch.zeros(2, self.sampler.steps + 1, GROUPS)
         for k, sigma in enumerate(self.sigmas.to(x)):
             for held in (False, True):
                 withheld = torch.full((len(x),), held, device=x.device)
                 noise = seeding.normal(seeds, self.shape, stream=k)
-                error = self.denoiser.residual(x, sigma.expand(len(x)), noise, y, params, withheld).square()
+                posterior, f = self.denoiser.predict(x + sigma * noise, sigma.expand(len(x)), y, params, withheld)
+                error = (x.flatten(1) - posterior.mean - posterior.scale(f)).square()
                 groups = self._groups(x, y, params, withheld)
                 for g in range(GROUPS):
-                    sums[k, g] += (error * (groups == g)).sum().cpu()
-                    counts[k, g] += (groups == g).sum().cpu()
-        self.residual = torch.where(counts > 0, sums / counts.clamp(min=1), 1.0)
+                    left[k, g] += (error * (groups == g)).sum().cpu()
+                    reference[k, g] += (posterior.variance * (groups == g)).sum().cpu()
+        self.residual = torch.where(reference > 0, left / reference.clamp(min=1e-30), 1.0)
 
     def _sample(self, y: Tensor, params: Params, seeds: Tensor, withheld: Tensor) -> Tensor:
         sigmas = self.sigmas.to(y)
@@ -248,14 +260,20 @@ class DiffusionPosterior(PosteriorSampler):
             return solver(x)
         share = (self.dispersion * self.residual.to(y)).sqrt()
         groups = self._groups(x, y, params, withheld)
+        width = (self.denoiser.reference.rank + self.denoiser.reference.features,)
         for k, sigma in enumerate(sigmas):
             after = sigmas[k + 1] if k + 1 < len(sigmas) else torch.zeros_like(sigma)
             posterior, f = self.denoiser.predict(x, sigma.expand(len(x)), y, params, withheld)
+            clean = posterior.mean + posterior.scale(f)
             if self.dispersion > 0:
-                f = f + share[k][groups] * seeding.normal(seeds, (f.shape[1],), stream=2 * k + 1)
-            clean = (posterior.mean + posterior.scale(f)).view(x.shape).to(x)
+                uniform, normal = (
+                    seeding.uniform(seeds, stream=3 * k + 1),
+                    seeding.normal(seeds, width, stream=3 * k + 2),
+                )
+                clean = clean + share[k][groups] * (posterior.draw(uniform, normal) - posterior.mean)
+            clean = clean.view(x.shape).to(x)
             tau = 1 - (after / sigma).square()
-            x = x - tau * (x - clean) + after * tau.sqrt() * seeding.normal(seeds, self.shape, stream=2 * k + 2)
+            x = x - tau * (x - clean) + after * tau.sqrt() * seeding.normal(seeds, self.shape, stream=3 * k + 3)
         return x
 
     def _state(self) -> tuple[dict, dict[str, Tensor]]:
@@ -282,43 +300,53 @@ class _Bound(AzulaDenoiser):
         return DiracPosterior(mean=self.denoiser(x_t, self.denoiser.schedule.sigma(t).expand(len(x_t)), *self.given))
 
 
-def from_pretrained(folder: str | Path, corruption: Corruption | None = None) -> PosteriorSampler:
+def from_pretrained(
+    folder: str | Path, corruption: Corruption | None = None, device: str = "cpu", precision: str = "float32"
+) -> PosteriorSampler:
     """Loads what :meth:`PosteriorSampler.save_pretrained` wrote; nothing is unpickled.
 
     Arguments:
         folder: The folder.
-        corruption: The black box, where one was trained for and its function is needed again.
+        corruption: Used instead of the saved one; a black box whose function is needed again must be given.
+        device: Where it computes; see :func:`diffem.devices.choose`.
+        precision: How precisely its network does; likewise.
+
+    Raises:
+        DiffemError: If the folder does not hold a whole model.
     """
     folder = Path(folder)
+    where, dtype = devices.choose(device, precision)
     try:
         config = json.loads((folder / "config.json").read_text())
-        tensors = load_file(folder / "model.safetensors")
+        tensors = load_file(folder / "model.safetensors", str(where))
     except FileNotFoundError as error:
         raise DiffemError(f"{error.filename or folder}: missing; {folder} is not a saved model") from None
     except (SafetensorError, json.JSONDecodeError) as error:
         raise DiffemError(f"{folder}: is not a complete saved model: {str(error).splitlines()[0]}") from None
     if corruption is None:
         stored = config["corruption"]
-        corruption = (
-            _Untold(stored.get("function")) if stored["name"] == "BlackBox" else from_config(stored, str(folder))
-        )
+        untold = stored["name"] == "BlackBox"
+        corruption = _Untold(stored.get("function")) if untold else from_config(stored, str(folder))
     shape, scaling = tuple(config["shape"]), tuple(config["scaling"])
     if config["kind"] == "observation":
         return ObservationPosterior(corruption, shape, scaling)
-    basis = likelihood_basis(corruption, shape)
+
+    def mixture(prefix: str) -> Mixture:
+        return Mixture(*(tensors[prefix + n] for n in Mixture.names), basis=likelihood_basis(corruption, shape))
+
     if config["kind"] == "mixture":
         assert isinstance(corruption, LinearCorruption)
-        return MixturePosterior(corruption, shape, scaling, Mixture(*(tensors[n] for n in Mixture.names), basis=basis))
-    start = Mixture(*(tensors[f"start.{n}"] for n in Mixture.names), basis=basis) if "start.mean" in tensors else None
+        return MixturePosterior(corruption, shape, scaling, mixture(""))
+    start = mixture("start.") if "start.mean" in tensors else None
     fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config["network"].items()}
     network = NetworkConfig(**fields)
     denoiser = Denoiser(corruption.scaled(*scaling), shape, DenoiserConfig(**config["denoiser"]), network, start)
     denoiser.network.load_state_dict({k[8:]: v for k, v in tensors.items() if k.startswith("network.")})
-    denoiser.eval().requires_grad_(False)
+    denoiser.precision = dtype
+    denoiser.to(where).eval().requires_grad_(False)
     sampler = SamplerConfig(**config["sampler"])
-    return DiffusionPosterior(
-        corruption, shape, scaling, denoiser, sampler, network, tensors["residual"], config["dispersion"]
-    )
+    residual = tensors["residual"].cpu()
+    return DiffusionPosterior(corruption, shape, scaling, denoiser, sampler, network, residual, config["dispersion"])
 
 
 class _Untold(BlackBox):

@@ -17,9 +17,10 @@ from pathlib import Path
 import numpy as np
 import yaml
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as serialise
 from torch import Tensor
 
+from diffem import files
 from diffem.config import Config
 from diffem.errors import DiffemError
 
@@ -49,7 +50,7 @@ class Run:
                     f"{file}: {changed} differs from this run's; resume with the same configuration or use another --out"
                 )
         else:
-            foreign = [p.name for p in self.folder.iterdir() if p.name != "observations"]
+            foreign = [p.name for p in self.folder.iterdir() if "observations" not in p.name and p.suffix != ".tmp"]
             if foreign and not file.exists():  # a run that failed before its first checkpoint starts again
                 raise DiffemError(
                     f"{self.folder}: holds {foreign[0]} but no config.yaml, so it is not a run; use an empty --out"
@@ -58,24 +59,13 @@ class Run:
 
     def write(self, name: str, content: bytes) -> None:
         """Replaces a file atomically."""
-        temporary = self.folder / f"{name}.tmp"
-        with open(temporary, "wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, self.folder / name)
+        files.replace(self.folder / name, content)
 
     def save_checkpoint(self, tensors: dict[str, Tensor], state: dict) -> None:
         """Replaces the checkpoint atomically; `state` is JSON."""
-        temporary = self.folder / "checkpoint.safetensors.tmp"
-        save_file(
-            {k: v.detach().clone().contiguous() for k, v in tensors.items()},
-            temporary,
-            metadata={"diffem": json.dumps(state)},
-        )
-        with open(temporary, "rb") as stream:
-            os.fsync(stream.fileno())
-        os.replace(temporary, self.folder / "checkpoint.safetensors")
+        # clones: tensors that share memory cannot be written
+        tensors = {k: v.detach().cpu().clone().contiguous() for k, v in tensors.items()}
+        self.write("checkpoint.safetensors", serialise(tensors, metadata={"diffem": json.dumps(state)}))
 
     def load_checkpoint(self) -> tuple[dict[str, Tensor], dict] | None:
         """The tensors and the state, or None if there is no checkpoint yet."""
@@ -98,7 +88,7 @@ class Run:
         file = self.folder / f"{name}.npy"
         if shape is None:
             return np.lib.format.open_memmap(file, mode="r")
-        return np.lib.format.open_memmap(file, mode="w+", dtype=np.float32, shape=shape)
+        return files.make_array(file, shape)
 
 
 def _difference(a: dict, b: dict, path: str = "") -> str:

@@ -29,8 +29,9 @@ class StartConfig:
     """The initial prior.
 
     Attributes:
-        kind: `mixture`, `gaussian`, `observation`, or `auto`: `mixture` where the corruption is
-            linear-Gaussian, else `observation`.
+        kind: `mixture`, `gaussian`, `observation`, `run` (the posterior of an earlier run, with its weights),
+            or `auto`: `mixture` where the corruption is linear-Gaussian, else `observation`.
+        run: The earlier run's folder, for `run`.
         components: Candidates for the number of components; 1 is always tried.
         ranks: Candidates for the rank of the low-rank part.
         items: At most this many training observations are used.
@@ -40,6 +41,7 @@ class StartConfig:
     """
 
     kind: str = "auto"
+    run: str = ""
     components: tuple[int, ...] = (1, 2, 4)
     ranks: tuple[int, ...] = (8, 16)
     items: int = 16384
@@ -48,8 +50,10 @@ class StartConfig:
     ridge: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.kind not in ("auto", "mixture", "gaussian", "observation"):
-            raise DiffemError(f"start.kind: must be auto, mixture, gaussian or observation, got {self.kind!r}")
+        if self.kind not in ("auto", "mixture", "gaussian", "observation", "run"):
+            raise DiffemError(f"start.kind: must be auto, mixture, gaussian, observation or run, got {self.kind!r}")
+        if (self.kind == "run") != bool(self.run):
+            raise DiffemError("start.run: name the folder of an earlier run, together with start.kind run")
         if not self.ranks or min(self.ranks) < 0:
             raise DiffemError("start.ranks: give at least one rank >= 0")
 
@@ -58,8 +62,8 @@ class StartConfig:
         linear = isinstance(corruption, LinearCorruption)
         if self.kind == "auto":
             return "mixture" if linear else "observation"
-        if not linear and self.kind != "observation":
-            raise DiffemError(f"start.kind: {self.kind} needs a linear-Gaussian corruption; use observation")
+        if not linear and self.kind not in ("observation", "run"):
+            raise DiffemError(f"start.kind: {self.kind} needs a linear-Gaussian corruption; use observation or run")
         return self.kind
 
 

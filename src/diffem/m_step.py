@@ -1,0 +1,120 @@
+"""The M-step: the denoiser, the running average of its weights, and the optimiser, one update at a time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from diffem.denoisers import Denoiser
+from diffem.errors import DiffemError
+
+
+@dataclass(frozen=True)
+class MStepConfig:
+    """The M-step.
+
+    Attributes:
+        steps: Optimiser steps per iteration.
+        first_steps: Steps of the first iteration at most; it ends earlier once the loss has settled.
+        batch: Items per step.
+        learning_rate: Of Adam.
+        schedule: `constant`, or `linear`: falls to a twentieth over all iterations.
+        weight_decay: Decoupled weight decay.
+        clip: The gradient's norm is clipped to this.
+        ema: Decay of the exponential moving average of the weights, which the E-step uses.
+        thinned: The fraction of the simulated observations that is thinned.
+        optimizer: `carry` or `reset` its state between iterations.
+        flip: Mirror half of the items left to right before they are corrupted; for images that may be.
+        checkpoint: Steps between two checkpoints.
+    """
+
+    steps: int = 150
+    first_steps: int = 600
+    batch: int = 128
+    learning_rate: float = 1e-3
+    schedule: str = "linear"
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    ema: float = 0.99
+    thinned: float = 0.5
+    optimizer: str = "carry"
+    flip: bool = False
+    checkpoint: int = 500
+
+    def __post_init__(self) -> None:
+        if self.schedule not in ("constant", "linear"):
+            raise DiffemError(f"m_step.schedule: must be constant or linear, got {self.schedule!r}")
+        if self.optimizer not in ("carry", "reset"):
+            raise DiffemError(f"m_step.optimizer: must be carry or reset, got {self.optimizer!r}")
+
+
+class Trainer:
+    """A denoiser in training.
+
+    Arguments:
+        denoiser: What is trained.
+        averaged: A second one of the same form; its weights become the average of the first one's.
+        config: See :class:`MStepConfig`.
+    """
+
+    def __init__(self, denoiser: Denoiser, averaged: Denoiser, config: MStepConfig) -> None:
+        self.denoiser, self.averaged, self.config, self.updates = denoiser, averaged, config, 0
+        self.averaged.network.load_state_dict(self.denoiser.network.state_dict())
+        self.averaged.requires_grad_(False).eval()
+        self.reset_optimizer()
+
+    def reset_optimizer(self) -> None:
+        """Forgets the optimiser's moments."""
+        config = self.config
+        self.optimizer = torch.optim.AdamW(
+            self.denoiser.network.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
+        )
+
+    def restart_from_average(self) -> None:
+        """Goes on from the averaged weights, with a new optimiser and a new average."""
+        self.denoiser.network.load_state_dict(self.averaged.network.state_dict())
+        self.updates = 0
+        self.reset_optimizer()
+
+    def update(self, loss: Tensor, learning_rate: float) -> None:
+        """One step down the gradient of `loss`, and one step of the average."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.denoiser.network.parameters(), self.config.clip)
+        self.optimizer.step()
+        self.updates += 1
+        decay = min(self.config.ema, (1 + self.updates) / (10 + self.updates))  # a young average forgets quickly
+        with torch.no_grad():
+            pairs = zip(self.averaged.network.parameters(), self.denoiser.network.parameters(), strict=True)
+            for averaged, parameter in pairs:
+                averaged.lerp_(parameter, 1 - decay)
+
+    def state(self) -> dict[str, Tensor]:
+        """Weights, average and optimiser, by name."""
+        network = self.denoiser.network
+        tensors = {f"network.{k}": v for k, v in network.state_dict().items()}
+        tensors |= {f"average.{k}": v for k, v in self.averaged.network.state_dict().items()}
+        names = [name for name, _ in network.named_parameters()]
+        for i, slots in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{names[i]}.{slot}": torch.as_tensor(v) for slot, v in slots.items()}
+        return {**tensors, "updates": torch.tensor(self.updates)}
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Takes back what :meth:`state` gave."""
+
+        def part(prefix: str) -> dict[str, Tensor]:
+            return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
+
+        self.denoiser.network.load_state_dict(part("network."))
+        self.averaged.network.load_state_dict(part("average."))
+        self.updates = int(tensors["updates"])
+        slots: dict[int, dict[str, Tensor]] = {}
+        for i, (name, _) in enumerate(self.denoiser.network.named_parameters()):
+            if found := part(f"optimizer.{name}."):
+                slots[i] = found
+        if slots:
+            self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": slots})

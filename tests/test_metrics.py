@@ -1,0 +1,102 @@
+"""Metrics against closed forms and brute force."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from diffem import metrics
+
+
+def normal(n: int, d: int, seed: int) -> torch.Tensor:
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("d", [1, 40])
+def test_energy_distance_of_equal_laws(d):
+    values = torch.tensor([metrics.energy_distance(normal(300, d, k), normal(400, d, 50 + k)) for k in range(50)])
+    error = values.std() / 50**0.5
+    assert values.mean().abs() < 4 * error  # without bias: it is 0 on average
+    assert (values < 0).any()
+    assert error < 0.01
+
+
+@pytest.mark.parametrize(("shift", "scale"), [(0.5, 1.0), (1.0, 0.3), (3.0, 2.0)])
+def test_energy_distance_of_shifted_gaussians(shift, scale):
+    quantiles = torch.special.ndtri((torch.arange(4000) + 0.5) / 4000)[:, None]  # a sample without luck
+    u, v = scale * quantiles, scale * quantiles + shift
+    s = scale * math.sqrt(2)  # u - v is N(-shift, s^2)
+    across = s * math.sqrt(2 / math.pi) * math.exp(-((shift / s) ** 2) / 2) + shift * math.erf(shift / s / math.sqrt(2))
+    within = 2 * scale / math.sqrt(math.pi)
+    assert metrics.energy_distance(u, v) == pytest.approx(2 * (across - within), rel=0.01)
+
+
+def test_frechet_distance_of_diagonal_gaussians():
+    def sample(n: int, mean: list[float], std: list[float], seed: int) -> torch.Tensor:
+        x = normal(n, 3, seed).double()
+        x = x - x.mean(0)
+        x = x @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(x.T))).T  # moments are exactly 0 and I
+        return x * torch.tensor(std) + torch.tensor(mean)
+
+    u, v = sample(500, [0, 1, 2], [1.0, 2.0, 0.5], 0), sample(300, [1, 1, 0], [3.0, 2.0, 0.1], 1)
+    assert metrics.frechet_distance(u, v) == pytest.approx(1 + 4 + 2**2 + 0 + 0.4**2, rel=1e-6)
+    assert metrics.frechet_distance(u, u) == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("batch", [7, 1024])
+def test_nearest_by_brute_force(batch):
+    u, v = normal(50, 4, 0), normal(80, 4, 1)
+    brute = [min(math.dist(a, b) for b in v.tolist()) for a in u.tolist()]
+    np.testing.assert_allclose(metrics.nearest(u, v, batch), brute, rtol=1e-4)
+
+
+def test_nearest_of_an_item_that_is_there():
+    u = normal(300, 16, 0) + 3
+    assert metrics.nearest(u, u).max() < 1e-5  # products of float32 would say 1e-2
+    assert metrics.nearest(u + 1e-3, u).mean() == pytest.approx(4e-3, rel=0.01)
+
+
+def test_psnr():
+    clean = torch.zeros(4, 2, 3, 3)
+    assert metrics.psnr(clean + 0.2, clean, 2.0) == pytest.approx(20)
+    x = clean.clone()
+    x[0] = 0.2  # the square error is averaged over all items first
+    assert metrics.psnr(x, clean, 2.0) == pytest.approx(20 + 10 * math.log10(4))
+    assert metrics.psnr(clean, clean, 2.0) == math.inf
+
+
+def test_compare_is_in_model_units():
+    rng = np.random.default_rng(0)
+    clean = rng.integers(0, 256, (50, 1, 2, 2), dtype=np.uint8)
+    x = clean.astype(np.float32) + 25.5
+    found = metrics.compare(x, clean, (127.5, 127.5))
+    assert found["psnr"] == pytest.approx(20, abs=1e-4)
+    u, v = (torch.from_numpy((a.astype(np.float32) - 127.5) / 127.5) for a in (x, clean))
+    assert found == {"psnr": metrics.psnr(u, v, 2.0), "energy_distance": metrics.energy_distance(u, v)}
+
+
+def test_sinkhorn_divergence():
+    pytest.importorskip("ot")
+    u = 0.3 * normal(60, 2, 0)
+    assert metrics.sinkhorn_divergence(u, u, 0.05) == pytest.approx(0, abs=1e-6)
+    assert metrics.sinkhorn_divergence(u, u.flip(0), 0.05) == pytest.approx(0, abs=1e-6)
+    shift = torch.tensor([0.6, -0.8])
+    assert metrics.sinkhorn_divergence(u, u + shift, 0.05) == pytest.approx(1, rel=1e-3)
+    assert metrics.sinkhorn_divergence(u, u + 0.1 * shift, 0.05) == pytest.approx(0.01, rel=1e-2)
+    assert metrics.sinkhorn_divergence(u, u + shift) == pytest.approx(1, rel=0.02)
+    other = torch.cat((u, u + shift))  # half of the mass has to move: sizes may differ
+    assert metrics.sinkhorn_divergence(u, other, 0.05) == pytest.approx(0.5, rel=0.3)
+
+
+def test_distances():
+    x, clean = normal(30, 8, 0).view(30, 2, 2, 2), normal(40, 8, 1).view(40, 2, 2, 2)
+    u, v = x.flatten(1), clean.flatten(1)
+    apart = (u[:, None] - v).norm(dim=2)
+    assert metrics.distances(x, clean) == {
+        "energy_distance": metrics.energy_distance(u, v),
+        "nearest_clean": pytest.approx(apart.amin(1).mean().item(), rel=1e-4),
+        "nearest_item": pytest.approx(apart.amin(0).mean().item(), rel=1e-4),
+    }
