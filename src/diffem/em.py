@@ -179,7 +179,8 @@ class DiffEM:
         state = self.state
         before = state.rows[-1]["ratio"]
         sampler = self._sampler(self.config.e_step.dispersion(state.iteration, self.config.em.iterations, before))
-        self._measure(sampler)
+        if sampler.dispersion:
+            self._measure(sampler)
         x = self.run.array("next", (len(self.observations), *self.shape))
         drawn = self._reconstruct(sampler, x, state.iteration)
         current = self._score(sampler)
