@@ -47,6 +47,7 @@ def main() -> None:
         "em.refresh": "1.0",
         "m_step.first_steps": str(arguments.steps),
         "e_step.dispersion_first": "1.0",
+        "e_step.dispersion_last": "1.0",
     }
     config = load(arguments.preset, [*fixed.items(), *cli.overrides(rest)])
     folder = Path(arguments.out) / "observations"

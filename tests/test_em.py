@@ -96,7 +96,7 @@ def run_and_die(out: str, where: str, sections: dict) -> None:
     torch.set_num_threads(1)
 
     def progress(what: str, done: int, total: int) -> None:
-        if where == "e_step" and what == "iteration 2, E-step":
+        if (where, what) in (("e_step", "iteration 2, E-step"), ("calibration", "iteration 4, E-step")):
             assert done == 16
             die()
 
@@ -168,6 +168,27 @@ def test_kill_nine_of_a_unet(tmp_path):
     start_and_die(tmp_path / "run", "m_step", network=UNET)
     assert len(bare(tmp_path / "run")) == 2
     train(tmp_path / "run", network=UNET)
+    assert_same(tmp_path / "run", tmp_path / "whole")
+    assert bare(tmp_path / "run") == bare(tmp_path / "whole")
+
+
+WIDE = {"e_step": {"least_ratio": 1e9}}  # never reached: ends at the widest
+
+
+def test_calibration_widens_the_saved_posterior(tmp_path):
+    em = train(tmp_path / "whole", **WIDE)
+    assert [row["iteration"] for row in em.rows] == [0, 1, 2, 3, 4]
+    last = em.rows[-1]
+    assert (last["dispersion"], last["loss"], last["examples"]) == (4.0, None, 0)
+    assert last["ratio"] > em.rows[-2]["ratio"]
+    wide, data = from_pretrained(tmp_path / "whole" / "posterior"), observations()
+    assert wide.dispersion == 4.0
+    rows = np.arange(len(data))
+    drawn = wide.sample(*data.batch(rows), seeding.item_seeds(0, 4, "e_step", rows))
+    np.testing.assert_allclose(drawn, np.load(tmp_path / "whole" / "reconstructions.npy"), rtol=1e-4, atol=1e-5)
+
+    start_and_die(tmp_path / "run", "calibration", **WIDE)
+    train(tmp_path / "run", **WIDE)
     assert_same(tmp_path / "run", tmp_path / "whole")
     assert bare(tmp_path / "run") == bare(tmp_path / "whole")
 
@@ -247,7 +268,8 @@ def test_held_out_observations_do_not_train(tmp_path, monkeypatch):
     monkeypatch.setattr(
         starts, "fit", lambda config, data, rows, *rest: (fitted.append(rows), fit(config, data, rows, *rest))[1]
     )
-    sharp = {"dispersion_first": 0.0, "dispersion_last": 0.0}  # residual variances are measured on held-out ones
+    # residual variances and the last dispersion are statistics of the sampler that held-out observations measure
+    sharp = {"dispersion_first": 0.0, "dispersion_last": 0.0, "least_ratio": 0.0}
     one = train(tmp_path / "one", e_step=sharp)
     two = train(tmp_path / "two", observations(poison=held_out), e_step=sharp)
     assert len(held_out) == 6
@@ -397,15 +419,13 @@ def test_reference_is_only_measured(whole, tmp_path):
     x = clean()[0]
     em = DiffEM(settings(), observations(), tmp_path / "run", reference=x.numpy())
     rows = list(em.iterate())
-    assert all(row["reference"].keys() == {"psnr", "energy_distance"} for row in rows)
+    assert all(row["clean"].keys() == {"psnr", "energy_distance"} for row in rows)
     assert_same(tmp_path / "run", whole)
-    assert [{k: v for k, v in row.items() if k != "reference"} for row in bare(tmp_path / "run")] == bare(whole)
+    assert [{k: v for k, v in row.items() if k != "clean"} for row in bare(tmp_path / "run")] == bare(whole)
     centre, half = em.scaling
     last, truth = model_units(tmp_path / "run", em, np.arange(60)), (x - centre) / half
-    assert rows[-1]["reference"]["psnr"] == pytest.approx(
-        -10 * math.log10((last - truth).square().mean() / 4), rel=1e-5
-    )
-    assert rows[-1]["reference"]["energy_distance"] == pytest.approx(metrics.energy_distance(last, truth), rel=1e-5)
+    assert rows[-1]["clean"]["psnr"] == pytest.approx(-10 * math.log10((last - truth).square().mean() / 4), rel=1e-5)
+    assert rows[-1]["clean"]["energy_distance"] == pytest.approx(metrics.energy_distance(last, truth), rel=1e-5)
     with pytest.raises(DiffemError) as caught:
         DiffEM(settings(), observations(), tmp_path / "other", reference=x[1:].numpy())
     assert str(caught.value) == "reference: shape (59, 1, 4, 4), but the reconstructions have (60, 1, 4, 4)"
@@ -627,9 +647,9 @@ def test_refresh_replaces_its_fraction_and_keeps_the_rest(whole, tmp_path):
     sampler, shape = from_pretrained(whole / "posterior"), (60, *SHAPE)
     full, part = (np.lib.format.open_memmap(tmp_path / f"{n}.npy", "w+", np.float32, shape) for n in ("full", "part"))
     before = np.array(em.run.array("reconstructions"))
-    assert em._reconstruct(sampler, full, iteration=9) == 60
+    assert em._reconstruct(sampler, full, iteration=2) == 60
     em.config = settings(em={**SETTINGS["em"], "refresh": 0.5})
-    drawn = em._reconstruct(sampler, part, iteration=9)
+    drawn = em._reconstruct(sampler, part, iteration=2)
     fresh = ~(part == before).all((1, 2, 3))
     assert drawn == fresh.sum()
     assert abs(drawn - 30) < 4 * math.sqrt(15)

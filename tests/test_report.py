@@ -252,7 +252,7 @@ def test_summary_table(tmp_path):
         "paired difference to the start         –              -0.037 ± 0.004",
         "calibration ratio                      0.60           0.91",
         "E-step share of the residual variance  0.40           0.40",
-        "PSNR of the mean [dB] (clean data)     14.00          17.25",
+        "PSNR of one draw [dB] (clean data)     14.00          17.25",
     ]
 
 

@@ -70,23 +70,22 @@ class EStepConfig:
             the run, to `dispersion_last`.
         dispersion_first: Share of the residual variance that is put back at first (0 is plain DDPM).
         dispersion_last: The same at the end (1 is calibrated where the prior is right).
-        correct: Divide the share, once it rises, by the calibration ratio of the iteration before (at most
-            halve or double it), so that a posterior that grew too narrow is widened faster than EM does.
+        least_ratio: After the last iteration the dispersion is raised, to at most 4, until the calibration ratio
+            of the held-out observations is this: the network's errors are variance too. 0 leaves it.
         batch: Observations at a time.
     """
 
-    sharp: float = 0.6
+    sharp: float = 0.5
     dispersion_first: float = 0.0
     dispersion_last: float = 1.0
-    correct: bool = True
+    least_ratio: float = 0.8
     batch: int = 256
 
-    def dispersion(self, iteration: int, iterations: int, ratio: float | None = None) -> float:
-        """The dispersion of iteration 1, 2, ..., `iterations`; `ratio` is that of the iteration before."""
+    def dispersion(self, iteration: int, iterations: int) -> float:
+        """The dispersion of iteration 1, 2, ..., `iterations`."""
         done = (iteration - 1) / max(iterations - 1, 1)
         rise = min(1.0, max(0.0, (done - self.sharp) / max(1 - self.sharp, 1e-9) * 2)) if self.sharp < 1 else 0.0
-        wider = min(2.0, max(0.5, 1 / ratio)) if self.correct and ratio else 1.0
-        return self.dispersion_first + rise * (self.dispersion_last * wider - self.dispersion_first)
+        return self.dispersion_first + rise * (self.dispersion_last - self.dispersion_first)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@
         M-step: train the denoiser d(x_t, t, y) on (x_i, y'), with y' ~ Q(. | x_i) drawn anew at every step
         E-step: draw x_i ~ q_k(. | y_i) for every observation
         gate:   keep the iteration unless held-out observations say that it is worse
+    calibration: widen q_K until held-out observations no longer call it over-confident, and draw again
     prior: train the denoiser without an observation, d(x_t, t), on the last reconstructions
 
 A refused iteration leaves reconstructions and saved models as they were; the network goes on training on
@@ -45,6 +46,7 @@ from diffem.run import Run
 
 Progress = Callable[[str, int, int], None]
 MEASURED = 512  # held-out reconstructions that measure the residual variances
+WIDER = (1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 3.5, 4.0)  # dispersions of the calibration
 COMPARED = 4096  # reconstructions that are compared with a clean reference, where there is one
 
 
@@ -53,7 +55,7 @@ class State:
     """Where a run is: what a checkpoint holds beside tensors."""
 
     iteration: int = 1
-    phase: str = "m_step"  # then e_step, commit, and m_step of the next iteration; at the end prior, done
+    phase: str = "m_step"  # then e_step, commit, and m_step of the next one; at the end calibration, prior, done
     step: int = 0  # of the optimiser, in this phase
     loss_sum: float = 0.0
     window: list[float] = field(default_factory=list)  # losses of the first M-step
@@ -135,15 +137,19 @@ class DiffEM:
         else:
             self._restore(*saved)
         yield from self.state.rows
+        known = len(self.state.rows)
         while self.state.phase not in ("prior", "done"):
             self._clock = time.monotonic() - self.state.seconds
             if self.state.phase == "m_step":
                 self._m_step()
             if self.state.phase == "e_step":
                 self._e_step()
+            if self.state.phase == "calibration":
+                self._calibration()
             if self.state.phase == "commit":
                 self._commit()
-            yield self.state.rows[-1]
+            yield from self.state.rows[known:]
+            known = len(self.state.rows)
         if self.state.phase == "prior":
             self._clock = time.monotonic() - self.state.seconds
             self._prior()
@@ -177,8 +183,7 @@ class DiffEM:
 
     def _e_step(self) -> None:
         state = self.state
-        before = state.rows[-1]["ratio"]
-        sampler = self._sampler(self.config.e_step.dispersion(state.iteration, self.config.em.iterations, before))
+        sampler = self._sampler(self.config.e_step.dispersion(state.iteration, self.config.em.iterations))
         if sampler.dispersion:
             self._measure(sampler)
         x = self.run.array("next", (len(self.observations), *self.shape))
@@ -213,9 +218,51 @@ class DiffEM:
         waiting.unlink(missing_ok=True)
         state.rows.append(state.row)
         if state.iteration < self.config.em.iterations:
-            state.iteration += 1
-            self._next("m_step")
-        elif self.config.prior.kind == "unconditional" and any(row["accepted"] for row in state.rows[1:]):
+            self._next("m_step", state.iteration + 1)
+        elif state.iteration == self.config.em.iterations:
+            self._next("calibration", state.iteration + 1)
+        else:
+            self._finish()
+
+    def _calibration(self) -> None:
+        """Widens a saved posterior that held-out observations call over-confident, and draws all reconstructions from it."""
+        state, wanted = self.state, self.config.e_step.least_ratio
+        if not any(row["accepted"] for row in state.rows[1:]):
+            return self._next("done")
+        saved = from_pretrained(self.run.folder / "posterior", self.corruption)
+        assert isinstance(saved, DiffusionPosterior)
+        self.trainer.averaged.network.load_state_dict(saved.denoiser.network.state_dict())
+        self.residual = saved.residual
+        last = next(row for row in reversed(state.rows) if row["accepted"])
+        narrow = (last["ratio"] or wanted) < wanted and self.config.sampler.kind == "ddpm"
+        if not narrow and self.config.em.refresh == 1:
+            return self._finish()
+        sampler = self._sampler(last["dispersion"])
+        if narrow and not sampler.dispersion:
+            self._measure(sampler)
+        current = self._score(sampler)
+        for sampler.dispersion in (d for d in WIDER if narrow and d > last["dispersion"]):
+            current = self._score(sampler)
+            if (current.ratio or wanted) >= wanted:
+                break
+        x = self.run.array("next", (len(self.observations), *self.shape))
+        drawn = self._reconstruct(sampler, x, state.iteration)
+        state.row = {
+            "iteration": state.iteration,
+            "accepted": True,
+            "seconds": self._seconds(),
+            "examples": 0,
+            "network_evaluations": drawn * (self.config.sampler.steps + 1),
+            "loss": None,
+            **self._judged(current, current.difference(self.best)),
+            "dispersion": sampler.dispersion,
+            **self._compared(x),
+        }
+        self.residual, state.phase = sampler.residual, "commit"
+        self._checkpoint()
+
+    def _finish(self) -> None:
+        if self.config.prior.kind == "unconditional":
             self.trainer.restart_from_average()
             self._next("prior")
         else:
@@ -290,9 +337,8 @@ class DiffEM:
         what = "prior" if state.phase == "prior" else f"iteration {state.iteration}, M-step"
         self.trainer.denoiser.network.train()
         while state.step < target:
-            number = state.iteration + (state.phase == "prior")
-            generator = seeding.generator(self.seed, number, "m_step", state.step, self.device)
-            torch.manual_seed(seeding.fold(self.seed, number, state.step) >> 1)  # dropout inside the network
+            generator = seeding.generator(self.seed, state.iteration, "m_step", state.step, self.device)
+            torch.manual_seed(seeding.fold(self.seed, state.iteration, state.step) >> 1)  # dropout inside the network
             rows = torch.randint(len(self.train), (config.batch,), generator=generator, device=self.device)
             clean = torch.from_numpy(x[self.train[rows.cpu().numpy()]]).to(self.device)
             if config.flip:
@@ -373,7 +419,8 @@ class DiffEM:
 
     def _reconstruct(self, sampler: PosteriorSampler, out: np.memmap, iteration: int) -> int:
         """Draws reconstructions into `out`; returns how many were drawn, not kept (em.refresh)."""
-        before = self.run.array("reconstructions") if iteration and self.config.em.refresh < 1 else None
+        keep = self.config.em.refresh < 1 and 0 < iteration <= self.config.em.iterations
+        before = self.run.array("reconstructions") if keep else None
         done = drawn = 0
         for chunk in self.observations.chunks(size=self.config.e_step.batch):
             seeds = seeding.item_seeds(self.seed, iteration, "e_step", chunk)
@@ -413,16 +460,16 @@ class DiffEM:
         if self.reference is None:
             return {}
         rows = evenly(np.arange(len(x)), COMPARED)
-        return {"reference": metrics.compare(x[rows], self.reference[rows], self.scaling)}
+        return {"clean": metrics.compare(x[rows], self.reference[rows], self.scaling)}
 
     # --- state ---------------------------------------------------------------------------------------
 
     def _seconds(self) -> float:
         return time.monotonic() - self._clock
 
-    def _next(self, phase: str) -> None:
+    def _next(self, phase: str, iteration: int | None = None) -> None:
         """Begins a phase with counters at zero."""
-        self.state = State(iteration=self.state.iteration, phase=phase, rows=self.state.rows)
+        self.state = State(iteration=iteration or self.state.iteration, phase=phase, rows=self.state.rows)
         self._clock = time.monotonic()
         self.run.save_metrics(self.state.rows)
         self._checkpoint()

@@ -40,7 +40,7 @@ HEAVY = 1_000_000  # bytes; a larger picture is drawn for the light page only, a
 UNOBSERVED = (178, 198, 226)
 OVER_CONFIDENT, UNDER_CONFIDENT = 0.75, 1.25
 SCORES = {"crps": "CRPS", "energy_distance": "energy distance"}
-CLEAN = {"psnr": "PSNR of the mean [dB]", "energy_distance": "energy distance of the prior"}
+CLEAN = {"psnr": "PSNR of one draw [dB]", "energy_distance": "energy distance of the reconstructions"}
 
 
 @dataclass(frozen=True)
