@@ -219,7 +219,9 @@ def _train(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     for row in em.iterate():
         bar.clear()
         ratio = "" if row["ratio"] is None else f", ratio {row['ratio']:.2f}"
-        verdict = "start" if row["iteration"] == 0 else "accepted" if row["accepted"] else "refused"
+        verdict = "accepted" if row["accepted"] else "refused"
+        if row["loss"] is None:
+            verdict = "start" if row["iteration"] == 0 else "final"
         print(
             f"iteration {row['iteration']:3d} {verdict:8s} {row['score_name']} {row['score']:.4f} +- {row['score_se']:.4f}{ratio} ({row['seconds']:.0f} s)",
             flush=True,

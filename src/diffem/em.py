@@ -373,7 +373,7 @@ class DiffEM:
         done = (
             within if self.state.phase == "prior" else (self.state.iteration - 1 + within) / self.config.em.iterations
         )
-        return max(0.05, 1 - done)
+        return max(0.05, 1 - done if self.config.m_step.schedule == "linear" else min(1.0, 2 - 2 * done))
 
     def _settled(self, window: int = 200) -> bool:
         """Whether the loss fell by less than 1 % between the last two windows, after having fallen at all."""

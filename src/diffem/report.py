@@ -627,7 +627,8 @@ def _start_words(folder: Path) -> str | None:
     if not isinstance(start, dict):
         return None
     parts = [str(start.get("kind", "start")).replace("_", " ")]
-    parts += [f"{start[key]} components" for key in ("components",) if start.get(key) is not None]
+    count = start.get("components")
+    parts += [] if count is None else [f"{count} component" + "s" * (count != 1)]
     parts += [f"rank {start[key]}" for key in ("rank",) if start.get(key) is not None]
     return ", ".join(parts)
 
