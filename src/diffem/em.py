@@ -46,7 +46,7 @@ from diffem.run import Run
 
 Progress = Callable[[str, int, int], None]
 MEASURED = 512  # held-out reconstructions that measure the residual variances
-WIDER = (1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 3.5, 4.0)  # dispersions of the calibration
+WIDEST = 4.0  # the most that the calibration makes of a dispersion
 COMPARED = 4096  # reconstructions that are compared with a clean reference, where there is one
 
 
@@ -240,11 +240,13 @@ class DiffEM:
         sampler = self._sampler(last["dispersion"])
         if narrow and not sampler.dispersion:
             self._measure(sampler)
+        if narrow:  # the ratio is nearly linear in the dispersion
+            sampler.dispersion = WIDEST
+            widest = self._score(sampler).ratio
+            assert widest is not None
+            share = (wanted - last["ratio"]) / max(widest - last["ratio"], 1e-6)
+            sampler.dispersion = last["dispersion"] + min(max(share, 0.0), 1.0) * (WIDEST - last["dispersion"])
         current = self._score(sampler)
-        for sampler.dispersion in (d for d in WIDER if narrow and d > last["dispersion"]):
-            current = self._score(sampler)
-            if (current.ratio or wanted) >= wanted:
-                break
         x = self.run.array("next", (len(self.observations), *self.shape))
         drawn = self._reconstruct(sampler, x, state.iteration)
         state.row = {
@@ -373,7 +375,7 @@ class DiffEM:
         done = (
             within if self.state.phase == "prior" else (self.state.iteration - 1 + within) / self.config.em.iterations
         )
-        return max(0.05, 1 - done if self.config.m_step.schedule == "linear" else min(1.0, 2 - 2 * done))
+        return max(0.05, 1 - done)
 
     def _settled(self, window: int = 200) -> bool:
         """Whether the loss fell by less than 1 % between the last two windows, after having fallen at all."""

@@ -20,8 +20,7 @@ class MStepConfig:
         first_steps: Steps of the first iteration at most; it ends earlier once the loss has settled.
         batch: Items per step.
         learning_rate: Of Adam.
-        schedule: `constant`; `linear`: falls to a twentieth over all iterations; or `late`: does so over the
-            last half of them.
+        schedule: `constant`, or `linear`: falls to a twentieth over all iterations.
         weight_decay: Decoupled weight decay.
         clip: The gradient's norm is clipped to this.
         ema: Decay of the exponential moving average of the weights, which the E-step uses.
@@ -45,8 +44,8 @@ class MStepConfig:
     checkpoint: int = 500
 
     def __post_init__(self) -> None:
-        if self.schedule not in ("constant", "linear", "late"):
-            raise DiffemError(f"m_step.schedule: must be constant, linear or late, got {self.schedule!r}")
+        if self.schedule not in ("constant", "linear"):
+            raise DiffemError(f"m_step.schedule: must be constant or linear, got {self.schedule!r}")
         if self.optimizer not in ("carry", "reset"):
             raise DiffemError(f"m_step.optimizer: must be carry or reset, got {self.optimizer!r}")
 
