@@ -42,12 +42,13 @@ def main() -> None:
     parser.add_argument("--root")
     parser.add_argument("--steps", type=int, default=5000)
     arguments, rest = parser.parse_known_args()
+    wide = load(arguments.preset, cli.overrides(rest)).e_step.dispersion_last
     fixed = {
+        "em.gate": "1e9",
         "em.iterations": "1",
         "em.refresh": "1.0",
         "m_step.first_steps": str(arguments.steps),
-        "e_step.dispersion_first": "1.0",
-        "e_step.dispersion_last": "1.0",
+        "e_step.dispersion_first": str(wide),
     }
     config = load(arguments.preset, [*fixed.items(), *cli.overrides(rest)])
     folder = Path(arguments.out) / "observations"

@@ -81,7 +81,7 @@ class Judge:
             self.features(z[self.train]), self.features(self.clean[self.train])
         )
         column["accuracy"] = self.accuracy(sampler)
-        column["energy_distance"] = metrics.energy_distance(z[self.train], self.clean[self.train])
+        column["energy_distance"] = metrics.energy_distance(*metrics.apart(z, self.clean))
         column["psnr"] = metrics.psnr(z, self.clean, 2.0)
         return column, current
 
@@ -115,7 +115,7 @@ def main() -> None:
     result = {
         "command": f"diffem train {arguments.run.name}; python benchmarks/digits.py",
         "seconds": sum(row["seconds"] for row in rows) + prior,
-        "iterations": len(rows) - 1,
+        "iterations": sum(row["loss"] is not None for row in rows),
         "floor": metrics.frechet_distance(train, held),
         "columns": table,
     }

@@ -34,7 +34,7 @@ def main() -> None:
     result = {
         "command": f"diffem train {arguments.run.name}; python benchmarks/images.py",
         "seconds": seconds,
-        "iterations": max(row["iteration"] for row in rows),
+        "iterations": sum(row["loss"] is not None for row in rows),
         "columns": columns,
     }
     text = json.dumps(result, indent=2)

@@ -51,7 +51,7 @@ def column(sampler: PosteriorSampler, observations: Observations, curve: Tensor,
         "to_curve": metrics.nearest(x, curve).mean().item(),
         "from_curve": metrics.nearest(curve[::8], x).mean().item(),
         "residual": residual.item(),
-        "sinkhorn": metrics.sinkhorn_divergence(x[:POINTS], clean[:POINTS]),
+        "sinkhorn": metrics.sinkhorn_divergence(x[:POINTS], clean[-POINTS:]),
         "crps": current.mean,
         "crps_se": current.standard_error,
         "ratio": current.ratio,
@@ -83,8 +83,8 @@ def main() -> None:
     result = {
         "command": f"diffem train {arguments.run.name}; python benchmarks/manifold.py",
         "seconds": sum(row["seconds"] for row in rows) + prior,
-        "iterations": len(rows) - 1,
-        "accepted": sum(row["accepted"] for row in rows[1:]),
+        "iterations": sum(row["loss"] is not None for row in rows),
+        "accepted": sum(row["accepted"] and row["loss"] is not None for row in rows),
         "columns": table,
     }
     text = json.dumps(result, indent=2)

@@ -425,7 +425,9 @@ def test_reference_is_only_measured(whole, tmp_path):
     centre, half = em.scaling
     last, truth = model_units(tmp_path / "run", em, np.arange(60)), (x - centre) / half
     assert rows[-1]["clean"]["psnr"] == pytest.approx(-10 * math.log10((last - truth).square().mean() / 4), rel=1e-5)
-    assert rows[-1]["clean"]["energy_distance"] == pytest.approx(metrics.energy_distance(last, truth), rel=1e-5)
+    assert rows[-1]["clean"]["energy_distance"] == pytest.approx(
+        metrics.energy_distance(last[::2], truth[1::2]), rel=1e-5
+    )
     with pytest.raises(DiffemError) as caught:
         DiffEM(settings(), observations(), tmp_path / "other", reference=x[1:].numpy())
     assert str(caught.value) == "reference: shape (59, 1, 4, 4), but the reconstructions have (60, 1, 4, 4)"

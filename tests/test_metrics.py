@@ -75,7 +75,7 @@ def test_compare_is_in_model_units():
     found = metrics.compare(x, clean, (127.5, 127.5))
     assert found["psnr"] == pytest.approx(20, abs=1e-4)
     u, v = (torch.from_numpy((a.astype(np.float32) - 127.5) / 127.5) for a in (x, clean))
-    assert found == {"psnr": metrics.psnr(u, v, 2.0), "energy_distance": metrics.energy_distance(u, v)}
+    assert found == {"psnr": metrics.psnr(u, v, 2.0), "energy_distance": metrics.energy_distance(u[::2], v[1::2])}
 
 
 def test_sinkhorn_divergence():
@@ -96,7 +96,7 @@ def test_distances():
     u, v = x.flatten(1), clean.flatten(1)
     apart = (u[:, None] - v).norm(dim=2)
     assert metrics.distances(x, clean) == {
-        "energy_distance": metrics.energy_distance(u, v),
+        "energy_distance": metrics.energy_distance(u[::2], v[1::2]),
         "nearest_clean": pytest.approx(apart.amin(1).mean().item(), rel=1e-4),
         "nearest_item": pytest.approx(apart.amin(0).mean().item(), rel=1e-4),
     }

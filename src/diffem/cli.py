@@ -100,6 +100,7 @@ def _parser() -> argparse.ArgumentParser:
         "--reference", required=True, metavar="CLEAN", help="a .npy of clean items, row i for observation i"
     )
     evaluate.add_argument("--observations", metavar="DIR", help="what it was trained on (default: RUN/observations)")
+    _add_device(evaluate)
     evaluate.add_argument("--json", action="store_true", help="print JSON")
 
     report = add("report", "Write report.html of a run again.")
@@ -226,7 +227,8 @@ def _train(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
             f"iteration {row['iteration']:3d} {verdict:8s} {row['score_name']} {row['score']:.4f} +- {row['score_se']:.4f}{ratio} ({row['seconds']:.0f} s)",
             flush=True,
         )
-    pictures.save(em.run, observations, em.held_out, config.em.seed, folder / "clean.npy")
+    place = arguments.device, arguments.precision
+    pictures.save(em.run, observations, em.held_out, config.em.seed, folder / "clean.npy", *place)
     page = report.write(out)
     print(report.summary_table(out))
     print(f"report: {page}")
@@ -348,8 +350,10 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
     folder = Path(arguments.observations or Path(arguments.run) / "observations")
     given = arguments.observations is not None or folder.exists()
-    box = None if not given or (folder / "corruption.yaml").exists() else _model(arguments.run, "posterior").corruption
-    table = evaluate(arguments.run, arguments.reference, Observations.load(folder, box) if given else None)
+    model = _model(arguments.run, "posterior", "cpu")
+    box = model.corruption if model.corruption.config["name"] == "BlackBox" else None
+    observations = Observations.load(folder, box) if given else None
+    table = evaluate(arguments.run, arguments.reference, observations, arguments.device, arguments.precision)
     finite = {k: {name: v if math.isfinite(v) else None for name, v in column.items()} for k, column in table.items()}
     print(json.dumps(finite) if arguments.json else as_text(table))
 

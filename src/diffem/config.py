@@ -41,7 +41,7 @@ class EMConfig:
     Attributes:
         iterations: Number of EM iterations.
         seed: Seed of everything that is drawn.
-        refresh: The fraction of the reconstructions that an E-step replaces.
+        refresh: The fraction of the reconstructions that an E-step replaces; the last one replaces all.
         score_items: Held-out observations that score an iteration.
         score_draws: Draws per scored observation.
         gate: An iteration is refused if its score is worse than the best by more than this many standard errors.
@@ -80,6 +80,10 @@ class EStepConfig:
     dispersion_last: float = 1.0
     least_ratio: float = 0.8
     batch: int = 256
+
+    def __post_init__(self) -> None:
+        if self.batch < 1 or min(self.dispersion_first, self.dispersion_last, self.least_ratio) < 0:
+            raise DiffemError("e_step: batch must be at least 1; dispersions and least_ratio must be >= 0")
 
     def dispersion(self, iteration: int, iterations: int) -> float:
         """The dispersion of iteration 1, 2, ..., `iterations`."""
@@ -124,6 +128,10 @@ class Config:
     m_step: MStepConfig = field(default_factory=MStepConfig)
     em: EMConfig = field(default_factory=EMConfig)
     prior: PriorConfig = field(default_factory=PriorConfig)
+
+    def __post_init__(self) -> None:
+        if self.prior.kind == "joint" and not self.denoiser.observation_dropout:
+            raise DiffemError("prior.kind: joint needs denoiser.observation_dropout > 0: the network must know both")
 
     def to_dict(self) -> dict:
         """Plain lists, dictionaries and numbers, as config.yaml holds them."""

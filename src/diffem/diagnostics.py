@@ -130,6 +130,7 @@ def _energy(sampler: PosteriorSampler, observations: Observations, indices: np.n
     u, v = torch.cat(fake), torch.cat(real)
     n = len(u)
     # Each item's share of 2 E|u - v| - E|u - u'| - E|v - v'|, so that differences can be paired.
-    cross = torch.cdist(u, v)
-    items = cross.mean(1) + cross.mean(0) - (torch.cdist(u, u).sum(1) + torch.cdist(v, v).sum(1)) / (n - 1)
+    cross = torch.cdist(u, v).fill_diagonal_(0)  # an item and its own observation are not independent
+    within = torch.cdist(u, u).sum(1) + torch.cdist(v, v).sum(1)
+    items = (cross.sum(1) + cross.sum(0) - within) / (n - 1)
     return Score("energy_distance", items, None)

@@ -17,12 +17,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
+import yaml
 from torch import Tensor
 
 from diffem import devices, metrics, seeding, starts
@@ -35,6 +38,7 @@ from diffem.m_step import Trainer
 from diffem.mixtures import Mixture
 from diffem.observations import Observations, evenly
 from diffem.posteriors import (
+    GROUPS,
     DiffusionPosterior,
     MixturePosterior,
     ObservationPosterior,
@@ -102,15 +106,16 @@ class DiffEM:
                 f"{observations.source}: mask.npy: no observation shows entry {list(missing[0])}"
                 f"{f' and {len(missing) - 1} more' if len(missing) > 1 else ''}, so it cannot be learned; --allow-unobserved goes on"
             )
-        self.given_start, self.reference = start, reference
+        self.reference = reference
         if reference is not None and tuple(reference.shape) != (len(observations), *self.shape):
             raise DiffemError(
                 f"reference: shape {tuple(reference.shape)}, but the reconstructions have {(len(observations), *self.shape)}"
             )
         self.train, self.held_out = observations.split(self.seed)
-        self.scaling = self._prior_run().scaling if config.start.kind == "run" else observations.scaling(self.train)
-        if start is not None:
-            self.scaling = start.scaling
+        if start is None and config.start.kind == "run":
+            start = self._earlier_posterior()
+        self.given_start = start
+        self.scaling = observations.scaling(self.train) if start is None else start.scaling
         self.model_corruption = self.corruption.scaled(*self.scaling)
         facts = {
             "observations": len(observations),
@@ -156,11 +161,17 @@ class DiffEM:
 
     def _start(self) -> None:
         self._clock = time.monotonic()
+        for name in ("prior.json", "pictures.npz"):  # of a run that was here before
+            (self.run.folder / name).unlink(missing_ok=True)
+        shutil.rmtree(self.run.folder / "prior", ignore_errors=True)
         sampler, about = self._initial_prior()
         self._build(sampler)
         sampler.save_pretrained(self.run.folder / "start")
         sampler.save_pretrained(self.run.folder / "posterior")
-        if not isinstance(sampler, ObservationPosterior):
+        earlier = Path(self.config.start.run) / "prior"
+        if self.config.start.run and earlier.exists():
+            from_pretrained(earlier, self.corruption).save_pretrained(self.run.folder / "prior")
+        elif not isinstance(sampler, ObservationPosterior):
             sampler.save_pretrained(self.run.folder / "prior")
         self.run.write("start.json", json.dumps(about, indent=2).encode())
         x = self.run.array("next", (len(self.observations), *self.shape))
@@ -214,7 +225,8 @@ class DiffEM:
                 os.replace(waiting, self.run.folder / "reconstructions.npy")
             sampler = self._sampler(state.row["dispersion"])
             sampler.save_pretrained(self.run.folder / "posterior")
-            sampler.save_pretrained(self.run.folder / "prior")
+            if self.config.prior.kind == "joint":
+                sampler.save_pretrained(self.run.folder / "prior")
         waiting.unlink(missing_ok=True)
         state.rows.append(state.row)
         if state.iteration < self.config.em.iterations:
@@ -234,7 +246,7 @@ class DiffEM:
         self.trainer.averaged.network.load_state_dict(saved.denoiser.network.state_dict())
         self.residual = saved.residual
         last = next(row for row in reversed(state.rows) if row["accepted"])
-        narrow = (last["ratio"] or wanted) < wanted and self.config.sampler.kind == "ddpm"
+        narrow = last["ratio"] is not None and last["ratio"] < wanted and self.config.sampler.kind == "ddpm"
         if not narrow and self.config.em.refresh == 1:
             return self._finish()
         sampler = self._sampler(last["dispersion"])
@@ -247,6 +259,10 @@ class DiffEM:
             share = (wanted - last["ratio"]) / max(widest - last["ratio"], 1e-6)
             sampler.dispersion = last["dispersion"] + min(max(share, 0.0), 1.0) * (WIDEST - last["dispersion"])
         current = self._score(sampler)
+        delta, error = current.difference(self.first)
+        if narrow and delta > self.config.em.gate * error:  # the fault is not in the width
+            sampler.dispersion = last["dispersion"]
+            current = self._score(sampler)
         x = self.run.array("next", (len(self.observations), *self.shape))
         drawn = self._reconstruct(sampler, x, state.iteration)
         state.row = {
@@ -284,10 +300,8 @@ class DiffEM:
 
     def _initial_prior(self) -> tuple[PosteriorSampler, dict]:
         if self.given_start is not None:
-            return self.given_start, {"kind": self.given_start.kind}
+            return self.given_start, {"kind": self.given_start.kind, "run": self.config.start.run}
         kind = self.config.start.resolve(self.corruption)
-        if kind == "run":
-            return self._prior_run(), {"kind": kind, "run": self.config.start.run}
         if kind == "observation":
             return ObservationPosterior(self.corruption, self.shape, self.scaling), {"kind": kind}
         assert isinstance(self.corruption, LinearCorruption)
@@ -303,10 +317,15 @@ class DiffEM:
         )
         return MixturePosterior(self.corruption, self.shape, self.scaling, mixture), {"kind": kind, **about}
 
-    def _prior_run(self) -> PosteriorSampler:
+    def _earlier_posterior(self) -> PosteriorSampler:
         folder = self.config.start.run
         precision = "bfloat16" if self.precision == torch.bfloat16 else "float32"
         earlier = from_pretrained(os.path.join(folder, "posterior"), self.corruption, str(self.device), precision)
+        config = yaml.safe_load((Path(folder) / "config.yaml").read_text())
+        if config["facts"]["digest"] == self.observations.digest() and config["em"]["seed"] != self.seed:
+            raise DiffemError(
+                f"start.run: {folder} held out others of these observations; use --em.seed {config['em']['seed']}"
+            )
         if earlier.shape != self.shape:
             raise DiffemError(f"start.run: {folder} was trained on items of shape {earlier.shape}, not {self.shape}")
         return earlier
@@ -332,7 +351,7 @@ class DiffEM:
         if isinstance(start, DiffusionPosterior):
             _take_weights(start.denoiser, denoiser)
         self.trainer = Trainer(denoiser, averaged, self.config.m_step)
-        self.residual = torch.ones(self.config.sampler.steps + 1, 3)
+        self.residual = torch.ones(self.config.sampler.steps + 1, GROUPS)
 
     def _train(self, target: int, dropout: float, until_settled: bool = False) -> None:
         state, config, x = self.state, self.config.m_step, self.run.array("reconstructions")

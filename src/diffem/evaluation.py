@@ -18,13 +18,21 @@ from diffem.posteriors import PosteriorSampler, from_pretrained
 ITEMS = 4096
 
 
-def evaluate(run: str | Path, reference: str | Path, observations: Observations | None = None) -> dict[str, dict]:
+def evaluate(
+    run: str | Path,
+    reference: str | Path,
+    observations: Observations | None = None,
+    device: str = "auto",
+    precision: str = "auto",
+) -> dict[str, dict]:
     """Distances of a run to clean items.
 
     Arguments:
         run: The run folder.
         reference: A .npy of clean items, row i for observation i.
         observations: What the run was trained on; for the start's reconstructions and the residuals.
+        device: Where networks run; see :func:`diffem.devices.choose`.
+        precision: How precisely; likewise.
 
     Returns:
         For `start` (only with observations), `reconstructions` and `prior`: the metrics by name, in model
@@ -43,13 +51,13 @@ def evaluate(run: str | Path, reference: str | Path, observations: Observations 
         raise DiffemError(f"{reference}: shape {clean.shape}, but the run has reconstructions of {x.shape}")
     seed = yaml.safe_load((run / "config.yaml").read_text())["em"]["seed"]
     rows = evenly(np.arange(len(x)), ITEMS)
-    posterior = from_pretrained(run / "posterior")
+    posterior = from_pretrained(run / "posterior", device=device, precision=precision)
     centre, half = posterior.scaling
     scaled = lambda a: (torch.as_tensor(np.asarray(a, dtype=np.float32)) - centre) / half  # noqa: E731
     truth = scaled(clean[rows])
     table: dict[str, dict] = {}
     if observations is not None:
-        start = from_pretrained(run / "start")
+        start = from_pretrained(run / "start", device=device, precision=precision)
         drawn = [
             start.sample(*observations.batch(chunk), seeding.item_seeds(seed, 0, "e_step", chunk))
             for chunk in observations.chunks(rows, 256)
@@ -57,7 +65,7 @@ def evaluate(run: str | Path, reference: str | Path, observations: Observations 
         table["start"] = _paired(scaled(torch.cat(drawn)), truth, start, observations, rows)
     table["reconstructions"] = _paired(scaled(x[rows]), truth, posterior, observations, rows)
     if (run / "prior" / "config.json").exists():
-        prior = from_pretrained(run / "prior")
+        prior = from_pretrained(run / "prior", device=device, precision=precision)
         chunks = torch.arange(len(rows)).split(256)
         samples = [prior.sample_prior(seeding.item_seeds(seed, 0, "prior", chunk)) for chunk in chunks]
         table["prior"] = metrics.distances(scaled(torch.cat(samples)), truth)

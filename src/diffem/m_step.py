@@ -20,7 +20,7 @@ class MStepConfig:
         first_steps: Steps of the first iteration at most; it ends earlier once the loss has settled.
         batch: Items per step.
         learning_rate: Of Adam.
-        schedule: `constant`, or `linear`: falls to a twentieth over all iterations.
+        schedule: `constant`, or `linear`: falls to a twentieth over all iterations, and again over the prior's steps.
         weight_decay: Decoupled weight decay.
         clip: The gradient's norm is clipped to this.
         ema: Decay of the exponential moving average of the weights, which the E-step uses.
@@ -44,6 +44,10 @@ class MStepConfig:
     checkpoint: int = 500
 
     def __post_init__(self) -> None:
+        if min(self.steps, self.first_steps, self.batch, self.checkpoint) < 1:
+            raise DiffemError("m_step: steps, first_steps, batch and checkpoint must be at least 1")
+        if not 0 <= self.ema < 1 or not 0 <= self.thinned <= 1:
+            raise DiffemError("m_step: ema must be in [0, 1), thinned in [0, 1]")
         if self.schedule not in ("constant", "linear"):
             raise DiffemError(f"m_step.schedule: must be constant or linear, got {self.schedule!r}")
         if self.optimizer not in ("carry", "reset"):

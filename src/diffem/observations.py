@@ -190,6 +190,9 @@ class Observations:
         for name, array in self.params.items():
             if len(array) != len(self):
                 raise DiffemError(f"{self.source}: {name}.npy: has {len(array)} rows where y.npy has {len(self)}")
+        if isinstance(self.corruption, BlackBox) and self.params:
+            name = next(iter(self.params))
+            raise DiffemError(f"{self.source}: {name}.npy: a black box has no parameters of its own; remove the file")
         if "mask" in self.params:
             shape = self.params["mask"].shape
             try:

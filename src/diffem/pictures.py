@@ -27,11 +27,20 @@ def draw_many(
     return torch.cat(out)
 
 
-def save(run: Run, observations: Observations, held_out: np.ndarray, seed: int, clean: Path | None = None) -> None:
+def save(
+    run: Run,
+    observations: Observations,
+    held_out: np.ndarray,
+    seed: int,
+    clean: Path | None = None,
+    device: str = "auto",
+    precision: str = "auto",
+) -> None:
     """Writes pictures.npz into the run folder; clean items, if there are any, are only shown."""
     image = len(observations.shape) > 1
     rows = evenly(held_out, 8 if image else 200)
-    posterior, start = from_pretrained(run.folder / "posterior"), from_pretrained(run.folder / "start")
+    load = lambda name: from_pretrained(run.folder / name, device=device, precision=precision)  # noqa: E731
+    posterior, start = load("posterior"), load("start")
     draws = draw_many(posterior, observations, rows, 16, seed)
     low, high = observations.range or (float(draws.min()), float(draws.max()))
     y, params = observations.batch(rows)
@@ -48,7 +57,7 @@ def save(run: Run, observations: Observations, held_out: np.ndarray, seed: int, 
     if clean is not None and clean.exists():
         arrays["clean"] = np.asarray(np.load(clean, mmap_mode="r")[rows], dtype=np.float32)
     if (run.folder / "prior" / "config.json").exists():
-        prior = from_pretrained(run.folder / "prior")
+        prior = load("prior")
         arrays["samples"] = prior.sample_prior(
             seeding.item_seeds(seed, 0, "prior", range(64 if image else 1000))
         ).numpy()

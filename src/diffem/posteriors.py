@@ -331,6 +331,10 @@ def from_pretrained(
     if config["kind"] == "observation":
         return ObservationPosterior(corruption, shape, scaling)
 
+    mixed = any(name.endswith("log_weights") for name in tensors)
+    if mixed and _basis_name(corruption.config) != _basis_name(config["corruption"]):
+        raise DiffemError(f"{folder}: its mixture is written for {config['corruption']}, not for {corruption.config}")
+
     def mixture(prefix: str) -> Mixture:
         return Mixture(*(tensors[prefix + n] for n in Mixture.names), basis=likelihood_basis(corruption, shape))
 
@@ -341,7 +345,12 @@ def from_pretrained(
     fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config["network"].items()}
     network = NetworkConfig(**fields)
     denoiser = Denoiser(corruption.scaled(*scaling), shape, DenoiserConfig(**config["denoiser"]), network, start)
-    denoiser.network.load_state_dict({k[8:]: v for k, v in tensors.items() if k.startswith("network.")})
+    try:
+        denoiser.network.load_state_dict({k[8:]: v for k, v in tensors.items() if k.startswith("network.")})
+    except RuntimeError:
+        raise DiffemError(
+            f"{folder}: its network was shown other observations than {corruption.config} makes"
+        ) from None
     denoiser.precision = dtype
     denoiser.to(where).eval().requires_grad_(False)
     sampler = SamplerConfig(**config["sampler"])
@@ -354,6 +363,11 @@ class _Untold(BlackBox):
 
     def __init__(self, path: str | None) -> None:
         super().__init__(lambda x: x, path)
+
+
+def _basis_name(config: dict) -> dict | None:
+    """What decides the basis of :func:`likelihood_basis`."""
+    return {k: v for k, v in config.items() if k != "noise"} if config["name"] == "GaussianBlur" else None
 
 
 def likelihood_basis(corruption: Corruption, shape: tuple[int, ...]) -> Basis | None:

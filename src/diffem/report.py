@@ -657,9 +657,18 @@ def _cost(run: Run) -> list[tuple[str, str]]:
     totals = {
         key: sum(_finite(row, key) or 0.0 for row in run.rows) for key in ("seconds", "examples", "network_evaluations")
     }
+    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
+        prior = json.loads((run.folder / "prior.json").read_text())
+        totals["seconds"] += prior["seconds"]
+        totals["examples"] += prior["examples"]
+        totals["network_evaluations"] += 3 * prior["examples"]
     refused = sum(not row.get("accepted") for row in run.rows[1:])
     return [
-        ("iterations", f"{len(run.rows) - 1}" + (f", {refused} of them refused" if refused else "")),
+        (
+            "iterations",
+            f"{sum(_finite(row, 'loss') is not None for row in run.rows)}"
+            + (f", {refused} of them refused" if refused else ""),
+        ),
         ("time", _duration(totals["seconds"])),
         ("training examples", f"{totals['examples']:,.0f}"),
         ("network evaluations", f"{totals['network_evaluations']:,.0f}"),

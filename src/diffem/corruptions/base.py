@@ -99,8 +99,8 @@ class BlackBox(Corruption):
     """Any function x -> y: nothing is asked of it but that it can be called.
 
     Arguments:
-        function: Takes a batch (B, *shape) in the units of the data and returns as many observations. It may
-            draw from the global generators of torch, numpy and random, which are seeded for the call.
+        function: Takes a batch (B, *shape) in the units of the data, on the CPU, and returns as many observations.
+            It may draw from the global generators of torch, numpy and random, which are seeded for the call.
         name: How the function is found again: 'package.module:function'.
     """
 
@@ -115,12 +115,12 @@ class BlackBox(Corruption):
     def apply(self, x: Tensor, params: Params, generator: torch.Generator) -> Tensor:
         seed = int(torch.randint(2**31, (), generator=generator, device=generator.device))
         numpy_state, python_state = np.random.get_state(), random.getstate()  # noqa: NPY002
-        with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
-            torch.manual_seed(seed)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
             np.random.seed(seed)  # noqa: NPY002
             random.seed(seed)
             try:
-                y = torch.as_tensor(self.function(x * self.half + self.centre))
+                y = torch.as_tensor(self.function((x * self.half + self.centre).cpu()))
             finally:
                 np.random.set_state(numpy_state)  # noqa: NPY002
                 random.setstate(python_state)
