@@ -10,6 +10,7 @@ from PIL import Image
 
 from diffem import cli, config
 from diffem.corruptions import from_config
+from diffem.errors import DiffemError
 
 TINY = [
     "--prior.steps",
@@ -96,3 +97,24 @@ def test_celeba_presets_run(name, tmp_path):
         == 0
     )
     assert (tmp_path / "run" / "posterior" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        ({"m_step": {"batch": 0}}, "m_step: steps, first_steps, batch and checkpoint must be at least 1"),
+        ({"m_step": {"ema": 1.0}}, "m_step: ema must be in [0, 1), thinned in [0, 1]"),
+        (
+            {"e_step": {"dispersion_first": -1.0}},
+            "e_step: batch must be at least 1; dispersions and least_ratio must be >= 0",
+        ),
+        (
+            {"prior": {"kind": "joint"}, "denoiser": {"observation_dropout": 0.0}},
+            "prior.kind: joint needs denoiser.observation_dropout > 0: the network must know both",
+        ),
+    ],
+)
+def test_values_that_cannot_be(values, text):
+    with pytest.raises(DiffemError) as caught:
+        config.from_dict(values)
+    assert str(caught.value) == text

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from diffem import cli, datasets, metrics, seeding, starts
 from diffem import config as configuration
 from diffem import em as em_module
-from diffem.corruptions import GaussianNoise, RandomMask
+from diffem.corruptions import GaussianBlur, GaussianNoise, RandomMask
 from diffem.denoisers import Denoiser, DenoiserConfig
 from diffem.diagnostics import Score, crps, score
 from diffem.em import DiffEM
@@ -498,6 +498,40 @@ def test_start_from_a_run_that_does_not_fit(sections, text, whole, tmp_path):
         train(tmp_path / "run", **sections)
     assert str(caught.value) == text
     assert not (tmp_path / "run" / "reconstructions.npy").exists()  # it is said before anything is drawn
+
+
+def test_start_from_a_run_with_another_split(whole, tmp_path):
+    # what this run would hold out has trained the earlier one
+    with pytest.raises(DiffemError) as caught:
+        train(tmp_path / "run", start={"kind": "run", "run": str(whole)}, em={"seed": 1})
+    assert str(caught.value) == f"start.run: {whole} held out others of these observations; use --em.seed 0"
+
+
+def test_start_from_a_run_brings_its_prior(whole, tmp_path):
+    train(tmp_path / "run", start={"kind": "run", "run": str(whole)}, em={"iterations": 0})
+    ours, theirs = (load_file(p / "prior" / "model.safetensors") for p in (tmp_path / "run", whole))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[k], theirs[k]) for k in ours)
+
+
+def test_model_of_another_corruption(tmp_path):
+    blur = GaussianBlur(1.0, 0.1)
+    mixture = Mixture.standard(16)
+    MixturePosterior(blur, SHAPE, (0.0, 1.0), mixture).save_pretrained(tmp_path)
+    assert from_pretrained(tmp_path, GaussianBlur(1.0, 0.3)).corruption.noise == 0.3  # written in the same basis
+    with pytest.raises(DiffemError, match=r": its mixture is written for \{'name': 'GaussianBlur', .*not for"):
+        from_pretrained(tmp_path, GaussianBlur(2.0, 0.1))
+
+
+def test_calibration_may_not_end_worse_than_the_start(tmp_path, monkeypatch):
+    def wide_is_worse(sampler, *arguments):
+        worse = 5.0 if getattr(sampler, "dispersion", 0) > 1 else 0.0
+        return Score("crps", torch.linspace(0, 1, 6) + worse, 0.1 + 0.3 * worse)
+
+    monkeypatch.setattr(em_module, "score", wide_is_worse)
+    em = train(tmp_path, e_step={"least_ratio": 0.8, "dispersion_last": 1.0})
+    assert em.rows[-1]["dispersion"] == 1.0
+    assert from_pretrained(tmp_path / "posterior").dispersion == 1.0
 
 
 # --- the sampler, where the answer is known ------------------------------------------------------------

@@ -435,3 +435,10 @@ def test_files_that_are_no_arrays(tmp_path, name, damage, reason):
     message = error(Observations.load, tmp_path)
     assert message.startswith(f"{file}: is not a complete .npy array: ")
     assert reason in message  # numpy's own words
+
+
+def test_black_box_has_no_parameters():
+    mask = np.ones((4, 3), dtype=bool)
+    with pytest.raises(DiffemError) as caught:
+        Observations(np.zeros((4, 3), np.float32), BlackBox(torch.abs, "torch:abs"), {"mask": mask})
+    assert str(caught.value) == "observations: mask.npy: a black box has no parameters of its own; remove the file"
