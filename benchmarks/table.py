@@ -17,7 +17,7 @@ HEADS = {
     "ratio": "ratio",
     "delta": "paired difference to the start",
     "frechet": "Frechet (classifier)",
-    "accuracy": "accuracy",
+    "accuracy": "accuracy of a draw",
     "to_curve": "draw to curve",
     "from_curve": "curve to draw",
     "residual": "residual / noise",
