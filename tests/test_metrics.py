@@ -79,7 +79,6 @@ def test_compare_is_in_model_units():
 
 
 def test_sinkhorn_divergence():
-    pytest.importorskip("ot")
     u = 0.3 * normal(60, 2, 0)
     assert metrics.sinkhorn_divergence(u, u, 0.05) == pytest.approx(0, abs=1e-6)
     assert metrics.sinkhorn_divergence(u, u.flip(0), 0.05) == pytest.approx(0, abs=1e-6)
