@@ -13,9 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from diffem import cli, datasets
+from diffem import cli
 from diffem.config import load
-from diffem.corruptions import from_config
 from diffem.em import DiffEM
 from diffem.observations import Observations
 
@@ -53,9 +52,7 @@ def main() -> None:
     config = load(arguments.preset, [*fixed.items(), *cli.overrides(rest)])
     folder = Path(arguments.out) / "observations"
     if not folder.exists():
-        corruption = from_config(config.data.corruption, arguments.preset)
-        limit = config.data.limit or None
-        datasets.corrupt(config.data.source, corruption, folder, arguments.root, limit, config.em.seed, keep_clean=True)
+        cli.make_observations(config, arguments.preset, folder, arguments.root)
     bar = cli.ProgressBar()
     for row in CleanBound(config, Observations.load(folder), arguments.out, progress=bar.update).iterate():
         bar.clear()

@@ -9,19 +9,18 @@ classifier trained on clean digits (it is not 0 between two halves of the clean 
 
 from __future__ import annotations
 
-import argparse
-import json
 from pathlib import Path
 
 import numpy as np
 import torch
+from common import parse, publish, scored
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from diffem import metrics, seeding
 from diffem.diagnostics import score
 from diffem.observations import Observations
-from diffem.posteriors import PosteriorSampler, from_pretrained
+from diffem.posteriors import PosteriorSampler, draw_many, from_pretrained
 
 DRAWS = 8
 
@@ -74,9 +73,7 @@ class Judge:
         """The metrics of a sampler and its reconstructions of all observations, and its score."""
         z = self._scale(x)
         current = score(sampler, self.observations, self.held_out, 0, DRAWS)
-        column = {"crps": current.mean, "crps_se": current.standard_error, "ratio": current.ratio}
-        if first is not None:
-            column["delta"], column["delta_se"] = current.difference(first)
+        column = scored(current, first)
         column["frechet"] = metrics.frechet_distance(
             self.features(z[self.train]), self.features(self.clean[self.train])
         )
@@ -87,19 +84,12 @@ class Judge:
 
     def drawn(self, sampler: PosteriorSampler) -> np.ndarray:
         """Reconstructions of all observations by a sampler."""
-        parts = [
-            sampler.sample(*self.observations.batch(rows), seeding.item_seeds(0, 0, "e_step", rows)).numpy()
-            for rows in self.observations.chunks(size=256)
-        ]
-        return np.concatenate(parts)
+        rows = np.arange(len(self.observations))
+        return draw_many(sampler, self.observations, rows, 1, 0, "e_step")[:, 0].numpy()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path)
-    parser.add_argument("--bound", type=Path, help="a run of benchmarks/bound.py on the same preset")
-    parser.add_argument("--out", type=Path, help="a JSON file; printed otherwise")
-    arguments = parser.parse_args()
+    arguments = parse(__doc__)
     judge = Judge(arguments.run)
     start = from_pretrained(arguments.run / "start")
     table: dict[str, dict] = {}
@@ -110,19 +100,7 @@ def main() -> None:
         bound = from_pretrained(arguments.bound / "posterior")
         table["clean bound"], _ = judge.column(bound, judge.drawn(bound), first)
     train, held = (judge.features(judge.clean[rows]) for rows in (judge.train, judge.held_out))
-    rows = [json.loads(line) for line in (arguments.run / "metrics.jsonl").read_text().splitlines()]
-    prior = json.loads((arguments.run / "prior.json").read_text())["seconds"]
-    result = {
-        "command": f"diffem train {arguments.run.name}; python benchmarks/digits.py",
-        "seconds": sum(row["seconds"] for row in rows) + prior,
-        "iterations": sum(row["loss"] is not None for row in rows),
-        "floor": metrics.frechet_distance(train, held),
-        "columns": table,
-    }
-    text = json.dumps(result, indent=2)
-    if arguments.out:
-        arguments.out.write_text(text + "\n")
-    print(text)
+    publish(arguments, "digits.py", table, floor=metrics.frechet_distance(train, held))
 
 
 if __name__ == "__main__":

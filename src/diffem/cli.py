@@ -9,10 +9,16 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from diffem import __version__
 from diffem.errors import DiffemError
+
+if TYPE_CHECKING:
+    from diffem.config import Config
+    from diffem.corruptions import Corruption
+    from diffem.observations import Observations
+    from diffem.posteriors import PosteriorSampler
 
 _TRAIN_HELP = """
 examples:
@@ -172,8 +178,8 @@ def overrides(rest: Sequence[str]) -> list[tuple[str, str]]:
 
 def _train(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     from diffem import config as configuration
-    from diffem import datasets, devices, pictures, report
-    from diffem.corruptions import from_config, from_function_path
+    from diffem import devices, pictures, report
+    from diffem.corruptions import from_function_path
     from diffem.em import DiffEM
     from diffem.observations import Observations, open_array
 
@@ -194,17 +200,7 @@ def _train(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
             raise DiffemError(
                 "diffem train: --observations: give a folder of observations, or a preset that makes its own"
             )
-        out.mkdir(parents=True, exist_ok=True)
-        corruption = box or from_config(config.data.corruption, f"{arguments.preset}: data.corruption")
-        datasets.corrupt(
-            config.data.source,
-            corruption,
-            folder,
-            arguments.root,
-            config.data.limit or None,
-            config.em.seed,
-            keep_clean=True,
-        )
+        make_observations(config, arguments.preset, folder, arguments.root, box)
     observations = Observations.load(folder, box)
     bar = ProgressBar()
     em = DiffEM(
@@ -232,6 +228,19 @@ def _train(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     page = report.write(out)
     print(report.summary_table(out))
     print(f"report: {page}")
+
+
+def make_observations(
+    config: Config, preset: str, folder: Path, root: str | None = None, corruption: Corruption | None = None
+) -> None:
+    """Writes the observations that a preset makes for itself, with the clean items beside them."""
+    from diffem import datasets
+    from diffem.corruptions import from_config
+
+    data = config.data
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    made = corruption or from_config(data.corruption, f"{preset}: data.corruption")
+    datasets.corrupt(data.source, made, folder, root, data.limit or None, config.em.seed, keep_clean=True)
 
 
 class ProgressBar:
@@ -286,17 +295,22 @@ def _model(run: str, name: str, device: str = "auto", precision: str = "auto"):
     return from_pretrained(Path(run) / name, device=device, precision=precision)
 
 
+def _observations(folder: str | Path, sampler: PosteriorSampler) -> Observations:
+    """An observation folder; it never names a black box, which the sampler was trained for."""
+    from diffem.corruptions import BlackBox
+    from diffem.observations import Observations
+
+    return Observations.load(folder, sampler.corruption if isinstance(sampler.corruption, BlackBox) else None)
+
+
 def _reconstruct(arguments: argparse.Namespace) -> None:
     import numpy as np
 
     from diffem import files
-    from diffem.observations import Observations
-    from diffem.pictures import draw_many
+    from diffem.posteriors import draw_many
 
     sampler = _model(arguments.run, "posterior", arguments.device, arguments.precision)
-    observations = Observations.load(
-        arguments.observations, sampler.corruption if sampler.corruption.config["name"] == "BlackBox" else None
-    )
+    observations = _observations(arguments.observations, sampler)
     if observations.shape != sampler.shape:
         raise DiffemError(
             f"{arguments.observations}: items of shape {observations.shape}, but {arguments.run} was trained on {sampler.shape}"
@@ -329,30 +343,23 @@ def _sample(arguments: argparse.Namespace) -> None:
     import io
 
     import numpy as np
-    import torch
 
-    from diffem import seeding
+    from diffem import files
+    from diffem.posteriors import sample_many
 
     prior = _model(arguments.run, "prior", arguments.device, arguments.precision)
-    rows = torch.arange(arguments.n)
-    parts = [prior.sample_prior(seeding.item_seeds(arguments.seed, 0, "prior", chunk)) for chunk in rows.split(256)]
     stream = io.BytesIO()
-    np.save(stream, torch.cat(parts).numpy())
-    out = Path(arguments.out)
-    out.with_name(out.name + ".tmp").write_bytes(stream.getvalue())
-    out.with_name(out.name + ".tmp").replace(out)
-    print(f"{arguments.n} samples in {out}")
+    np.save(stream, sample_many(prior, arguments.n, arguments.seed).numpy())
+    files.replace(Path(arguments.out), stream.getvalue())
+    print(f"{arguments.n} samples in {arguments.out}")
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
     from diffem.evaluation import as_text, evaluate
-    from diffem.observations import Observations
 
     folder = Path(arguments.observations or Path(arguments.run) / "observations")
     given = arguments.observations is not None or folder.exists()
-    model = _model(arguments.run, "posterior", "cpu")
-    box = model.corruption if model.corruption.config["name"] == "BlackBox" else None
-    observations = Observations.load(folder, box) if given else None
+    observations = _observations(folder, _model(arguments.run, "posterior", "cpu")) if given else None
     table = evaluate(arguments.run, arguments.reference, observations, arguments.device, arguments.precision)
     finite = {k: {name: v if math.isfinite(v) else None for name, v in column.items()} for k, column in table.items()}
     print(json.dumps(finite) if arguments.json else as_text(table))

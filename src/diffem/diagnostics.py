@@ -85,7 +85,6 @@ def score(
         batch: Observations at a time.
     """
     corruption, (centre, half) = sampler.model_corruption, sampler.scaling
-    device = torch.device("cpu")
     if not isinstance(corruption, LinearCorruption):
         return _energy(sampler, observations, indices, seed, batch)
     items, spread, error = [], 0.0, 0.0
@@ -96,7 +95,7 @@ def score(
         (given, given_params), (hidden, hidden_params) = split
         predictions, noisy = [], []
         for j in range(draws):
-            x = sampler.sample(given, given_params, seeding.item_seeds(seed, j, "score", chunk)).to(device)
+            x = sampler.sample(given, given_params, seeding.item_seeds(seed, j, "score", chunk))
             predicted = corruption.forward((x - centre) / half, hidden_params)
             noise = seeding.normal(
                 seeding.item_seeds(seed, j, "score", chunk), tuple(predicted.shape[1:]), stream=10_000

@@ -51,7 +51,6 @@ from diffem.run import Run
 Progress = Callable[[str, int, int], None]
 MEASURED = 512  # held-out reconstructions that measure the residual variances
 WIDEST = 4.0  # the most that the calibration makes of a dispersion
-COMPARED = 4096  # reconstructions that are compared with a clean reference, where there is one
 
 
 @dataclass
@@ -113,7 +112,7 @@ class DiffEM:
             )
         self.train, self.held_out = observations.split(self.seed)
         if start is None and config.start.kind == "run":
-            start = self._earlier_posterior()
+            start = self._earlier_posterior(device, precision)
         self.given_start = start
         self.scaling = observations.scaling(self.train) if start is None else start.scaling
         self.model_corruption = self.corruption.scaled(*self.scaling)
@@ -178,10 +177,9 @@ class DiffEM:
         self._reconstruct(sampler, x, iteration=0)
         os.replace(self.run.folder / "next.npy", self.run.folder / "reconstructions.npy")
         self.best = self.first = self._score(sampler)
-        row = {"iteration": 0, "accepted": True, "seconds": self._seconds(), "examples": 0, "network_evaluations": 0}
-        row |= {"loss": None, **self._judged(self.first, None), "dispersion": None, **self._compared(x)}
-        self.state.rows.append(row)
-        self._next("m_step" if self.config.em.iterations else "done")
+        self.state.iteration = 0
+        self.state.rows.append(self._row(self.first, None, True, 0, None, x))
+        self._next("m_step" if self.config.em.iterations else "done", 1)
 
     def _m_step(self) -> None:
         state, config = self.state, self.config.m_step
@@ -201,18 +199,9 @@ class DiffEM:
         drawn = self._reconstruct(sampler, x, state.iteration)
         current = self._score(sampler)
         delta, error = current.difference(self.best)
-        state.row = {
-            "iteration": state.iteration,
-            "accepted": delta <= self.config.em.gate * error,
-            "seconds": self._seconds(),
-            "examples": state.examples,
-            "network_evaluations": state.evaluations + drawn * (self.config.sampler.steps + 1),
-            "loss": state.loss_sum / state.step,
-            **self._judged(current, (delta, error)),
-            "dispersion": sampler.dispersion,
-            **self._compared(x),
-        }
-        if state.row["accepted"] and delta < 0:
+        accepted = delta <= self.config.em.gate * error
+        state.row = self._row(current, (delta, error), accepted, drawn, sampler.dispersion, x)
+        if accepted and delta < 0:
             self.best = current
         self.residual, state.phase = sampler.residual, "commit"
         self._checkpoint()
@@ -250,32 +239,22 @@ class DiffEM:
         if not narrow and self.config.em.refresh == 1:
             return self._finish()
         sampler = self._sampler(last["dispersion"])
-        if narrow and not sampler.dispersion:
-            self._measure(sampler)
         if narrow:  # the ratio is nearly linear in the dispersion
+            if not sampler.dispersion:
+                self._measure(sampler)
             sampler.dispersion = WIDEST
             widest = self._score(sampler).ratio
             assert widest is not None
             share = (wanted - last["ratio"]) / max(widest - last["ratio"], 1e-6)
             sampler.dispersion = last["dispersion"] + min(max(share, 0.0), 1.0) * (WIDEST - last["dispersion"])
         current = self._score(sampler)
-        delta, error = current.difference(self.first)
-        if narrow and delta > self.config.em.gate * error:  # the fault is not in the width
+        worse, error = current.difference(self.first)
+        if narrow and worse > self.config.em.gate * error:  # the fault is not in the width
             sampler.dispersion = last["dispersion"]
             current = self._score(sampler)
         x = self.run.array("next", (len(self.observations), *self.shape))
         drawn = self._reconstruct(sampler, x, state.iteration)
-        state.row = {
-            "iteration": state.iteration,
-            "accepted": True,
-            "seconds": self._seconds(),
-            "examples": 0,
-            "network_evaluations": drawn * (self.config.sampler.steps + 1),
-            "loss": None,
-            **self._judged(current, current.difference(self.best)),
-            "dispersion": sampler.dispersion,
-            **self._compared(x),
-        }
+        state.row = self._row(current, current.difference(self.best), True, drawn, sampler.dispersion, x)
         self.residual, state.phase = sampler.residual, "commit"
         self._checkpoint()
 
@@ -317,11 +296,10 @@ class DiffEM:
         )
         return MixturePosterior(self.corruption, self.shape, self.scaling, mixture), {"kind": kind, **about}
 
-    def _earlier_posterior(self) -> PosteriorSampler:
-        folder = self.config.start.run
-        precision = "bfloat16" if self.precision == torch.bfloat16 else "float32"
-        earlier = from_pretrained(os.path.join(folder, "posterior"), self.corruption, str(self.device), precision)
-        config = yaml.safe_load((Path(folder) / "config.yaml").read_text())
+    def _earlier_posterior(self, device: str, precision: str) -> PosteriorSampler:
+        folder = Path(self.config.start.run)
+        earlier = from_pretrained(folder / "posterior", self.corruption, device, precision)
+        config = yaml.safe_load((folder / "config.yaml").read_text())
         if config["facts"]["digest"] == self.observations.digest() and config["em"]["seed"] != self.seed:
             raise DiffemError(
                 f"start.run: {folder} held out others of these observations; use --em.seed {config['em']['seed']}"
@@ -463,9 +441,25 @@ class DiffEM:
         rows = evenly(self.held_out, config.score_items)
         return score(sampler, self.observations, rows, self.seed, config.score_draws)
 
-    def _judged(self, current: Score, delta: tuple[float, float] | None) -> dict:
-        start = None if delta is None else current.difference(self.first)
+    def _row(
+        self,
+        current: Score,
+        delta: tuple[float, float] | None,
+        accepted: bool,
+        drawn: int,
+        dispersion: float | None,
+        x: np.ndarray,
+    ) -> dict:
+        """A row of metrics: `delta` is the paired difference to the best, None for the start; `drawn` the items that
+        a network drew into x."""
+        state, start = self.state, None if delta is None else current.difference(self.first)
         return {
+            "iteration": state.iteration,
+            "accepted": accepted,
+            "seconds": self._seconds(),
+            "examples": state.examples,
+            "network_evaluations": state.evaluations + drawn * (self.config.sampler.steps + 1),
+            "loss": state.loss_sum / state.step if state.step else None,
             "score_name": current.name,
             "score": current.mean,
             "score_se": current.standard_error,
@@ -474,13 +468,15 @@ class DiffEM:
             "start_delta": start and start[0],
             "start_delta_se": start and start[1],
             "ratio": current.ratio,
+            "dispersion": dispersion,
+            **self._compared(x),
         }
 
     def _compared(self, x: np.ndarray) -> dict:
         """Distances to the clean reference, if one was given."""
         if self.reference is None:
             return {}
-        rows = evenly(np.arange(len(x)), COMPARED)
+        rows = evenly(np.arange(len(x)), metrics.ITEMS)
         return {"clean": metrics.compare(x[rows], self.reference[rows], self.scaling)}
 
     # --- state ---------------------------------------------------------------------------------------

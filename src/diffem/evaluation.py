@@ -9,13 +9,11 @@ import torch
 import yaml
 from torch import Tensor
 
-from diffem import metrics, seeding
+from diffem import metrics
 from diffem.corruptions import LinearCorruption
 from diffem.errors import DiffemError
 from diffem.observations import Observations, evenly, open_array
-from diffem.posteriors import PosteriorSampler, from_pretrained
-
-ITEMS = 4096
+from diffem.posteriors import PosteriorSampler, draw_many, from_pretrained, sample_many
 
 
 def evaluate(
@@ -50,7 +48,7 @@ def evaluate(
     if clean.shape != x.shape:
         raise DiffemError(f"{reference}: shape {clean.shape}, but the run has reconstructions of {x.shape}")
     seed = yaml.safe_load((run / "config.yaml").read_text())["em"]["seed"]
-    rows = evenly(np.arange(len(x)), ITEMS)
+    rows = evenly(np.arange(len(x)), metrics.ITEMS)
     posterior = from_pretrained(run / "posterior", device=device, precision=precision)
     centre, half = posterior.scaling
     scaled = lambda a: (torch.as_tensor(np.asarray(a, dtype=np.float32)) - centre) / half  # noqa: E731
@@ -58,17 +56,12 @@ def evaluate(
     table: dict[str, dict] = {}
     if observations is not None:
         start = from_pretrained(run / "start", device=device, precision=precision)
-        drawn = [
-            start.sample(*observations.batch(chunk), seeding.item_seeds(seed, 0, "e_step", chunk))
-            for chunk in observations.chunks(rows, 256)
-        ]
-        table["start"] = _paired(scaled(torch.cat(drawn)), truth, start, observations, rows)
+        drawn = draw_many(start, observations, rows, 1, seed, "e_step")[:, 0]
+        table["start"] = _paired(scaled(drawn), truth, start, observations, rows)
     table["reconstructions"] = _paired(scaled(x[rows]), truth, posterior, observations, rows)
     if (run / "prior" / "config.json").exists():
         prior = from_pretrained(run / "prior", device=device, precision=precision)
-        chunks = torch.arange(len(rows)).split(256)
-        samples = [prior.sample_prior(seeding.item_seeds(seed, 0, "prior", chunk)) for chunk in chunks]
-        table["prior"] = metrics.distances(scaled(torch.cat(samples)), truth)
+        table["prior"] = metrics.distances(scaled(sample_many(prior, len(rows), seed)), truth)
     return table
 
 

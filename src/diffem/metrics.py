@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+ITEMS = 4096  # at most so many are compared: pairwise distances take the square of it
+
 
 def compare(x: np.ndarray, clean: np.ndarray, scaling: tuple[float, float]) -> dict[str, float]:
     """Distances of items x (N, *) to clean ones of the same rows, in model units (x - centre) / half."""

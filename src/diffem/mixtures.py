@@ -48,6 +48,12 @@ class Basis:
     def __init__(self, matrices: list[Tensor | None], shape: tuple[int, ...]) -> None:
         self.matrices, self.shape = matrices, tuple(shape)
 
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Basis) or self.shape != other.shape:
+            return False
+        pairs = zip(self.matrices, other.matrices, strict=True)
+        return all(a is b or (a is not None and b is not None and torch.equal(a, b)) for a, b in pairs)
+
     def _apply(self, x: Tensor, transpose: bool) -> Tensor:
         batch = x.shape[:-1]
         x = x.reshape(-1, *self.shape)

@@ -6,25 +6,10 @@ import io
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from diffem import seeding
 from diffem.observations import Observations, evenly
-from diffem.posteriors import PosteriorSampler, from_pretrained
+from diffem.posteriors import draw_many, from_pretrained, sample_many
 from diffem.run import Run
-
-
-def draw_many(
-    sampler: PosteriorSampler, observations: Observations, rows: np.ndarray, draws: int, seed: int, phase: str = "user"
-) -> torch.Tensor:
-    """M draws for each of the observations `rows`, shape (len(rows), M, *shape), in the units of y."""
-    out = []
-    for chunk in observations.chunks(rows, 256):
-        y, params = observations.batch(chunk)
-        out.append(
-            torch.stack([sampler.sample(y, params, seeding.item_seeds(seed, j, phase, chunk)) for j in range(draws)], 1)
-        )
-    return torch.cat(out)
 
 
 def save(
@@ -58,9 +43,7 @@ def save(
         arrays["clean"] = np.asarray(np.load(clean, mmap_mode="r")[rows], dtype=np.float32)
     if (run.folder / "prior" / "config.json").exists():
         prior = load("prior")
-        arrays["samples"] = prior.sample_prior(
-            seeding.item_seeds(seed, 0, "prior", range(64 if image else 1000))
-        ).numpy()
+        arrays["samples"] = sample_many(prior, 64 if image else 1000, seed).numpy()
     stream = io.BytesIO()
     np.savez_compressed(stream, **arrays)
     run.write("pictures.npz", stream.getvalue())

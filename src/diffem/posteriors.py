@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from azula import sample as azula_sample
 from azula.denoise import Denoiser as AzulaDenoiser
@@ -36,8 +37,10 @@ from diffem.denoisers import Denoiser, DenoiserConfig
 from diffem.errors import DiffemError
 from diffem.mixtures import Basis, Diagonal, Mixture
 from diffem.networks import NetworkConfig
+from diffem.observations import Observations
 
 AZULA = {"ddim": azula_sample.DDIMSampler, "heun": azula_sample.HeunSampler, "zab": azula_sample.zABSampler}
+BATCH = 256  # items at a time, where a caller does not say
 GROUPS = 3  # residual variances: unseen entries, seen entries, observation withheld
 
 
@@ -323,20 +326,19 @@ def from_pretrained(
         raise DiffemError(f"{error.filename or folder}: missing; {folder} is not a saved model") from None
     except (SafetensorError, json.JSONDecodeError) as error:
         raise DiffemError(f"{folder}: is not a complete saved model: {str(error).splitlines()[0]}") from None
-    if corruption is None:
-        stored = config["corruption"]
-        untold = stored["name"] == "BlackBox"
-        corruption = _Untold(stored.get("function")) if untold else from_config(stored, str(folder))
+    stored = config["corruption"]
+    untold = stored["name"] == "BlackBox"
+    saved = _Untold(stored.get("function")) if untold else from_config(stored, str(folder))
+    corruption = corruption or saved
     shape, scaling = tuple(config["shape"]), tuple(config["scaling"])
     if config["kind"] == "observation":
         return ObservationPosterior(corruption, shape, scaling)
 
-    mixed = any(name.endswith("log_weights") for name in tensors)
-    if mixed and _basis_name(corruption.config) != _basis_name(config["corruption"]):
-        raise DiffemError(f"{folder}: its mixture is written for {config['corruption']}, not for {corruption.config}")
-
     def mixture(prefix: str) -> Mixture:
-        return Mixture(*(tensors[prefix + n] for n in Mixture.names), basis=likelihood_basis(corruption, shape))
+        basis = likelihood_basis(corruption, shape)
+        if basis != likelihood_basis(saved, shape):
+            raise DiffemError(f"{folder}: its mixture is written for {stored}, not for {corruption.config}")
+        return Mixture(*(tensors[prefix + n] for n in Mixture.names), basis=basis)
 
     if config["kind"] == "mixture":
         assert isinstance(corruption, LinearCorruption)
@@ -358,16 +360,29 @@ def from_pretrained(
     return DiffusionPosterior(corruption, shape, scaling, denoiser, sampler, network, residual, config["dispersion"])
 
 
+def draw_many(
+    sampler: PosteriorSampler, observations: Observations, rows: np.ndarray, draws: int, seed: int, phase: str = "user"
+) -> Tensor:
+    """M draws for each of the observations `rows`, shape (len(rows), M, *shape), in the units of y."""
+    out = []
+    for chunk in observations.chunks(rows, BATCH):
+        y, params = observations.batch(chunk)
+        seeds = (seeding.item_seeds(seed, j, phase, chunk) for j in range(draws))
+        out.append(torch.stack([sampler.sample(y, params, s) for s in seeds], 1))
+    return torch.cat(out)
+
+
+def sample_many(prior: PosteriorSampler, n: int, seed: int) -> Tensor:
+    """The first n samples of a prior, shape (n, *shape), in the units of y."""
+    chunks = torch.arange(n).split(BATCH)
+    return torch.cat([prior.sample_prior(seeding.item_seeds(seed, 0, "prior", chunk)) for chunk in chunks])
+
+
 class _Untold(BlackBox):
     """A black box whose function is not needed: models only ask it how y is scaled."""
 
     def __init__(self, path: str | None) -> None:
         super().__init__(lambda x: x, path)
-
-
-def _basis_name(config: dict) -> dict | None:
-    """What decides the basis of :func:`likelihood_basis`."""
-    return {k: v for k, v in config.items() if k != "noise"} if config["name"] == "GaussianBlur" else None
 
 
 def likelihood_basis(corruption: Corruption, shape: tuple[int, ...]) -> Basis | None:
