@@ -312,3 +312,18 @@ def test_pictures_libraries_are_imported_late():
     code = "import sys, diffem.report; print([m for m in ('matplotlib', 'PIL', 'jinja2') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_cost_counts_the_prior_but_not_as_an_iteration(tmp_path):
+    last = {**ROWS[3], "iteration": 4, "loss": None, "seconds": 1.0, "examples": 0, "network_evaluations": 7}
+    run = report._load(make(tmp_path / "run", [*ROWS, last]))
+    before = dict(report._cost(run))
+    (tmp_path / "run" / "prior.json").write_text('{"seconds": 60, "examples": 100, "steps": 10, "loss": 1}')
+    after = dict(report._cost(run))
+    trained = sum(row["loss"] is not None for row in ROWS)
+    assert before["iterations"].startswith(f"{trained},") or before["iterations"] == str(trained)
+    assert after["iterations"] == before["iterations"]
+    count = lambda cost, name: int(cost[name].replace(",", ""))  # noqa: E731
+    assert count(after, "training examples") - count(before, "training examples") == 100
+    assert count(after, "network evaluations") - count(before, "network evaluations") == 300
+    assert after["time"] != before["time"]
