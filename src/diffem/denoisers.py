@@ -147,7 +147,7 @@ class Denoiser(nn.Module):
         """
         if withheld is None:
             withheld = torch.zeros(len(x_t), dtype=torch.bool, device=x_t.device)
-        with torch.no_grad():
+        with torch.set_grad_enabled(x_t.requires_grad):  # guidance differentiates with respect to x_t
             posterior, inputs = self._inputs(x_t, sigma, y, params, withheld)
         with torch.autocast(x_t.device.type, self.precision, enabled=self.precision != torch.float32):
             f = self.network(inputs, sigma.log())
@@ -179,11 +179,15 @@ class Denoiser(nn.Module):
             dropout: The fraction of the observations that is withheld.
         """
         device = generator.device
-        # by inversion: torch's Beta takes no generator
-        time = _beta(len(x), self.config.time_alpha, self.config.time_beta, generator).to(x)
+        sigma = self.times(len(x), generator).to(x)
         noise = torch.randn(x.shape, generator=generator, device=device).to(x)
         withheld = torch.rand(len(x), generator=generator, device=device).to(x.device) < dropout
-        return self.residual(x, self.schedule.sigma(time), noise, y, params, withheld).square().mean()
+        return self.residual(x, sigma, noise, y, params, withheld).square().mean()
+
+    def times(self, n: int, generator: torch.Generator) -> Tensor:
+        """Noise levels to train at, shape (n,)."""
+        # by inversion: torch's Beta takes no generator
+        return self.schedule.sigma(_beta(n, self.config.time_alpha, self.config.time_beta, generator))
 
 
 def _beta(n: int, alpha: float, beta: float, generator: torch.Generator) -> Tensor:

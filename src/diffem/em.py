@@ -36,7 +36,7 @@ from diffem.diagnostics import Score, score
 from diffem.errors import DiffemError
 from diffem.m_step import Trainer
 from diffem.mixtures import Mixture
-from diffem.observations import Observations, evenly
+from diffem.observations import Observations, evenly, open_array
 from diffem.posteriors import (
     GROUPS,
     DiffusionPosterior,
@@ -84,6 +84,9 @@ class DiffEM:
         precision: How precisely; likewise.
     """
 
+    denoiser_class = Denoiser
+    sampler_class = DiffusionPosterior
+
     def __init__(
         self,
         config: Config,
@@ -111,6 +114,7 @@ class DiffEM:
                 f"reference: shape {tuple(reference.shape)}, but the reconstructions have {(len(observations), *self.shape)}"
             )
         self.train, self.held_out = observations.split(self.seed)
+        self.examples = self._clean_examples()
         if start is None and config.start.kind == "run":
             start = self._earlier_posterior(device, precision)
         self.given_start = start
@@ -183,10 +187,15 @@ class DiffEM:
 
     def _m_step(self) -> None:
         state, config = self.state, self.config.m_step
-        if state.step == 0 and config.optimizer == "reset":
-            self.trainer.reset_optimizer()
         first = state.iteration == 1
-        self._train(config.first_steps if first else config.steps, self.config.denoiser.observation_dropout, first)
+        anew = not first and state.iteration > self.config.em.iterations - config.reinitialise
+        if state.step == 0 and anew:
+            old = self.trainer.denoiser
+            self.trainer = self._trainer(old.reference if old.precondition == "start" else None)
+        elif state.step == 0 and config.optimizer == "reset":
+            self.trainer.reset_optimizer()
+        steps = config.first_steps if first or anew else config.steps
+        self._train(steps, self.config.denoiser.observation_dropout, first)
         state.phase = "e_step"
         self._checkpoint()
 
@@ -235,7 +244,8 @@ class DiffEM:
         self.trainer.averaged.network.load_state_dict(saved.denoiser.network.state_dict())
         self.residual = saved.residual
         last = next(row for row in reversed(state.rows) if row["accepted"])
-        narrow = last["ratio"] is not None and last["ratio"] < wanted and self.config.sampler.kind == "ddpm"
+        can_widen = self.config.sampler.kind == "ddpm" and self.config.sampler.guidance == "none"
+        narrow = last["ratio"] is not None and last["ratio"] < wanted and can_widen
         if not narrow and self.config.em.refresh == 1:
             return self._finish()
         sampler = self._sampler(last["dispersion"])
@@ -296,6 +306,19 @@ class DiffEM:
         )
         return MixturePosterior(self.corruption, self.shape, self.scaling, mixture), {"kind": kind, **about}
 
+    def _clean_examples(self) -> np.ndarray | None:
+        path = self.config.m_step.clean_examples
+        if not path:
+            return None
+        if not Path(path).is_file():
+            raise DiffemError(f"m_step.clean_examples: {path}: no such file; it is a .npy of clean items")
+        examples = np.asarray(open_array(Path(path)), dtype=np.float32)
+        if examples.shape[1:] != self.shape or not len(examples) or not np.isfinite(examples).all():
+            raise DiffemError(
+                f"m_step.clean_examples: {path}: must hold finite items of shape {self.shape}, has {examples.shape}"
+            )
+        return examples
+
     def _earlier_posterior(self, device: str, precision: str) -> PosteriorSampler:
         folder = Path(self.config.start.run)
         earlier = from_pretrained(folder / "posterior", self.corruption, device, precision)
@@ -317,19 +340,24 @@ class DiffEM:
         if mixture is not None:  # memory laid out as after a resume: strides change the rounding of products
             tensors = (v.cpu().clone(memory_format=torch.contiguous_format) for v in mixture.tensors.values())
             mixture = Mixture(*tensors, basis=mixture.basis)
+        self.trainer = self._trainer(mixture, start.denoiser if type(start) is self.sampler_class else None)
+        self.residual = torch.ones(self.config.sampler.steps + 1, GROUPS)
+
+    def _trainer(self, mixture: Mixture | None, earlier: Denoiser | None = None) -> Trainer:
+        """A trainer of new weights, or of those of an earlier run."""
 
         def make() -> Denoiser:
-            denoiser = Denoiser(self.model_corruption, self.shape, self.config.denoiser, self.config.network, mixture)
+            parts = self.config.denoiser, self.config.network, mixture
+            denoiser = self.denoiser_class(self.model_corruption, self.shape, *parts)
             denoiser.precision = self.precision
             return denoiser.to(self.device)
 
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seeding.fold(self.seed, 0) >> 1)
             denoiser, averaged = make(), make()
-        if isinstance(start, DiffusionPosterior):
-            _take_weights(start.denoiser, denoiser)
-        self.trainer = Trainer(denoiser, averaged, self.config.m_step)
-        self.residual = torch.ones(self.config.sampler.steps + 1, GROUPS)
+        if earlier is not None:
+            _take_weights(earlier, denoiser)
+        return Trainer(denoiser, averaged, self.config.m_step)
 
     def _train(self, target: int, dropout: float, until_settled: bool = False) -> None:
         state, config, x = self.state, self.config.m_step, self.run.array("reconstructions")
@@ -338,15 +366,7 @@ class DiffEM:
         while state.step < target:
             generator = seeding.generator(self.seed, state.iteration, "m_step", state.step, self.device)
             torch.manual_seed(seeding.fold(self.seed, state.iteration, state.step) >> 1)  # dropout inside the network
-            rows = torch.randint(len(self.train), (config.batch,), generator=generator, device=self.device)
-            clean = torch.from_numpy(x[self.train[rows.cpu().numpy()]]).to(self.device)
-            if config.flip:
-                chosen = torch.rand(len(clean), generator=generator, device=self.device) < 0.5
-                clean = torch.where(chosen.view(-1, *(1,) * (clean.ndim - 1)), clean.flip(-1), clean)
-            y, params = self._corrupt_again(clean, generator)
-            centre, half = self.scaling
-            y = self.model_corruption.scale_y(y, params, centre, half)
-            loss = self.trainer.denoiser.loss((clean - centre) / half, y, params, generator, dropout)
+            loss = self._loss(x, generator, dropout)
             value = loss.item()
             if not np.isfinite(value):
                 raise DiffemError(
@@ -363,6 +383,23 @@ class DiffEM:
             if state.step % config.checkpoint == 0:
                 self._checkpoint()
         state.examples, state.evaluations = state.step * config.batch, 3 * state.step * config.batch
+
+    def _loss(self, x: np.ndarray, generator: torch.Generator, dropout: float) -> Tensor:
+        """The loss of one batch of reconstructions, observed anew."""
+        config, (centre, half) = self.config.m_step, self.scaling
+        rows = torch.randint(len(self.train), (config.batch,), generator=generator, device=self.device)
+        clean = torch.from_numpy(x[self.train[rows.cpu().numpy()]]).to(self.device)
+        pick = lambda chosen, a, b: torch.where(chosen.view(-1, *(1,) * (a.ndim - 1)), a, b)  # noqa: E731
+        if self.examples is not None:
+            chosen = torch.rand(len(clean), generator=generator, device=self.device) < config.clean_share
+            rows = torch.randint(len(self.examples), (config.batch,), generator=generator, device=self.device)
+            clean = pick(chosen, torch.from_numpy(self.examples[rows.cpu().numpy()]).to(clean), clean)
+        if config.flip:
+            chosen = torch.rand(len(clean), generator=generator, device=self.device) < 0.5
+            clean = pick(chosen, clean.flip(-1), clean)
+        y, params = self._corrupt_again(clean, generator)
+        y = self.model_corruption.scale_y(y, params, centre, half)
+        return self.trainer.denoiser.loss((clean - centre) / half, y, params, generator, dropout)
 
     def _decay(self, target: int) -> float:
         """The share of the learning rate that is left."""
@@ -398,7 +435,7 @@ class DiffEM:
 
     def _sampler(self, dispersion: float, steps: int | None = None) -> DiffusionPosterior:
         config = self.config.sampler if steps is None else dataclasses.replace(self.config.sampler, steps=steps)
-        return DiffusionPosterior(
+        return self.sampler_class(
             self.corruption,
             self.shape,
             self.scaling,
@@ -458,7 +495,7 @@ class DiffEM:
             "accepted": accepted,
             "seconds": self._seconds(),
             "examples": state.examples,
-            "network_evaluations": state.evaluations + drawn * (self.config.sampler.steps + 1),
+            "network_evaluations": state.evaluations + drawn * self.config.sampler.evaluations,
             "loss": state.loss_sum / state.step if state.step else None,
             "score_name": current.name,
             "score": current.mean,

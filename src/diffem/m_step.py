@@ -27,6 +27,9 @@ class MStepConfig:
         thinned: The fraction of the simulated observations that is thinned.
         optimizer: `carry` or `reset` its state between iterations.
         flip: Mirror half of the items left to right before they are corrupted; for images that may be.
+        clean_examples: A .npy of a few clean items, shape (n, *shape), in the units of y; none by default.
+        clean_share: The fraction of a batch that is taken from them.
+        reinitialise: In so many of the last iterations the network is trained from new weights, for `first_steps`.
         checkpoint: Steps between two checkpoints.
     """
 
@@ -41,13 +44,18 @@ class MStepConfig:
     thinned: float = 0.5
     optimizer: str = "carry"
     flip: bool = False
+    clean_examples: str = ""
+    clean_share: float = 0.1
+    reinitialise: int = 0
     checkpoint: int = 500
 
     def __post_init__(self) -> None:
         if min(self.steps, self.first_steps, self.batch, self.checkpoint) < 1:
             raise DiffemError("m_step: steps, first_steps, batch and checkpoint must be at least 1")
-        if not 0 <= self.ema < 1 or not 0 <= self.thinned <= 1:
-            raise DiffemError("m_step: ema must be in [0, 1), thinned in [0, 1]")
+        if not 0 <= self.ema < 1 or not 0 <= self.thinned <= 1 or not 0 <= self.clean_share <= 1:
+            raise DiffemError("m_step: ema must be in [0, 1), thinned and clean_share in [0, 1]")
+        if self.reinitialise < 0:
+            raise DiffemError(f"m_step.reinitialise: must be a number of iterations >= 0, got {self.reinitialise}")
         if self.schedule not in ("constant", "linear"):
             raise DiffemError(f"m_step.schedule: must be constant or linear, got {self.schedule!r}")
         if self.optimizer not in ("carry", "reset"):

@@ -15,7 +15,12 @@ def compare(x: np.ndarray, clean: np.ndarray, scaling: tuple[float, float]) -> d
     """Distances of items x (N, *) to clean ones of the same rows, in model units (x - centre) / half."""
     centre, half = scaling
     u, v = ((torch.from_numpy(np.asarray(a, dtype=np.float32)) - centre) / half for a in (x, clean))
-    return {"psnr": psnr(u, v, 2.0), "energy_distance": energy_distance(*apart(u, v))}
+    u_rows, v_rows = (a.flatten(1) for a in apart(u, v))
+    return {
+        "psnr": psnr(u, v, 2.0),
+        "energy_distance": energy_distance(u_rows, v_rows),
+        **manifold_overlap(u_rows, v_rows),
+    }
 
 
 def apart(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -70,6 +75,29 @@ def sinkhorn_divergence(u: Tensor, v: Tensor, regularisation: float = 1e-3) -> f
     return transport(u, v) - 0.5 * transport(u, u) - 0.5 * transport(v, v)
 
 
+def manifold_overlap(u: Tensor, v: Tensor, neighbours: int = 5) -> dict[str, float]:
+    """Precision, recall, density and coverage of generated features u (N, f) against clean ones v (M, f).
+
+    Balls around every point reach to its `neighbours`-th neighbour in its own sample. `precision`: the share of u
+    in a ball of v; `recall`: of v in a ball of u (Kynkaanniemi et al., 2019, arXiv 1904.06991); `density`: the mean
+    number of balls of v around a point of u, over `neighbours`; `coverage`: the share of balls of v that hold a point
+    of u (Naeem et al., 2020, arXiv 2002.09797). Precision and density say how real items look, recall and coverage
+    how many kinds of them there are.
+    """
+    u, v = u.flatten(1), v.flatten(1)
+    if min(len(u), len(v)) <= neighbours:
+        return dict.fromkeys(("precision", "recall", "density", "coverage"), math.nan)
+    radius = lambda a: torch.cdist(a, a).kthvalue(neighbours + 1, dim=1).values  # noqa: E731 - itself is the first
+    between, real, fake = torch.cdist(u, v), radius(v), radius(u)
+    inside = between < real
+    return {
+        "precision": inside.any(1).double().mean().item(),
+        "recall": (between < fake[:, None]).any(0).double().mean().item(),
+        "density": inside.double().sum(1).mean().item() / neighbours,
+        "coverage": (between.amin(0) < real).double().mean().item(),
+    }
+
+
 def distances(x: Tensor, clean: Tensor) -> dict[str, float]:
     """Distances between the distributions of items x (N, *) and clean ones (M, *)."""
     u, v = x.flatten(1), clean.flatten(1)
@@ -77,6 +105,7 @@ def distances(x: Tensor, clean: Tensor) -> dict[str, float]:
         "energy_distance": energy_distance(*apart(u, v)),
         "nearest_clean": nearest(u, v).mean().item(),
         "nearest_item": nearest(v, u).mean().item(),
+        **manifold_overlap(*apart(u, v)),
     }
 
 

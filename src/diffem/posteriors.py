@@ -31,7 +31,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as serialise
 from torch import Tensor
 
-from diffem import devices, files, seeding
+from diffem import devices, files, guidance, seeding
 from diffem.corruptions import BlackBox, Corruption, LinearCorruption, Params, from_config
 from diffem.denoisers import Denoiser, DenoiserConfig
 from diffem.errors import DiffemError
@@ -51,16 +51,37 @@ class SamplerConfig:
     Attributes:
         kind: `ddpm`, or one of azula's deterministic few-step solvers: `ddim`, `heun`, `zab`.
         steps: Number of steps.
+        guidance: `none`: the network sees the observation; `mmps` or `dps`: it does not, and its mean is corrected
+            (:mod:`diffem.guidance`).
+        guidance_solver: Of `mmps`: `gmres` or `cg`.
+        guidance_iterations: Of its solver.
+        guidance_strength: zeta of `dps`.
     """
 
     kind: str = "ddpm"
     steps: int = 16
+    guidance: str = "none"
+    guidance_solver: str = "gmres"
+    guidance_iterations: int = 1
+    guidance_strength: float = 1.0
 
     def __post_init__(self) -> None:
+        if self.guidance not in ("none", "mmps", "dps"):
+            raise DiffemError(f"sampler.guidance: must be none, mmps or dps, got {self.guidance!r}")
+        if self.guidance != "none" and self.kind != "ddpm":
+            raise DiffemError(f"sampler.guidance: needs sampler.kind ddpm, got {self.kind}")
+        if self.guidance_solver not in ("gmres", "cg") or self.guidance_iterations < 1:
+            raise DiffemError("sampler.guidance_solver: must be gmres or cg, with guidance_iterations at least 1")
         if self.kind not in ("ddpm", *AZULA):
             raise DiffemError(f"sampler.kind: must be one of ddpm, {', '.join(AZULA)}, got {self.kind!r}")
         if self.steps < 1:
             raise DiffemError(f"sampler.steps: must be at least 1, got {self.steps}")
+
+    @property
+    def evaluations(self) -> int:
+        """What one draw costs, in evaluations of the network; a derivative through it counts as two more."""
+        derivatives = {"none": 0, "dps": 1, "mmps": self.guidance_iterations + 1}[self.guidance]
+        return (self.steps + 1) * (1 + 2 * derivatives)
 
 
 class PosteriorSampler:
@@ -209,6 +230,8 @@ class DiffusionPosterior(PosteriorSampler):
         dispersion: float = 1.0,
     ) -> None:
         super().__init__(corruption, shape, scaling)
+        if sampler.guidance != "none" and not isinstance(corruption, LinearCorruption):
+            raise DiffemError(f"sampler.guidance: {sampler.guidance} needs a linear-Gaussian corruption; use none")
         self.denoiser, self.sampler, self.network, self.dispersion = denoiser, sampler, network, dispersion
         self.residual = torch.ones(sampler.steps + 1, GROUPS) if residual is None else residual
 
@@ -266,6 +289,10 @@ class DiffusionPosterior(PosteriorSampler):
         width = (self.denoiser.reference.rank + self.denoiser.reference.features,)
         for k, sigma in enumerate(sigmas):
             after = sigmas[k + 1] if k + 1 < len(sigmas) else torch.zeros_like(sigma)
+            tau = 1 - (after / sigma).square()
+            if self.sampler.guidance != "none" and not withheld.all():
+                x = self._step(x, self._guided(x, sigma, tau, y, params), after, tau, seeds, k)
+                continue
             posterior, f = self.denoiser.predict(x, sigma.expand(len(x)), y, params, withheld)
             clean = posterior.mean + posterior.scale(f)
             if self.dispersion > 0:
@@ -274,10 +301,25 @@ class DiffusionPosterior(PosteriorSampler):
                     seeding.normal(seeds, width, stream=3 * k + 2),
                 )
                 clean = clean + share[k][groups] * (posterior.draw(uniform, normal) - posterior.mean)
-            clean = clean.view(x.shape).to(x)
-            tau = 1 - (after / sigma).square()
-            x = x - tau * (x - clean) + after * tau.sqrt() * seeding.normal(seeds, self.shape, stream=3 * k + 3)
+            x = self._step(x, clean.view(x.shape).to(x), after, tau, seeds, k)
         return x
+
+    def _step(self, x: Tensor, clean: Tensor, after: Tensor, tau: Tensor, seeds: Tensor, k: int) -> Tensor:
+        return x - tau * (x - clean) + after * tau.sqrt() * seeding.normal(seeds, self.shape, stream=3 * k + 3)
+
+    def _guided(self, x: Tensor, sigma: Tensor, tau: Tensor, y: Tensor, params: Params) -> Tensor:
+        corruption, config = self.model_corruption, self.sampler
+        assert isinstance(corruption, LinearCorruption)
+        withheld = torch.ones(len(x), dtype=torch.bool, device=x.device)
+
+        def mean(x_t: Tensor) -> Tensor:
+            return self.denoiser(x_t, sigma.expand(len(x_t)), y, params, withheld)
+
+        if config.guidance == "dps":
+            return guidance.dps(mean, x, y, params, corruption, config.guidance_strength, tau)
+        return guidance.mmps(
+            mean, x, sigma, y, params, corruption, config.guidance_solver, config.guidance_iterations
+        )
 
     def _state(self) -> tuple[dict, dict[str, Tensor]]:
         config = {
@@ -346,7 +388,11 @@ def from_pretrained(
     start = mixture("start.") if "start.mean" in tensors else None
     fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config["network"].items()}
     network = NetworkConfig(**fields)
-    denoiser = Denoiser(corruption.scaled(*scaling), shape, DenoiserConfig(**config["denoiser"]), network, start)
+    denoiser_class, sampler_class = Denoiser, DiffusionPosterior
+    if config["kind"] == "ambient":
+        from diffem.ambient import AmbientDenoiser as denoiser_class
+        from diffem.ambient import AmbientPosterior as sampler_class
+    denoiser = denoiser_class(corruption.scaled(*scaling), shape, DenoiserConfig(**config["denoiser"]), network, start)
     try:
         denoiser.network.load_state_dict({k[8:]: v for k, v in tensors.items() if k.startswith("network.")})
     except RuntimeError:
@@ -357,7 +403,7 @@ def from_pretrained(
     denoiser.to(where).eval().requires_grad_(False)
     sampler = SamplerConfig(**config["sampler"])
     residual = tensors["residual"].cpu()
-    return DiffusionPosterior(corruption, shape, scaling, denoiser, sampler, network, residual, config["dispersion"])
+    return sampler_class(corruption, shape, scaling, denoiser, sampler, network, residual, config["dispersion"])
 
 
 def draw_many(

@@ -1,0 +1,285 @@
+"""Methods side by side on the same observations, network, optimiser and budget.
+
+    python benchmarks/compare.py --tasks digits-mask75 manifold --seeds 0 1 2              # the methods of the paper
+    python benchmarks/compare.py --tasks digits-mask75 --methods diffem diffem-plain --seeds 0
+    python benchmarks/compare.py --tasks digits-mask75 --budget 2000000
+
+The budget is counted in evaluations of the network: a forward pass of one item is 1, a derivative through it 2 more. It pays
+for the training and the E-steps; held-out scores and the same number of steps that train every method's prior at the end are
+not counted. One JSON a run is written to `results/compare/`; a run that has one is not repeated, and a run that was killed
+goes on. `table.py` makes tables and figures of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+from judge import Judge, cost
+
+from diffem import cli
+from diffem.ambient import Ambient
+from diffem.config import Config, load
+from diffem.corruptions import LinearCorruption
+from diffem.em import DiffEM
+from diffem.observations import Observations
+from diffem.posteriors import draw_many, from_pretrained, sample_many
+
+HERE = Path(__file__).parent
+EXAMPLES = 50  # clean ones, where a method is given some
+
+
+class Fixed(DiffEM):
+    """One long iteration on items that are given: the clean ones, or the observations as they are."""
+
+    clean = True
+
+    def _reconstruct(self, sampler, out, iteration):
+        if iteration:
+            return super()._reconstruct(sampler, out, iteration)
+        clean = np.load(Path(self.observations.source) / "clean.npy", mmap_mode="r")
+        for rows in self.observations.chunks():
+            if self.clean:
+                out[rows] = clean[rows]
+            else:
+                y, params = self.observations.batch(rows)
+                assert isinstance(self.corruption, LinearCorruption)
+                centre, half = self.scaling  # what was not observed is the middle of the range
+                y = self.model_corruption.scale_y(y, params, centre, half)
+                out[rows] = y if y.shape[1:] == self.shape else self.corruption.adjoint(y, params)
+                out[rows] = out[rows] * half + centre
+        return 0
+
+    def _settled(self, window=200):
+        return False
+
+
+class Observed(Fixed):
+    """The lower bound."""
+
+    clean = False
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to learn from observations: the algorithm, its settings, and what it goes on from.
+
+    Attributes:
+        settings: Overrides of the task's.
+        algorithm: The class of the run.
+        single: One iteration that takes the whole budget.
+        after: The method whose finished run this one goes on from.
+    """
+
+    settings: dict[str, str] = field(default_factory=dict)
+    algorithm: type[DiffEM] = DiffEM
+    single: bool = False
+    after: str = ""
+
+
+# EM without what diffem adds to it: dispersion, calibration, gate
+BARE = {"e_step.dispersion_first": "0", "e_step.dispersion_last": "0", "e_step.least_ratio": "0", "em.gate": "1e9"}
+MMPS = {**BARE, "sampler.guidance": "mmps", "denoiser.observation_dropout": "1"}
+# the strengths of DPS are the best of 0.1, 0.3, 1, 3, 10 on held-out observations of digits-mask75, at 16 steps
+DPS = {**BARE, "sampler.guidance": "dps", "denoiser.observation_dropout": "1", "sampler.guidance_strength": "3"}
+BOUND = {"em.gate": "1e9", "em.refresh": "1", "e_step.sharp": "0", "e_step.least_ratio": "0"}
+# an M-step of a few updates on a pool of which a small part is new: SCSI with a replay of 0.9
+SCSI = {**BARE, "m_step.steps": "15", "em.refresh": "0.1", "em.score_items": "64", "em.score_draws": "2"}
+
+METHODS: dict[str, Method] = {
+    "start": Method({"em.iterations": "0"}),
+    "observed": Method(BOUND, Observed, single=True),
+    "clean": Method(BOUND, Fixed, single=True),
+    "diffem": Method(),
+    "em-mmps": Method(MMPS),
+    "emdiffusion": Method(DPS),
+    "ambient": Method({**DPS, "denoiser.observation_dropout": "0", "sampler.guidance_strength": "0.3"}, Ambient, True),
+    "scsi": Method(SCSI),
+    # what a finished run, or a few clean items, are worth
+    "em-mmps+em-mmps": Method(MMPS, after="em-mmps"),
+    "em-mmps+diffem": Method(after="em-mmps"),
+    "ambient+diffem": Method(after="ambient"),
+    "diffem-examples": Method({"m_step.clean_examples": "{examples}"}),
+    # our own choices, one changed at a time
+    "diffem-paper": Method({**BARE, "denoiser.precondition": "plain"}),
+    "diffem-gaussian": Method({"start.kind": "gaussian"}),
+    "diffem-plain": Method({"denoiser.precondition": "plain"}),
+    "diffem-fuse": Method({"denoiser.precondition": "fuse"}),
+    "diffem-sharp": Method({**BARE, "em.gate": "2"}),
+    "diffem-calibrated": Method({"e_step.dispersion_first": "1", "e_step.dispersion_last": "1"}),
+    "diffem-8steps": Method({"sampler.steps": "8"}),
+    "diffem-64steps": Method({"sampler.steps": "64"}),
+    "diffem-short": Method({"m_step.steps": "75"}),
+    "diffem-long": Method({"m_step.steps": "300"}),
+}
+MAIN = ["start", "observed", "clean", "diffem", "em-mmps", "emdiffusion", "ambient", "scsi"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A preset, overrides of it, and the budget."""
+
+    preset: str
+    budget: int
+    settings: dict[str, str] = field(default_factory=dict)
+
+
+def _digits(corruption: str) -> Task:
+    return Task("digits", 1_200_000, {"data.corruption": corruption, "prior.steps": "300"})
+
+
+TASKS: dict[str, Task] = {
+    "manifold": Task("manifold", 4_000_000, {"prior.steps": "500"}),
+    "digits-mask50": _digits("{name: RandomMask, rate: 0.5, noise: 0.08}"),
+    "digits-mask75": _digits("{name: RandomMask, rate: 0.75, noise: 0.08}"),
+    "digits-mask90": _digits("{name: RandomMask, rate: 0.9, noise: 0.08}"),
+    "digits-blur": _digits("{name: GaussianBlur, std: 1.0, noise: 0.08}"),
+    "fashion-mask75": Task("fashion-mask75", 600_000, {"data.limit": "8192", "prior.steps": "300"}),
+    "cifar10-mask75": Task("cifar10-mask75", 1_500_000, {"data.limit": "8192", "network.channels": "[16, 32, 64]"}),
+}
+
+
+def plan(config: Config, method: Method, n: int, budget: int) -> dict[str, str]:
+    """The settings that spend the budget: the number of iterations, or of steps of the only one."""
+    draw, item = config.sampler.evaluations * n, 3 * config.m_step.batch
+    if method.single:
+        return {"em.iterations": "1", "m_step.first_steps": str(max(1, (budget - draw) // item))}
+    if not config.em.iterations:
+        return {}
+    first = config.m_step.steps if method.after else config.m_step.first_steps
+    partial = round(config.em.refresh * draw) + item * config.m_step.steps
+    left = budget - item * first - round(config.em.refresh * draw)
+    left -= draw if config.e_step.least_ratio or config.em.refresh < 1 else 0  # the last E-step
+    return {"em.iterations": str(1 + max(0, left // partial)), "m_step.first_steps": str(first)}
+
+
+def run(task: str, name: str, seed: int, budget: int, runs: Path, root: str | None) -> dict:
+    """One run: trained, judged, and described."""
+    method, settings = METHODS[name], {**TASKS[task].settings, "em.seed": str(seed)}
+    folder, observed = runs / task / str(seed) / name, runs / task / str(seed) / "observations"
+    if not (observed / "y.npy").exists():
+        cli.make_observations(load(TASKS[task].preset, list(settings.items())), task, observed, root)
+    examples = observed / "examples.npy"
+    if not examples.exists():
+        np.save(examples, np.load(observed / "clean.npy", mmap_mode="r")[:EXAMPLES])
+    settings |= {k: v.format(examples=examples) for k, v in method.settings.items()}
+    observations, start = Observations.load(observed), None
+    if method.after:
+        after = runs / task / str(seed) / method.after
+        settings |= {"start.kind": "run", "start.run": str(after)}
+    elif name not in ("start", "diffem-gaussian"):  # the fit is the same for all: it is made once
+        start = from_pretrained(runs / task / str(seed) / "start" / "posterior")
+    config = load(TASKS[task].preset, list(settings.items()))
+    settings |= plan(config, method, len(observations), budget)
+    config = load(TASKS[task].preset, list(settings.items()))
+    clean = np.load(observed / "clean.npy", mmap_mode="r")
+    bar = cli.ProgressBar()
+    began = time.monotonic()
+    arm = method.algorithm(config, observations, folder, progress=bar.update, start=start, reference=clean)
+    for row in arm.iterate():
+        bar.clear()
+        print(f"{task} {name} {seed}: iteration {row['iteration']}, {row['score']:.4f}, ratio {row['ratio']}", flush=True)
+    judge = Judge(observed, seed, seed)
+    first = judge.posterior(from_pretrained(runs / task / str(seed) / "start" / "posterior"))[1]
+    posterior, prior = from_pretrained(folder / "posterior"), from_pretrained(folder / "prior")
+    columns, _ = judge.posterior(posterior, None if name == "start" else first)
+    columns |= judge.prior(prior)
+    if task.endswith("blur") and name == "start":
+        columns["psnr_classical"] = richardson_lucy(judge)
+    few = judge.held_out[:10]
+    np.savez_compressed(
+        folder / "gallery.npz",
+        clean=clean[few],
+        y=observations.y[few],
+        draws=draw_many(posterior, observations, few, 1, seed)[:, 0],
+        prior=sample_many(prior, 10, seed),
+    )
+    return {
+        "task": task,
+        "method": name,
+        "seed": seed,
+        "budget": budget,
+        **cost(folder),
+        "command": f"python benchmarks/compare.py --tasks {task} --methods {name} --seeds {seed} --budget {budget}",
+        "commit": _commit(),
+        "versions": {"python": platform.python_version(), **{k: version(k) for k in ("torch", "azula", "numpy")}},
+        "wall": round(time.monotonic() - began, 1),
+        "settings": {k: v for k, v in settings.items() if "{" not in v and not k.endswith(("examples", ".run"))},
+        "metrics": columns,
+        "curve": curve(arm.rows),
+    }
+
+
+def curve(rows: list[dict]) -> list[dict]:
+    """Quality after every iteration, against what had been spent by then."""
+    spent, seconds, points = 0, 0.0, []
+    for row in rows:
+        spent, seconds = spent + row["network_evaluations"], seconds + row["seconds"]
+        keep = {"iteration": row["iteration"], "evaluations": spent, "seconds": seconds, "crps": row["score"]}
+        points.append({**keep, "ratio": row["ratio"], "accepted": row["accepted"], **row["clean"]})
+    return points
+
+
+def richardson_lucy(judge: Judge, iterations: int = 30) -> float:
+    """PSNR of the held-out observations after Richardson-Lucy deconvolution (Richardson, 1972; Lucy, 1974)."""
+    corruption = judge.observations.corruption
+    assert isinstance(corruption, LinearCorruption)
+    y, params = judge.observations.batch(judge.held_out)
+    y = y.clamp(min=1e-3)
+    x = y.clone()
+    for _ in range(iterations):
+        x = x * corruption.adjoint(y / corruption.forward(x, params).clamp(min=1e-3), params)
+    return (-10 * ((judge.scale(x) - judge.clean_held_out).square().mean() / 4).log10()).item()
+
+
+def _commit() -> str:
+    done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True)
+    return done.stdout.strip() or "unknown"
+
+
+def _order(methods: list[str]) -> list[str]:
+    """The methods, each after the one that it goes on from."""
+    wanted = list(methods)
+    for name in methods:
+        wanted += [METHODS[name].after] if METHODS[name].after else []
+    return [name for name in METHODS if name in {*wanted, "start"}]
+
+
+def main(report: Callable[[str], None] = print) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=["digits-mask75"])
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=MAIN)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--budget", type=int, help="evaluations of the network; the task's own by default")
+    parser.add_argument("--runs", type=Path, default=Path("runs/compare"), help="where the runs are kept")
+    parser.add_argument("--results", type=Path, default=HERE / "results" / "compare", help="where the JSON files go")
+    parser.add_argument("--root", help="the folder of a data set that is not built in")
+    arguments = parser.parse_args()
+    for seed in arguments.seeds:
+        for task in arguments.tasks:
+            budget = arguments.budget or TASKS[task].budget
+            for name in _order(arguments.methods):
+                if name == "ambient" and "blur" in task:
+                    report(f"{task} ambient: left out; it is for masks and projections")
+                    continue
+                file = arguments.results / task / f"{name}-{seed}.json"
+                if file.exists() and json.loads(file.read_text())["budget"] == budget:
+                    continue
+                result = run(task, name, seed, budget, arguments.runs, arguments.root)
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_text(json.dumps(result, indent=1) + "\n")
+                report(f"{file}: {result['metrics']['crps']:.4f}, {result['seconds']:.0f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,185 @@
+"""What a benchmark knows of the truth: the clean items, a feature space, and the columns of a posterior and a prior.
+
+    python benchmarks/judge.py runs/digits --bound runs/digits-bound --out benchmarks/results/digits.json
+
+prints the columns of the start, the run and (with --bound) the network trained on the clean data. Held-out scores use all
+held-out observations and 8 draws; they, energy distance and PSNR are in model units (half the range of the data is 1).
+`frechet`, `precision`, `recall`, `density` and `coverage` compare one reconstruction of every training observation with clean
+items, disjoint rows, in the features of a classifier trained on clean items (digits, Fashion-MNIST); on the manifold in the
+coordinates, where beside them stand `to_curve` (mean distance of a draw to the curve), `from_curve` (of a point of the curve to
+the nearest draw), `residual` (root mean square of A x - y over the noise) and `sinkhorn` (the paper's divergence, lambda 1e-3,
+4,096 points), in the units of the data. Names that begin with `prior_` speak of samples of the prior.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from torch import Tensor, nn
+
+from diffem import metrics, seeding
+from diffem.corruptions import LinearCorruption
+from diffem.datasets import manifold_curve
+from diffem.diagnostics import Score, score
+from diffem.errors import DiffemError
+from diffem.observations import Observations, evenly
+from diffem.posteriors import PosteriorSampler, draw_many, from_pretrained, sample_many
+
+DRAWS = 8
+ITEMS = 4096  # reconstructions and prior samples that are compared with clean items
+
+
+def classifier(x: Tensor, labels: Tensor, steps: int = 400) -> nn.Sequential:
+    """A small convolutional classifier of images (N, C, H, W); its features are all but the last layer."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        layers: list[nn.Module] = [nn.Conv2d(x.shape[1], 32, 3, padding=1), nn.SiLU()]
+        size = x.shape[-1]
+        while size > 4:
+            layers += [nn.Conv2d(32, 32, 3, stride=2, padding=1), nn.SiLU()]
+            size = -(-size // 2)
+        head = [nn.Flatten(), nn.Linear(32 * size * size, 64), nn.SiLU(), nn.Linear(64, int(labels.max()) + 1)]
+        model = nn.Sequential(*layers, *head)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05)
+        for _ in range(steps):
+            i = torch.randint(0, len(x), (128,))
+            loss = nn.functional.cross_entropy(model(x[i] + 0.1 * torch.randn_like(x[i])), labels[i])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return model.eval()
+
+
+class Judge:
+    """Knows the clean items, and their labels where there are any.
+
+    Arguments:
+        folder: Observations, with clean.npy and perhaps labels.npy beside them.
+        seed: The seed of the runs, whose split it shares.
+        data_seed: The seed of the observations: on the manifold it is the curve's.
+    """
+
+    def __init__(self, folder: Path, seed: int = 0, data_seed: int = 0) -> None:
+        self.observations, self.seed = Observations.load(folder), seed
+        self.train, self.held_out = self.observations.split(seed)
+        self.scaling = self.observations.scaling(self.train)
+        raw = np.load(folder / "clean.npy", mmap_mode="r")
+        self.rows = evenly(self.train, 2 * ITEMS)
+        self.clean, self.clean_held_out = self.scale(raw[self.rows]), self.scale(raw[self.held_out])
+        self.curve: Tensor | None = None
+        self.model: nn.Sequential | None = None
+        if (folder / "labels.npy").exists() and self.clean.ndim == 4:
+            labels = torch.from_numpy(np.load(folder / "labels.npy"))
+            self.labels = labels[self.held_out]
+            self.model = classifier(self.clean, labels[self.rows])
+        elif self.clean.ndim == 2:
+            self.curve = torch.as_tensor(manifold_curve(data_seed, 32_768), dtype=torch.float32)
+
+    def scale(self, x: np.ndarray | Tensor) -> Tensor:
+        """To model units."""
+        centre, half = self.scaling
+        return (torch.from_numpy(np.asarray(x, dtype=np.float32)) - centre) / half
+
+    @torch.no_grad()
+    def features(self, x: Tensor) -> Tensor:
+        """Features of items in model units, shape (N, f)."""
+        return x.flatten(1) if self.model is None else torch.cat([self.model[:-1](part) for part in x.split(1024)])
+
+    def distribution(self, x: Tensor) -> dict[str, float]:
+        """Distances of items in model units, row i for clean item i, to the clean ones of other rows."""
+        u, v = metrics.apart(x, self.clean)
+        a, b = self.features(u), self.features(v)
+        column = {"frechet": metrics.frechet_distance(a, b), "energy_distance": metrics.energy_distance(u, v)}
+        column |= metrics.manifold_overlap(a, b)
+        if self.curve is not None:
+            centre, half = self.scaling
+            points = x * half + centre
+            column["to_curve"] = metrics.nearest(points, self.curve).mean().item()
+            column["from_curve"] = metrics.nearest(self.curve[::8], points).mean().item()
+            truth = self.clean * half + centre
+            column["sinkhorn"] = metrics.sinkhorn_divergence(points[::2][:4096], truth[1::2][:4096])
+        return column
+
+    def posterior(self, sampler: PosteriorSampler, first: Score | None = None) -> tuple[dict, Score]:
+        """The columns of a posterior sampler, and its score; `first`: the start's, for a paired difference."""
+        current = score(sampler, self.observations, self.held_out, self.seed, DRAWS)
+        column: dict = {"crps": current.mean, "crps_se": current.standard_error, "ratio": current.ratio}
+        if first is not None:
+            column["delta"], column["delta_se"] = current.difference(first)
+        x = self.scale(draw_many(sampler, self.observations, self.rows, 1, self.seed, "e_step")[:, 0])
+        column |= self.distribution(x)
+        held = draw_many(sampler, self.observations, self.held_out, DRAWS, self.seed)
+        draws = torch.stack([self.scale(held[:, j]) for j in range(DRAWS)])
+        column["psnr"] = metrics.psnr(draws, self.clean_held_out.expand_as(draws), 2.0)
+        column["psnr_mean"] = metrics.psnr(draws.mean(0), self.clean_held_out, 2.0)
+        if self.model is not None:
+            column["accuracy"] = self.accuracy(sampler)
+        corruption = sampler.model_corruption
+        if self.curve is not None and isinstance(corruption, LinearCorruption):
+            y, params = self.observations.batch(self.rows)
+            y = corruption.scale_y(y, params, *self.scaling)
+            residual = corruption.forward(x, params) - y
+            column["residual"] = (residual.square().mean().sqrt() / corruption.noise).item()
+        return column, current
+
+    @torch.no_grad()
+    def accuracy(self, sampler: PosteriorSampler) -> float:
+        """How often the classifier is right on single draws, given the thinned held-out observations."""
+        assert self.model is not None
+        y, params = self.observations.batch(self.held_out)
+        split = sampler.corruption.thin(y, params, seeding.generator(self.seed, 0, "score"))
+        assert split is not None
+        hits = []
+        for j in range(DRAWS):
+            x = self.scale(sampler.sample(*split[0], seeding.item_seeds(self.seed, j, "score", self.held_out)))
+            hits.append(self.model(x).argmax(1) == self.labels)
+        return torch.stack(hits).float().mean().item()
+
+    def prior(self, sampler: PosteriorSampler) -> dict[str, float]:
+        """The columns of a prior."""
+        x = self.scale(sample_many(sampler, len(self.rows), self.seed))
+        return {f"prior_{k}": v for k, v in self.distribution(x).items()}
+
+
+def cost(run: Path) -> dict:
+    """What a run took: seconds and evaluations of the network, and how many iterations it made and kept."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    iterations, prior = [row for row in rows if row["loss"] is not None], run / "prior.json"
+    last = json.loads(prior.read_text()) if prior.exists() else {"seconds": 0}
+    return {
+        "seconds": sum(row["seconds"] for row in rows) + last["seconds"],
+        "evaluations": sum(row["network_evaluations"] for row in rows) + 3 * last.get("examples", 0),
+        "iterations": len(iterations),
+        "accepted": sum(row["accepted"] for row in iterations),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--bound", type=Path, help="a run of `compare.py --methods clean` on the same preset")
+    parser.add_argument("--out", type=Path, help="a JSON file; printed otherwise")
+    arguments = parser.parse_args()
+    if not (arguments.run / "config.yaml").exists():
+        raise DiffemError(f"{arguments.run}: is not a run folder")
+    seed = yaml.safe_load((arguments.run / "config.yaml").read_text())["em"]["seed"]
+    judge = Judge(arguments.run / "observations", seed, seed)
+    start, first = judge.posterior(from_pretrained(arguments.run / "start"))
+    columns = {"start": start, "diffem": judge.posterior(from_pretrained(arguments.run / "posterior"), first)[0]}
+    columns["diffem"] |= judge.prior(from_pretrained(arguments.run / "prior"))
+    if arguments.bound:
+        columns["clean bound"] = judge.posterior(from_pretrained(arguments.bound / "posterior"), first)[0]
+    command = f"diffem train {arguments.run.name}; python benchmarks/judge.py"
+    text = json.dumps({"command": command, **cost(arguments.run), "columns": columns}, indent=2)
+    if arguments.out:
+        arguments.out.write_text(text + "\n")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
