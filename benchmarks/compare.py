@@ -187,7 +187,9 @@ def run(task: str, name: str, seed: int, budget: int, runs: Path, root: str | No
     arm = method.algorithm(config, observations, folder, progress=bar.update, start=start, reference=clean)
     for row in arm.iterate():
         bar.clear()
-        print(f"{task} {name} {seed}: iteration {row['iteration']}, {row['score']:.4f}, ratio {row['ratio']}", flush=True)
+        print(
+            f"{task} {name} {seed}: iteration {row['iteration']}, {row['score']:.4f}, ratio {row['ratio']}", flush=True
+        )
     judge = Judge(observed, seed, seed)
     first = judge.posterior(from_pretrained(runs / task / str(seed) / "start" / "posterior"))[1]
     posterior, prior = from_pretrained(folder / "posterior"), from_pretrained(folder / "prior")

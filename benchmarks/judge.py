@@ -3,7 +3,7 @@
     python benchmarks/judge.py runs/digits --bound runs/digits-bound --out benchmarks/results/digits.json
 
 prints the columns of the start, the run and (with --bound) the network trained on the clean data. Held-out scores use all
-held-out observations and 8 draws; they, energy distance and PSNR are in model units (half the range of the data is 1).
+held-out observations, each split 4 times, 4 draws a split; they, energy distance and PSNR are in model units (half the range of the data is 1).
 `frechet`, `precision`, `recall`, `density` and `coverage` compare one reconstruction of every training observation with clean
 items, disjoint rows, in the features of a classifier trained on clean items (digits, Fashion-MNIST); on the manifold in the
 coordinates, where beside them stand `to_curve` (mean distance of a draw to the curve), `from_curve` (of a point of the curve to
@@ -30,7 +30,8 @@ from diffem.errors import DiffemError
 from diffem.observations import Observations, evenly
 from diffem.posteriors import PosteriorSampler, draw_many, from_pretrained, sample_many
 
-DRAWS = 8
+DRAWS = 4
+SPLITS = 4
 ITEMS = 4096  # reconstructions and prior samples that are compared with clean items
 
 
@@ -107,14 +108,14 @@ class Judge:
 
     def posterior(self, sampler: PosteriorSampler, first: Score | None = None) -> tuple[dict, Score]:
         """The columns of a posterior sampler, and its score; `first`: the start's, for a paired difference."""
-        current = score(sampler, self.observations, self.held_out, self.seed, DRAWS)
+        current = score(sampler, self.observations, self.held_out, self.seed, DRAWS, SPLITS)
         column: dict = {"crps": current.mean, "crps_se": current.standard_error, "ratio": current.ratio}
         if first is not None:
             column["delta"], column["delta_se"] = current.difference(first)
         x = self.scale(draw_many(sampler, self.observations, self.rows, 1, self.seed, "e_step")[:, 0])
         column |= self.distribution(x)
-        held = draw_many(sampler, self.observations, self.held_out, DRAWS, self.seed)
-        draws = torch.stack([self.scale(held[:, j]) for j in range(DRAWS)])
+        held = draw_many(sampler, self.observations, self.held_out, 2 * DRAWS, self.seed)
+        draws = torch.stack([self.scale(held[:, j]) for j in range(2 * DRAWS)])
         column["psnr"] = metrics.psnr(draws, self.clean_held_out.expand_as(draws), 2.0)
         column["psnr_mean"] = metrics.psnr(draws.mean(0), self.clean_held_out, 2.0)
         if self.model is not None:

@@ -29,7 +29,7 @@ from diffem.corruptions import LinearCorruption, Params, RandomMask, RandomProje
 from diffem.denoisers import Denoiser
 from diffem.em import DiffEM
 from diffem.errors import DiffemError
-from diffem.mixtures import Diagonal, RowsPosterior
+from diffem.mixtures import Diagonal, Rows, RowsPosterior
 from diffem.posteriors import DiffusionPosterior
 
 
@@ -38,18 +38,21 @@ class AmbientDenoiser(Denoiser):
 
     def _posterior(self, x_t: Tensor, sigma: Tensor, y: Tensor, params: Params, withheld: Tensor) -> mixtures.Posterior:
         assert isinstance(self.corruption, LinearCorruption)
+        if isinstance(self.corruption, RandomProjection):
+            # A~ x_t says what its least solution says, whose noise is white where it has any; A~ z is not white
+            solve = torch.linalg.pinv(params["matrix"]) @ params["matrix"]
+            return self.reference.posterior(Rows((solve @ x_t[..., None])[..., 0], solve, sigma[:, None]))
         likelihood = self.corruption.likelihood(self.corruption.forward(x_t, params), params)
-        if isinstance(likelihood, Diagonal):
-            scale = (self.corruption.noise_std / sigma).square()[:, None]
-            return self.reference.posterior(replace(likelihood, precision=likelihood.precision * scale))
-        return self.reference.posterior(replace(likelihood, noise=sigma[:, None]))
+        assert isinstance(likelihood, Diagonal)
+        scale = (self.corruption.noise_std / sigma).square()[:, None]
+        return self.reference.posterior(replace(likelihood, precision=likelihood.precision * scale))
 
     def _inputs(
         self, x_t: Tensor, sigma: Tensor, y: Tensor, params: Params, withheld: Tensor
     ) -> tuple[mixtures.Posterior, list[Tensor]]:
         assert isinstance(self.corruption, LinearCorruption)
         seen = self.corruption.forward(x_t, params)
-        back = self.corruption.adjoint(seen, params)
+        back = self._lift(seen, params)
         scaled = seen * torch.rsqrt(1 + sigma.square()).view(-1, *(1,) * (seen.ndim - 1))
         return super()._inputs(back, sigma, scaled, params, torch.zeros_like(withheld))
 
@@ -67,9 +70,9 @@ class AmbientDenoiser(Denoiser):
         corruption = self.corruption
         assert isinstance(corruption, LinearCorruption)
         sigma = self.times(len(y), generator).to(y)
-        level = sigma.view(-1, *(1,) * (y.ndim - 1))
-        noise = torch.randn(y.shape, generator=generator, device=generator.device).to(y)
-        x_t = self._lift(further[0] + level * noise, further[1])
+        level = sigma.view(-1, *(1,) * len(self.shape))
+        noise = torch.randn(len(y), *self.shape, generator=generator, device=generator.device).to(y)
+        x_t = self._lift(*further) + level * noise
         posterior, f = self.predict(x_t, sigma, y, further[1])
         mean = (posterior.mean + posterior.scale(f)).view(-1, *self.shape).to(y)
         seen = corruption.seen(y, params).expand(y.shape)
@@ -81,7 +84,7 @@ class AmbientDenoiser(Denoiser):
         return (error / (variance.detach() + corruption.noise_std**2))[seen].mean()
 
     def _lift(self, y: Tensor, params: Params) -> Tensor:
-        """Some x with A~ x = y."""
+        """The least x with A~ x = y."""
         assert isinstance(self.corruption, LinearCorruption)
         if isinstance(self.corruption, RandomProjection):
             return (torch.linalg.pinv(params["matrix"]) @ y[..., None])[..., 0]
@@ -124,7 +127,9 @@ class AmbientPosterior(DiffusionPosterior):
         """Parameters of A~, likewise."""
         parts = []
         for i, seed in enumerate(seeds):
-            split = self.model_corruption.thin(y[i : i + 1], {k: v[i : i + 1] for k, v in params.items()}, _generator(seed))
+            split = self.model_corruption.thin(
+                y[i : i + 1], {k: v[i : i + 1] for k, v in params.items()}, _generator(seed)
+            )
             assert split is not None
             parts.append(split[0][1])
         return {k: torch.cat([p[k] for p in parts]) for k in parts[0]}

@@ -43,7 +43,9 @@ class EMConfig:
         seed: Seed of everything that is drawn.
         refresh: The fraction of the reconstructions that an E-step replaces; the last one replaces all.
         score_items: Held-out observations that score an iteration.
-        score_draws: Draws per scored observation.
+        score_splits: How often each of them is split into a part that is given and one that is predicted; four times
+            as often for the calibration.
+        score_draws: Draws per split.
         gate: An iteration is refused if its score is worse than the best by more than this many standard errors.
     """
 
@@ -51,12 +53,13 @@ class EMConfig:
     seed: int = 0
     refresh: float = 1.0
     score_items: int = 128
-    score_draws: int = 4
+    score_splits: int = 2
+    score_draws: int = 2
     gate: float = 2.0
 
     def __post_init__(self) -> None:
-        if self.iterations < 0 or self.score_items < 2 or self.score_draws < 2:
-            raise DiffemError("em: iterations must be >= 0, score_items and score_draws >= 2")
+        if self.iterations < 0 or min(self.score_items, self.score_draws) < 2 or self.score_splits < 1:
+            raise DiffemError("em: iterations must be >= 0, score_items and score_draws >= 2, score_splits >= 1")
         if not 0 < self.refresh <= 1:
             raise DiffemError(f"em.refresh: must be in (0, 1], got {self.refresh}")
 

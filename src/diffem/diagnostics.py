@@ -17,6 +17,7 @@ Scores are in model units (half the range of the data is 1).
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -72,29 +73,34 @@ def score(
     indices: np.ndarray,
     seed: int,
     draws: int = 4,
+    splits: int = 1,
     batch: int = 256,
 ) -> Score:
     """Scores a sampler on observations, with random numbers that depend on (seed, index) only.
+
+    Which part of an observation is hidden matters more than the draws do: to score closely, raise `splits` first.
 
     Arguments:
         sampler: What is scored.
         observations: The observations.
         indices: The held-out ones that are used.
         seed: Seed of the run: equal seeds give scores that can be compared in pairs.
-        draws: Number M of draws per observation, at least 2.
+        draws: Number M of draws per split, at least 2.
+        splits: How often each observation is split anew; its value is the mean.
         batch: Observations at a time.
     """
     corruption, (centre, half) = sampler.model_corruption, sampler.scaling
     if not isinstance(corruption, LinearCorruption):
         return _energy(sampler, observations, indices, seed, batch)
-    items, spread, error = [], 0.0, 0.0
-    for number, chunk in enumerate(observations.chunks(indices, batch)):
+    total, spread, error = torch.zeros(len(indices)), 0.0, 0.0
+    for repeat, start in itertools.product(range(splits), range(0, len(indices), batch)):
+        chunk = indices[start : start + batch]
         y, params = observations.batch(chunk)
-        split = sampler.corruption.thin(y, params, seeding.generator(seed, number, "score"))
+        split = sampler.corruption.thin(y, params, seeding.generator(seed, start // batch, "score", repeat))
         assert split is not None
         (given, given_params), (hidden, hidden_params) = split
         predictions, noisy = [], []
-        for j in range(draws):
+        for j in range(repeat * draws, (repeat + 1) * draws):
             x = sampler.sample(given, given_params, seeding.item_seeds(seed, j, "score", chunk))
             predicted = corruption.forward((x - centre) / half, hidden_params)
             noise = seeding.normal(
@@ -106,10 +112,10 @@ def score(
         target = _entries(corruption, corruption.scale_y(hidden, hidden_params, centre, half))
         seen = corruption.seen(hidden, hidden_params).expand_as(target).flatten(1)
         values = crps(torch.stack(noisy), target).flatten(1)
-        items.append((values * seen).sum(1) / seen.sum(1).clamp(min=1))
+        total[start : start + len(chunk)] += ((values * seen).sum(1) / seen.sum(1).clamp(min=1)).cpu()
         spread += ((((1 + 1 / draws) * d.var(0) + corruption.noise**2).flatten(1)) * seen).sum().item()
         error += ((d.mean(0) - target).square().flatten(1) * seen).sum().item()
-    return Score("crps", torch.cat(items), spread / error if error > 0 else None)
+    return Score("crps", total / splits, spread / error if error > 0 else None)
 
 
 def _entries(corruption: LinearCorruption, y: Tensor) -> Tensor:

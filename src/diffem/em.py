@@ -51,6 +51,7 @@ from diffem.run import Run
 Progress = Callable[[str, int, int], None]
 MEASURED = 512  # held-out reconstructions that measure the residual variances
 WIDEST = 4.0  # the most that the calibration makes of a dispersion
+CLOSELY = 4  # times as many splits as in an iteration: the width of a run's result hangs on this ratio
 
 
 @dataclass
@@ -244,24 +245,23 @@ class DiffEM:
         self.trainer.averaged.network.load_state_dict(saved.denoiser.network.state_dict())
         self.residual = saved.residual
         last = next(row for row in reversed(state.rows) if row["accepted"])
-        can_widen = self.config.sampler.kind == "ddpm" and self.config.sampler.guidance == "none"
-        narrow = last["ratio"] is not None and last["ratio"] < wanted and can_widen
-        if not narrow and self.config.em.refresh == 1:
-            return self._finish()
         sampler = self._sampler(last["dispersion"])
-        if narrow:  # the ratio is nearly linear in the dispersion
+        current = narrow = self._score(sampler, CLOSELY)
+        can_widen = self.config.sampler.kind == "ddpm" and self.config.sampler.guidance == "none"
+        if can_widen and narrow.ratio is not None and narrow.ratio < wanted:  # it is nearly linear in the dispersion
             if not sampler.dispersion:
                 self._measure(sampler)
             sampler.dispersion = WIDEST
-            widest = self._score(sampler).ratio
+            widest = self._score(sampler, CLOSELY).ratio
             assert widest is not None
-            share = (wanted - last["ratio"]) / max(widest - last["ratio"], 1e-6)
+            share = (wanted - narrow.ratio) / max(widest - narrow.ratio, 1e-6)
             sampler.dispersion = last["dispersion"] + min(max(share, 0.0), 1.0) * (WIDEST - last["dispersion"])
-        current = self._score(sampler)
-        worse, error = current.difference(self.first)
-        if narrow and worse > self.config.em.gate * error:  # the fault is not in the width
-            sampler.dispersion = last["dispersion"]
-            current = self._score(sampler)
+            current = self._score(sampler, CLOSELY)
+            worse, error = current.difference(self.first)
+            if worse > self.config.em.gate * error:  # the fault is not in the width
+                sampler.dispersion, current = last["dispersion"], narrow
+        elif self.config.em.refresh == 1:
+            return self._finish()
         x = self.run.array("next", (len(self.observations), *self.shape))
         drawn = self._reconstruct(sampler, x, state.iteration)
         state.row = self._row(current, current.difference(self.best), True, drawn, sampler.dispersion, x)
@@ -473,10 +473,10 @@ class DiffEM:
         out.flush()  # the memory map is complete before a checkpoint says so
         return drawn
 
-    def _score(self, sampler: PosteriorSampler) -> Score:
+    def _score(self, sampler: PosteriorSampler, closely: int = 1) -> Score:
         config = self.config.em
         rows = evenly(self.held_out, config.score_items)
-        return score(sampler, self.observations, rows, self.seed, config.score_draws)
+        return score(sampler, self.observations, rows, self.seed, config.score_draws, closely * config.score_splits)
 
     def _row(
         self,

@@ -18,6 +18,7 @@ References:
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -76,7 +77,9 @@ def mmps(
         return corruption.forward(x, params).flatten(1)
 
     guided = MMPSDenoiser(_AtLevel(mean, sigma), y.flatten(1), forward, noise, solver, iterations)
-    return guided(x_t, torch.zeros((), device=x_t.device)).mean
+    with warnings.catch_warnings():  # of torch about itself, at its first derivative in forward mode
+        warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
+        return guided(x_t, torch.zeros((), device=x_t.device)).mean
 
 
 def dps(

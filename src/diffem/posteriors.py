@@ -317,9 +317,7 @@ class DiffusionPosterior(PosteriorSampler):
 
         if config.guidance == "dps":
             return guidance.dps(mean, x, y, params, corruption, config.guidance_strength, tau)
-        return guidance.mmps(
-            mean, x, sigma, y, params, corruption, config.guidance_solver, config.guidance_iterations
-        )
+        return guidance.mmps(mean, x, sigma, y, params, corruption, config.guidance_solver, config.guidance_iterations)
 
     def _state(self) -> tuple[dict, dict[str, Tensor]]:
         config = {

@@ -1,0 +1,85 @@
+"""Draws the comparisons: curves from benchmarks/results/compare, and galleries from the runs where they still lie.
+
+python benchmarks/figures.py --runs runs/compare --out docs
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from table import HERE, load
+
+PANELS = {
+    "crps": "CRPS, held out (smaller is better)",
+    "ratio": "calibration ratio, held out (1 is calibrated)",
+    "density": "density of the draws",
+    "coverage": "coverage of the clean items",
+}
+LEVELS = ("start", "observed")  # without a curve of their own
+
+
+def curves(folder: Path, out: Path) -> None:
+    """Quality against the budget, a line per method (seed by seed), the clean bound and the start as levels."""
+    runs = {k: v for k, v in load(folder).items() if k not in LEVELS and "+" not in k}
+    figure, axes = plt.subplots(1, len(PANELS), figsize=(4 * len(PANELS), 3.4), layout="constrained")
+    for axis, (name, title) in zip(axes, PANELS.items(), strict=True):
+        for i, (method, results) in enumerate(runs.items()):
+            for j, result in enumerate(results):
+                points = [p for p in result["curve"] if p.get(name) is not None]
+                label = method if j == 0 else None
+                x = [p["evaluations"] / 1e6 for p in points]
+                axis.plot(x, [p[name] for p in points], ".-", lw=1, ms=3, color=f"C{i}", alpha=0.8, label=label)
+        axis.set_title(title, fontsize=9)
+        axis.set_xlabel("network evaluations [10⁶]", fontsize=8)
+        if name == "ratio":
+            axis.axhspan(0.75, 1.25, color="0.9", zorder=0)
+            axis.set_ylim(0, 2)
+    axes[0].legend(fontsize=7)
+    figure.suptitle(folder.name)
+    figure.savefig(out / f"compare-{folder.name}.png", dpi=90)
+    plt.close(figure)
+
+
+def gallery(runs: Path, folder: Path, out: Path) -> None:
+    """What a person would see: clean item, observation, one draw per method; and samples of the priors."""
+    methods = [m for m in load(folder) if (runs / folder.name / "0" / m / "gallery.npz").exists()]
+    if not methods:
+        return
+    pictures = {m: np.load(runs / folder.name / "0" / m / "gallery.npz") for m in methods}
+    first = pictures[methods[0]]
+    if first["clean"].ndim != 4:
+        return
+    rows = [("clean", first["clean"], None), ("observed", first["y"], None)]
+    rows += [(m, p["draws"], p["prior"]) for m, p in pictures.items()]
+    low, high = float(first["clean"].min()), float(first["clean"].max())
+    figure, axes = plt.subplots(len(rows), 21, figsize=(13, 0.62 * len(rows)), layout="constrained")
+    for axis in axes.flat:
+        axis.axis("off")
+    for line, (name, left, right) in zip(axes, rows, strict=True):
+        line[10].text(0.5, 0.5, name, ha="center", va="center", fontsize=7)
+        for offset, items in ((0, left), (11, right)):
+            for axis, item in zip(line[offset:], () if items is None else items[:10], strict=False):
+                axis.imshow(np.nan_to_num(item[0]), cmap="gray", vmin=low, vmax=high)
+    figure.suptitle(f"{folder.name}: draws for held-out observations, and samples of the prior", fontsize=9)
+    figure.savefig(out / f"gallery-{folder.name}.png", dpi=100)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=Path, default=Path("runs/compare"))
+    parser.add_argument("--out", type=Path, default=HERE.parent / "docs")
+    arguments = parser.parse_args()
+    for folder in sorted((HERE / "results" / "compare").glob("*")):
+        curves(folder, arguments.out)
+        gallery(arguments.runs, folder, arguments.out)
+
+
+if __name__ == "__main__":
+    main()
