@@ -102,7 +102,7 @@ METHODS: dict[str, Method] = {
     "diffem": Method(),
     "em-mmps": Method(MMPS),
     "emdiffusion": Method(DPS),
-    "ambient": Method({**DPS, "denoiser.observation_dropout": "0", "sampler.guidance_strength": "0.3"}, Ambient, True),
+    "ambient": Method({**DPS, "sampler.guidance_strength": "0.3"}, Ambient, single=True),
     "scsi": Method(SCSI),
     # what a finished run, or a few clean items, are worth
     "em-mmps+em-mmps": Method(MMPS, after="em-mmps"),
@@ -138,7 +138,7 @@ def _digits(corruption: str) -> Task:
 
 
 TASKS: dict[str, Task] = {
-    "manifold": Task("manifold", 4_000_000, {"prior.steps": "500"}),
+    "manifold": Task("manifold", 5_000_000, {"data.limit": "8192", "prior.steps": "500"}),
     "digits-mask50": _digits("{name: RandomMask, rate: 0.5, noise: 0.08}"),
     "digits-mask75": _digits("{name: RandomMask, rate: 0.75, noise: 0.08}"),
     "digits-mask90": _digits("{name: RandomMask, rate: 0.9, noise: 0.08}"),

@@ -2,7 +2,7 @@
 
     python benchmarks/judge.py runs/digits --bound runs/digits-bound --out benchmarks/results/digits.json
 
-prints the columns of the start, the run and (with --bound) the network trained on the clean data. Held-out scores use all
+prints the columns of the start, the run and (with --bound) the network trained on the clean data. Held-out scores use at most 512
 held-out observations, each split 4 times, 4 draws a split; they, energy distance and PSNR are in model units (half the range of the data is 1).
 `frechet`, `precision`, `recall`, `density` and `coverage` compare one reconstruction of every training observation with clean
 items, disjoint rows, in the features of a classifier trained on clean items (digits, Fashion-MNIST); on the manifold in the
@@ -33,6 +33,7 @@ from diffem.posteriors import PosteriorSampler, draw_many, from_pretrained, samp
 DRAWS = 4
 SPLITS = 4
 ITEMS = 4096  # reconstructions and prior samples that are compared with clean items
+SCORED = 512  # held-out observations at most
 
 
 def classifier(x: Tensor, labels: Tensor, steps: int = 400) -> nn.Sequential:
@@ -67,7 +68,8 @@ class Judge:
 
     def __init__(self, folder: Path, seed: int = 0, data_seed: int = 0) -> None:
         self.observations, self.seed = Observations.load(folder), seed
-        self.train, self.held_out = self.observations.split(seed)
+        self.train, held_out = self.observations.split(seed)
+        self.held_out = evenly(held_out, SCORED)
         self.scaling = self.observations.scaling(self.train)
         raw = np.load(folder / "clean.npy", mmap_mode="r")
         self.rows = evenly(self.train, 2 * ITEMS)

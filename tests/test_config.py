@@ -104,6 +104,8 @@ def test_celeba_presets_run(name, tmp_path):
     [
         ({"m_step": {"batch": 0}}, "m_step: steps, first_steps, batch and checkpoint must be at least 1"),
         ({"m_step": {"ema": 1.0}}, "m_step: ema must be in [0, 1), thinned and clean_share in [0, 1]"),
+        ({"m_step": {"clean_share": 1.5}}, "m_step: ema must be in [0, 1), thinned and clean_share in [0, 1]"),
+        ({"m_step": {"reinitialise": -1}}, "m_step.reinitialise: must be a number of iterations >= 0, got -1"),
         (
             {"e_step": {"dispersion_first": -1.0}},
             "e_step: batch must be at least 1; dispersions and least_ratio must be >= 0",

@@ -378,6 +378,104 @@ def test_flip_mirrors_half_of_the_items(flip, tmp_path, monkeypatch):
     assert (x - y)[seen].square().mean().sqrt() == pytest.approx(noise, rel=0.05)  # mirrored before it is corrupted
 
 
+def clean_file(folder: Path, x: np.ndarray) -> str:
+    np.save(folder / "examples.npy", x)
+    return str(folder / "examples.npy")
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_clean_examples_are_a_share_of_every_batch(share, tmp_path, monkeypatch):
+    batches = spy(monkeypatch)
+    examples = 3 * np.random.default_rng(5).standard_normal((4, *SHAPE))
+    given = {"clean_examples": clean_file(tmp_path, examples), "clean_share": share}
+    em = DiffEM(settings(em={"iterations": 1}, m_step={"first_steps": 40, **given}), observations(), tmp_path / "run")
+    rows = em.iterate()
+    next(rows)
+    items = model_units(tmp_path / "run", em, em.train)
+    for _row in rows:
+        pass
+    assert len(batches) == 45  # the prior's too
+    centre, half = em.scaling
+    theirs = (torch.from_numpy(examples).float() - centre) / half
+    items = torch.cat((items, model_units(tmp_path / "run", em, em.train)))  # of the start, of the last iteration
+    x = torch.cat([b[0] for b in batches])
+    mine, reconstructed = among(x, theirs), among(x, items)
+    assert (mine ^ reconstructed).all()
+    found = mine.float().mean().item()
+    assert abs(found - share) < 4 * math.sqrt(share * (1 - share) / len(x)) + 1e-6
+    if share:
+        counts = (x[:, None] == theirs).flatten(2).all(2).sum(0)
+        assert (counts > 0.6 * mine.sum() / 4).all()  # all four of them
+        x, y, params, _ = batches[0]
+        noise = em.model_corruption.config["noise"]
+        assert ((x - y)[params["mask"]].abs() < 5 * noise).all()  # they are corrupted like the others
+        assert not y[~params["mask"]].any()
+
+
+def test_clean_examples_train(whole, tmp_path):
+    given = {"clean_examples": clean_file(tmp_path, clean(4)[0].numpy()), "clean_share": 0.5}
+    train(tmp_path / "run", m_step=given)
+    ours, theirs = (load_file(p / "posterior" / "model.safetensors") for p in (tmp_path / "run", whole))
+    assert any(not torch.equal(ours[k], theirs[k]) for k in ours if k.startswith("network."))
+
+
+@pytest.mark.parametrize(
+    ("examples", "text"),
+    [
+        (None, "no such file; it is a .npy of clean items"),
+        (np.zeros((3, 4, 4)), "must hold finite items of shape (1, 4, 4), has (3, 4, 4)"),
+        (np.zeros((0, *SHAPE)), "must hold finite items of shape (1, 4, 4), has (0, 1, 4, 4)"),
+        (np.full((2, *SHAPE), np.nan), "must hold finite items of shape (1, 4, 4), has (2, 1, 4, 4)"),
+    ],
+    ids=["missing", "shape", "none", "nan"],
+)
+def test_clean_examples_that_are_refused(examples, text, tmp_path):
+    file = tmp_path / "examples.npy"
+    if examples is not None:
+        np.save(file, examples)
+    with pytest.raises(DiffemError) as caught:
+        DiffEM(settings(m_step={"clean_examples": str(file)}), observations(), tmp_path / "run")
+    assert str(caught.value) == f"m_step.clean_examples: {file}: {text}"
+    assert not (tmp_path / "run").exists()
+
+
+# --- new weights in the last iterations -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("last", [0, 1, 2, 9])
+def test_reinitialised_iterations_begin_with_the_initial_weights(last, tmp_path, monkeypatch):
+    begun, train_on = [], DiffEM._train
+
+    def listen(self, target, dropout, until_settled=False):
+        weights = torch.cat([p.detach().flatten().clone() for p in self.trainer.denoiser.network.parameters()])
+        averaged = torch.cat([p.detach().flatten().clone() for p in self.trainer.averaged.network.parameters()])
+        moments = [k for k in self.trainer.state() if k.startswith("optimizer.")]
+        begun.append((weights, averaged, moments, self.trainer.updates, target))
+        train_on(self, target, dropout, until_settled)
+
+    monkeypatch.setattr(DiffEM, "_train", listen)
+    em = train(tmp_path, m_step={"first_steps": 7, "reinitialise": last}, prior={"kind": "joint"})
+    anew = [True, *(iteration > 3 - last for iteration in (2, 3))]
+    assert len(begun) == 3
+    for (weights, averaged, moments, updates, target), fresh in zip(begun, anew, strict=True):
+        assert torch.equal(weights, begun[0][0]) == torch.equal(averaged, begun[0][0]) == fresh
+        assert (not moments) == (updates == 0) == fresh
+        assert target == (7 if fresh else 5)
+    assert [row["examples"] for row in em.rows] == [0, *(16 * (7 if fresh else 5) for fresh in anew)]
+
+
+@pytest.mark.parametrize("where", ["m_step", "e_step"])
+def test_reinitialised_run_resumes(where, tmp_path):
+    # it dies in iteration 2, whose weights are new
+    sections = {"em": {"iterations": 2}, "m_step": {"reinitialise": 1, "steps": 3, "first_steps": 7}}
+    train(tmp_path / "whole", **sections)
+    start_and_die(tmp_path / "run", where, **sections)
+    assert len(bare(tmp_path / "run")) == 2
+    train(tmp_path / "run", **sections)
+    assert_same(tmp_path / "run", tmp_path / "whole")
+    assert bare(tmp_path / "run") == bare(tmp_path / "whole")
+
+
 @pytest.mark.parametrize("what", ["poisoned", "deleted"])
 def test_clean_items_do_not_train(what, tmp_path, monkeypatch):
     (tmp_path / "mine.yaml").write_text(
@@ -420,7 +518,8 @@ def test_reference_is_only_measured(whole, tmp_path):
     x = clean()[0]
     em = DiffEM(settings(), observations(), tmp_path / "run", reference=x.numpy())
     rows = list(em.iterate())
-    assert all(row["clean"].keys() == {"psnr", "energy_distance"} for row in rows)
+    columns = {"psnr", "energy_distance", "precision", "recall", "density", "coverage"}
+    assert all(row["clean"].keys() == columns for row in rows)
     assert_same(tmp_path / "run", whole)
     assert [{k: v for k, v in row.items() if k != "clean"} for row in bare(tmp_path / "run")] == bare(whole)
     centre, half = em.scaling

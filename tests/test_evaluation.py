@@ -74,7 +74,8 @@ def error(*arguments) -> str:
 
 
 def test_columns(trained):
-    both = {"psnr", "energy_distance", "nearest_clean", "nearest_item"}
+    overlap = {"precision", "recall", "density", "coverage"}
+    both = {"psnr", "energy_distance", "nearest_clean", "nearest_item", *overlap}
     table = evaluate(trained / "run", trained / "clean.npy", Observations.load(trained / "obs"))
     assert list(table) == ["start", "reconstructions", "prior"]
     assert table["start"].keys() == table["reconstructions"].keys() == both | {"residual"}

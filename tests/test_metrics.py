@@ -75,7 +75,11 @@ def test_compare_is_in_model_units():
     found = metrics.compare(x, clean, (127.5, 127.5))
     assert found["psnr"] == pytest.approx(20, abs=1e-4)
     u, v = (torch.from_numpy((a.astype(np.float32) - 127.5) / 127.5) for a in (x, clean))
-    assert found == {"psnr": metrics.psnr(u, v, 2.0), "energy_distance": metrics.energy_distance(u[::2], v[1::2])}
+    assert found == {
+        "psnr": metrics.psnr(u, v, 2.0),
+        "energy_distance": metrics.energy_distance(u[::2], v[1::2]),
+        **metrics.manifold_overlap(u[::2], v[1::2]),
+    }
 
 
 def test_sinkhorn_divergence():
@@ -98,4 +102,69 @@ def test_distances():
         "energy_distance": metrics.energy_distance(u[::2], v[1::2]),
         "nearest_clean": pytest.approx(apart.amin(1).mean().item(), rel=1e-4),
         "nearest_item": pytest.approx(apart.amin(0).mean().item(), rel=1e-4),
+        **metrics.manifold_overlap(u[::2], v[1::2]),
     }
+
+
+def brute_force_overlap(u: np.ndarray, v: np.ndarray, k: int) -> dict[str, float]:
+    """The definitions, with a point at a time."""
+
+    def radius(a: np.ndarray, i: int) -> float:
+        return sorted(np.linalg.norm(a[i] - a[j]) for j in range(len(a)) if j != i)[k - 1]
+
+    real, fake = [radius(v, j) for j in range(len(v))], [radius(u, i) for i in range(len(u))]
+    inside = np.array([[np.linalg.norm(a - b) < r for b, r in zip(v, real, strict=True)] for a in u])
+    around = np.array([[np.linalg.norm(a - b) < r for b in v] for a, r in zip(u, fake, strict=True)])
+    return {
+        "precision": np.mean([row.any() for row in inside]),
+        "recall": np.mean([column.any() for column in around.T]),
+        "density": sum(row.sum() for row in inside) / (k * len(u)),
+        "coverage": np.mean([column.any() for column in inside.T]),
+    }
+
+
+@pytest.mark.parametrize("neighbours", [1, 5])
+@pytest.mark.parametrize(("shift", "scale"), [(0.0, 1.0), (0.7, 0.5), (0.7, 2.0)])
+def test_manifold_overlap_by_brute_force(shift, scale, neighbours):
+    u, v = scale * normal(40, 3, 0) + shift, normal(60, 3, 1)
+    found = metrics.manifold_overlap(u, v, neighbours)
+    expected = brute_force_overlap(u.double().numpy(), v.double().numpy(), neighbours)
+    assert found == pytest.approx(expected, abs=1e-12)
+    assert len(set(found.values())) > 1  # they are not one thing
+    images = metrics.manifold_overlap(u.view(40, 1, 1, 3), v.view(60, 1, 1, 3), neighbours)
+    assert images == found
+
+
+def modes(n: int, chosen: list[int], seed: int) -> torch.Tensor:
+    """n points of ten narrow modes that are far apart, of the chosen ones alone."""
+    generator = torch.Generator().manual_seed(seed)
+    which = torch.tensor(chosen)[torch.randint(len(chosen), (n,), generator=generator)]
+    return 10 * torch.eye(10)[which] + 0.1 * torch.randn(n, 10, generator=generator)
+
+
+def test_manifold_overlap_of_equal_laws():
+    found = metrics.manifold_overlap(modes(500, list(range(10)), 0), modes(500, list(range(10)), 1))
+    assert min(found["precision"], found["recall"], found["coverage"]) > 0.9
+    assert found["density"] == pytest.approx(1, abs=0.1)
+
+
+def test_manifold_overlap_of_collapsed_modes():
+    # every item looks real, but 7 of the 10 kinds are never made
+    found = metrics.manifold_overlap(modes(500, [0, 1, 2], 0), modes(500, list(range(10)), 1))
+    assert found["precision"] > 0.9
+    assert found["density"] > 0.8
+    assert found["recall"] == pytest.approx(0.3, abs=0.05)
+    assert found["coverage"] == pytest.approx(0.3, abs=0.05)
+    # the other way round: three kinds are all there, but most of what is made is none of them
+    found = metrics.manifold_overlap(modes(1500, list(range(10)), 0), modes(400, [0, 1, 2], 1))
+    assert found["precision"] == pytest.approx(0.3, abs=0.05)
+    assert found["density"] < 0.5
+    assert min(found["recall"], found["coverage"]) > 0.8
+
+
+def test_manifold_overlap_of_too_few_items():
+    few, many = normal(5, 2, 0), normal(6, 2, 1)
+    for found in (metrics.manifold_overlap(few, many), metrics.manifold_overlap(many, few)):
+        assert list(found) == ["precision", "recall", "density", "coverage"]
+        assert all(math.isnan(value) for value in found.values())
+    assert all(math.isfinite(value) for value in metrics.manifold_overlap(many, many + 0.1).values())

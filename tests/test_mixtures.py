@@ -456,3 +456,60 @@ def test_ridge_is_that_many_pseudo_observations():
     seen = (data.precision > 0).sum(0).to(DOUBLE)
     pooled = (plain.variance * seen).sum() / seen.sum()
     torch.testing.assert_close(ridged.variance, (plain.variance * seen + 10 * pooled) / (seen + 10))
+
+
+# --- partial E-steps (SCSI) -----------------------------------------------------------------------------
+
+
+def gaussian(mean: torch.Tensor, cov: torch.Tensor) -> Mixture:
+    """A Gaussian of any covariance, as a mixture."""
+    values, vectors = torch.linalg.eigh(cov)
+    factor = vectors * (values - values[0]).clamp(min=0).sqrt()
+    return Mixture(torch.zeros(1, dtype=DOUBLE), mean[None], factor[None], values[:1].expand(1, len(mean)))
+
+
+@pytest.mark.parametrize("how", ["a share of all", "all of a share"])
+@pytest.mark.parametrize("share", [0.1, 0.5])
+def test_partial_e_steps_end_where_em_does(share, how):
+    """A pool of posterior moments, of which a share is refreshed before the model is fitted to the whole of it.
+
+    An item's moments stand for infinitely many draws of its reconstruction: with single draws the pool's fit would
+    fluctuate about the same point, by the Monte Carlo error of as many draws as there are items. `a share of all` is the
+    expectation of a refreshment at random; `all of a share` refreshes items at random, and leaves the others as old
+    as they are (what em.refresh does, and Neal and Hinton's incremental EM).
+    """
+    n, generator, true = 80, seeded(7), mixture(1, 2, d=3)
+    x = true.mean + randn(n, 2, seed=1) @ true.factor[0].T + true.variance[0].sqrt() * randn(n, 3, seed=2)
+    matrix = randn(n, 2, 3, seed=3)
+    y = (matrix @ x[..., None])[..., 0] + 0.3 * randn(n, 2, seed=4)
+    data = Rows(y, matrix, torch.full((n, 1), 0.3, dtype=DOUBLE))
+
+    def moments(model: Mixture) -> tuple[torch.Tensor, torch.Tensor]:
+        posterior = model.posterior(data)
+        mean = posterior.mean
+        return mean, posterior.chol @ posterior.chol.mT + mean[:, :, None] * mean[:, None]
+
+    def fit(first: torch.Tensor, second: torch.Tensor) -> Mixture:
+        mean = first.mean(0)
+        return gaussian(mean, second.mean(0) - torch.outer(mean, mean))
+
+    def apart(one: Mixture, two: Mixture) -> float:
+        return max((one.mean - two.mean).abs().max().item(), (one.covariance() - two.covariance()).abs().max().item())
+
+    em = start = mixture(1, 3, d=3, seed=300, isotropic=True)
+    for _ in range(200):
+        em, _ = em_step(em, [data], floor=1e-9)
+    assert apart(em, em_step(em, [data], floor=1e-9)[0]) < 1e-9
+    assert apart(em, start) > 0.5
+    pool = moments(mixture(1, 3, d=3, seed=500, isotropic=True))  # reconstructions of another model to start with
+    for step in range(round(120 / share)):
+        fresh = moments(fit(*pool))
+        if how == "a share of all":
+            weight = torch.tensor(share, dtype=DOUBLE)
+        else:
+            weight = (torch.rand(n, generator=generator, dtype=DOUBLE) < share).to(DOUBLE)
+        pool = tuple(torch.lerp(a, b, weight.view(-1, *(1,) * (a.ndim - 1))) for a, b in zip(pool, fresh, strict=True))
+        if step == 0:
+            assert apart(fit(*pool), em) > 0.3
+            assert apart(fit(*pool), fit(*fresh)) > 0.05  # it is not a whole step
+    assert apart(fit(*pool), em) < 1e-7

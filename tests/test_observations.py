@@ -192,6 +192,33 @@ def test_split_is_seeded_and_spread():
     assert not np.array_equal(observations.split(0)[1], observations.split(1)[1])
 
 
+def test_a_named_split_is_used_saved_and_part_of_the_checksum(tmp_path):
+    named = np.array([True, False, False, True, True, False])
+    observations = Observations(np.zeros((6, 1)), GaussianNoise(0.1), held_out=named)
+    observations.save(tmp_path)
+    for one in (observations, Observations.load(tmp_path)):
+        train, held = one.split(3)
+        assert (train.tolist(), held.tolist()) == ([1, 2, 5], [0, 3, 4])
+    assert observations.digest() != Observations(np.zeros((6, 1)), GaussianNoise(0.1)).digest()
+
+
+@pytest.mark.parametrize(
+    ("held_out", "got"),
+    [
+        (np.ones(6, bool), "shape (6,) of bool with 6 true"),
+        (np.arange(6) == 2, "shape (6,) of bool with 1 true"),
+        (np.arange(5) > 2, "shape (5,) of bool with 2 true"),
+        (np.arange(6), "shape (6,) of int64 with 5 true"),
+    ],
+)
+def test_a_split_that_cannot_be(held_out, got):
+    with pytest.raises(DiffemError) as error:
+        Observations(np.zeros((6, 1)), GaussianNoise(0.1), source="data", held_out=held_out)
+    assert (
+        str(error.value) == f"data: held_out.npy: must be 6 of bool, at least two of them true and one false, got {got}"
+    )
+
+
 def test_scaling_from_the_range():
     assert masked(range=(-1, 3)).scaling(np.arange(5)) == (1.0, 2.0)
     assert Observations(np.zeros((3, 2), np.uint8), GaussianNoise(1.0)).scaling(np.arange(2)) == (127.5, 127.5)

@@ -160,7 +160,8 @@ class Ambient(DiffEM):
         params = {k: v.to(self.device) for k, v in params.items()}
         split = self.model_corruption.thin(y, params, generator)
         denoiser = self.trainer.denoiser
-        assert isinstance(denoiser, AmbientDenoiser) and split is not None
+        assert isinstance(denoiser, AmbientDenoiser)
+        assert split is not None
         return denoiser.observed_loss(y, params, split[0], generator)
 
     def _settled(self, window: int = 200) -> bool:

@@ -135,6 +135,11 @@ class Config:
     def __post_init__(self) -> None:
         if self.prior.kind == "joint" and not self.denoiser.observation_dropout:
             raise DiffemError("prior.kind: joint needs denoiser.observation_dropout > 0: the network must know both")
+        if self.sampler.guidance != "none" and self.denoiser.observation_dropout != 1:
+            raise DiffemError(
+                f"sampler.guidance: {self.sampler.guidance} guides a network that sees no observation; "
+                "set denoiser.observation_dropout to 1"
+            )
 
     def to_dict(self) -> dict:
         """Plain lists, dictionaries and numbers, as config.yaml holds them."""

@@ -15,6 +15,7 @@ the last accepted reconstructions. Held-out observations are reconstructed and s
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
@@ -118,6 +119,10 @@ class DiffEM:
         self.examples = self._clean_examples()
         if start is None and config.start.kind == "run":
             start = self._earlier_posterior(device, precision)
+        if config.sampler.guidance != "none" and not isinstance(self.corruption, LinearCorruption):
+            raise DiffemError(
+                f"sampler.guidance: {config.sampler.guidance} needs a linear-Gaussian corruption; use none"
+            )
         self.given_start = start
         self.scaling = observations.scaling(self.train) if start is None else start.scaling
         self.model_corruption = self.corruption.scaled(*self.scaling)
@@ -128,6 +133,8 @@ class DiffEM:
             "shape": list(self.shape),
             "scaling": list(self.scaling),
         }
+        if self.examples is not None:
+            facts["clean_examples"] = hashlib.sha256(self.examples.tobytes()).hexdigest()[:16]
         self.run = Run(out, config, facts)
         self.state = State()
 

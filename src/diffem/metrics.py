@@ -84,7 +84,7 @@ def manifold_overlap(u: Tensor, v: Tensor, neighbours: int = 5) -> dict[str, flo
     of u (Naeem et al., 2020, arXiv 2002.09797). Precision and density say how real items look, recall and coverage
     how many kinds of them there are.
     """
-    u, v = u.flatten(1), v.flatten(1)
+    u, v = u.flatten(1).double(), v.flatten(1).double()  # distances of near neighbours cancel in single precision
     if min(len(u), len(v)) <= neighbours:
         return dict.fromkeys(("precision", "recall", "density", "coverage"), math.nan)
     radius = lambda a: torch.cdist(a, a).kthvalue(neighbours + 1, dim=1).values  # noqa: E731 - itself is the first

@@ -136,7 +136,10 @@ class SpatialAttention(nn.Module):
 
 
 class ChannelNorm(nn.Module):
-    """azula's LayerNorm over channels, (B, C, *spatial), as one kernel: a training step takes a quarter less on a CPU."""
+    """Standardises (B, C, *spatial) over its channels, as azula's LayerNorm does (but for N - 1 in the place of N).
+
+    One kernel in the place of five: a training step takes a quarter less on a CPU.
+    """
 
     def __init__(self, eps: float) -> None:
         super().__init__()
@@ -172,7 +175,7 @@ class ModulatedUNet(nn.Module):
                 paths[i] = modules
         for block in self.unet.modules():
             if isinstance(block, UNetBlock) and isinstance(block.norm, LayerNorm):
-                block.norm = ChannelNorm(block.norm.eps)
+                block.add_module("norm", ChannelNorm(block.norm.eps))
         last = cast(nn.Conv2d, cast(nn.ModuleList, self.unet.ascent[-1])[-1])
         for parameter in last.parameters():
             nn.init.zeros_(parameter)

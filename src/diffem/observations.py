@@ -6,6 +6,8 @@ On disk they are a folder that anyone can write with numpy:
     mask.npy ...     one file per operator parameter, batch first (mask: true = observed, broadcasts against y)
     corruption.yaml  flat: `name: RandomMask`, `rate: 0.75`, `noise: 0.01`, and optionally
                      `range: [low, high]` of the clean data and `shape: [...]` of one clean item
+    held_out.npy     optional, (N,) true for the observations that are scored and never trained on, e.g. whole
+                     patients, nights or writers; a seeded tenth by default
     clean.npy        optional, the clean items; read by evaluation and report only, never by training
 
 Arrays are memory-mapped, so that only the batch in use is in memory.
@@ -44,6 +46,7 @@ class Observations:
         range: The (low, high) of clean values; needed for integer data other than uint8, else estimated.
         shape: The shape of one clean item, (features,) or (channels, *spatial); y's own by default.
         source: What error messages call these observations.
+        held_out: Which of them are held out, (N,) of bool; a seeded tenth by default.
 
     Raises:
         DiffemError: If the arrays do not fit each other, or a value that counts as observed is not finite.
@@ -58,8 +61,10 @@ class Observations:
         shape: Sequence[int] | None = None,
         source: str = "observations",
         check: bool = True,
+        held_out: np.ndarray | None = None,
     ) -> None:
         self.y, self.params, self.corruption, self.source = y, dict(params or {}), corruption, source
+        self.held_out = held_out
         if y.ndim < 2 or 0 in y.shape:
             raise DiffemError(
                 f"{source}: y.npy: needs at least one observation of shape (features,) or (channels, *spatial), got {y.shape}"
@@ -109,7 +114,8 @@ class Observations:
         params = {
             name: open_array(folder / f"{name}.npy") for name in PARAMETER_FILES if (folder / f"{name}.npy").exists()
         }
-        return cls(y, corruption, params, value_range, shape, source=str(folder))
+        held_out = open_array(folder / "held_out.npy") if (folder / "held_out.npy").exists() else None
+        return cls(y, corruption, params, value_range, shape, source=str(folder), held_out=held_out)
 
     def save(self, folder: str | Path) -> None:
         """Writes the folder; a black box is not written, since data never name code."""
@@ -117,6 +123,8 @@ class Observations:
         folder.mkdir(parents=True, exist_ok=True)
         for name, array in {"y": self.y, **self.params}.items():
             np.save(folder / f"{name}.npy", array)
+        if self.held_out is not None:
+            np.save(folder / "held_out.npy", self.held_out)
         config: dict = {} if isinstance(self.corruption, BlackBox) else dict(self.corruption.config)
         if self.range is not None:
             config["range"] = list(self.range)
@@ -147,6 +155,8 @@ class Observations:
 
     def split(self, seed: int) -> tuple[np.ndarray, np.ndarray]:
         """Indices of the training and of the held-out observations, each ascending."""
+        if self.held_out is not None:
+            return np.flatnonzero(~self.held_out), np.flatnonzero(self.held_out)
         order = torch.randperm(len(self), generator=seeding.generator(seed, 0, "split")).numpy()
         held = max(2, round(HELD_OUT * len(self)))  # one alone has no standard error
         if 2 * held > len(self):
@@ -182,11 +192,19 @@ class Observations:
         """A checksum of a sample of the observations: a resumed run must see the ones it began with."""
         rows = np.unique(np.linspace(0, len(self) - 1, 256).astype(int))
         digest = hashlib.sha256()
-        for array in (self.y, *(self.params[k] for k in sorted(self.params))):
+        held_out = [] if self.held_out is None else [self.held_out]
+        for array in (self.y, *(self.params[k] for k in sorted(self.params)), *held_out):
             digest.update(np.ascontiguousarray(array[rows]).tobytes())
         return digest.hexdigest()[:16]
 
     def _check(self) -> None:
+        if self.held_out is not None:
+            fits = self.held_out.dtype == bool and self.held_out.shape == (len(self),)
+            if not fits or not 2 <= self.held_out.sum() < len(self):
+                raise DiffemError(
+                    f"{self.source}: held_out.npy: must be {len(self)} of bool, at least two of them true and one false, "
+                    f"got shape {self.held_out.shape} of {self.held_out.dtype} with {np.count_nonzero(self.held_out)} true"
+                )
         for name, array in self.params.items():
             if len(array) != len(self):
                 raise DiffemError(f"{self.source}: {name}.npy: has {len(array)} rows where y.npy has {len(self)}")

@@ -1,0 +1,66 @@
+"""Backbones: the norm that stands in for azula's, and an untrained network that says nothing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from azula.nn.layers import LayerNorm
+from azula.nn.unet import UNetBlock
+
+from diffem import networks
+from diffem.networks import ChannelNorm, NetworkConfig
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("eps", [1e-5, 0.5])
+@pytest.mark.parametrize("shape", [(3, 8, 5), (3, 8, 5, 4), (3, 2, 5, 4), (2, 4, 3, 2, 5)])
+def test_channel_norm_standardises_over_channels(shape, eps):
+    generator = torch.Generator().manual_seed(0)
+    x = 3 * torch.randn(shape, generator=generator, dtype=torch.float64) + 2
+    x[0] = 7.0  # no variance at all: 0, not infinite
+    variance, mean = torch.var_mean(x, dim=1, keepdim=True, correction=0)
+    expected = (x - mean) * torch.rsqrt(variance + eps)
+    found = ChannelNorm(eps)(x)
+    torch.testing.assert_close(found, expected)
+    assert not found[0].any()
+    bessel = (x - mean) * torch.rsqrt(torch.var(x, dim=1, keepdim=True) + eps)
+    assert (found - bessel).abs().max() > 1e-2  # which correction it is can be told here
+
+
+def test_channel_norm_keeps_the_layout():
+    x = torch.randn(2, 8, 5, 4, generator=torch.Generator().manual_seed(0))
+    last = ChannelNorm(1e-5)(x.contiguous(memory_format=torch.channels_last))
+    assert last.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(last, ChannelNorm(1e-5)(x))
+
+
+@pytest.mark.parametrize("shape", [(2, 12), (2, 8, 8)])
+@pytest.mark.parametrize("attention", [(), (1,)])
+def test_unet_is_normalised_by_it_throughout(shape, attention):
+    config = NetworkConfig(kind="unet", channels=(4, 8), blocks=(1, 2), attention=attention, heads=2, embedding=8)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        unet = networks.build(config, shape, [shape, (1, *shape[1:])])
+    blocks = [module for module in unet.modules() if isinstance(module, UNetBlock)]
+    assert len(blocks) == 6  # on the way down and up
+    assert all(isinstance(block.norm, ChannelNorm) for block in blocks)
+    assert not any(isinstance(module, LayerNorm) and module.dim != -1 for module in unet.modules())
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(3, *shape, generator=generator), torch.randn(3, 1, *shape[1:], generator=generator)]
+    log_sigma = torch.tensor([-3.0, 0.0, 2.0])
+    assert not unet(inputs, log_sigma).any()  # its last layer is zero
+    with torch.no_grad():
+        for parameter in unet.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    found = unet(inputs, log_sigma)
+    assert found.shape == (3, *shape)
+    assert found.abs().max() > 1e-2
+    other = unet(inputs, log_sigma + 1)
+    assert (found - other).abs().max() > 5e-4  # the noise level modulates it
