@@ -1,4 +1,4 @@
-"""Rebuilds the tables of benchmarks/README.md from benchmarks/results.
+"""Rebuilds the tables of benchmarks/README.md and docs/which-method.md from benchmarks/results.
 
 python benchmarks/table.py            rewrites what stands between the markers
 python benchmarks/table.py --check    exit status 1 if that would change anything
@@ -6,6 +6,7 @@ python benchmarks/table.py --check    exit status 1 if that would change anythin
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
 import sys
@@ -83,46 +84,89 @@ def load(folder: Path) -> dict[str, list[dict]]:
     return {k: runs[k] for k in [*[m for m in order if m in runs], *sorted(set(runs) - set(order))]}
 
 
+def averaged(results: list[dict], names: Iterable[str]) -> dict:
+    """Mean and, of several seeds, standard deviation of metrics."""
+    column: dict = {}
+    for name in names:
+        values = [r["metrics"][name] for r in results if r["metrics"].get(name) is not None]
+        if values:
+            column[name] = statistics.mean(values)
+        if len(values) > 1:
+            column[name + "_se"] = statistics.stdev(values)
+    return column
+
+
+def mean(results: list[dict], name: str) -> float:
+    return statistics.mean(r[name] for r in results)
+
+
+def per_iteration(results: list[dict]) -> str:
+    """Seconds of an iteration after the first: an M-step, an E-step and the scores."""
+    seconds = []
+    for result in results:
+        points = [p["seconds"] for p in result["curve"]][: result["iterations"] + 1]
+        seconds += [b - a for a, b in itertools.pairwise(points[1:])]
+    return f"{statistics.median(seconds):.0f}" if seconds else "–"
+
+
 def comparison(folder: Path) -> str:
-    """The table of a task: mean and standard deviation over seeds."""
+    """The table of a task."""
     runs = load(folder)
-    columns: dict[str, dict] = {}
-    seconds, evaluations, iterations = [], [], []
-    for method, results in runs.items():
-        column: dict = {}
-        for name in COMPARED:
-            values = [r["metrics"][name] for r in results if r["metrics"].get(name) is not None]
-            if values:
-                column[name] = statistics.mean(values)
-                if len(values) > 1:
-                    column[name + "_se"] = statistics.stdev(values)
-                else:
-                    column.pop(name + "_se", None)
-        columns[f"{method} ({len(results)})"] = column
-        seconds.append(f"{statistics.mean(r['seconds'] for r in results):.0f}")
-        evaluations.append(f"{statistics.mean(r['evaluations'] for r in results) / 1e6:.2f}")
-        iterations.append(f"{statistics.mean(r['iterations'] for r in results):.0f}")
-    extra = {"iterations": iterations, "evaluations [10⁶]": evaluations, "seconds": seconds}
-    budget = {r["budget"] for results in runs.values() for r in results}
-    seeds = sorted({r["seed"] for results in runs.values() for r in results})
-    command = f"python benchmarks/compare.py --tasks {folder.name} --seeds {' '.join(map(str, seeds))}"
-    about = f"`{command}`: a budget of {' or '.join(f'{b:,}' for b in sorted(budget))} evaluations; ± is the standard deviation over seeds (their number in brackets)."
+    columns = {f"{method} ({len(results)})": averaged(results, COMPARED) for method, results in runs.items()}
+    extra = {
+        "iterations": [f"{mean(r, 'iterations'):.0f}" for r in runs.values()],
+        "evaluations [10⁶]": [f"{mean(r, 'evaluations') / 1e6:.2f}" for r in runs.values()],
+        "seconds": [f"{mean(r, 'seconds'):.0f}" for r in runs.values()],
+        "of them an iteration": [per_iteration(r) for r in runs.values()],
+    }
+    every = [r for results in runs.values() for r in results]
+    budget = " or ".join(f"{b:,}" for b in sorted({r["budget"] for r in every}))
+    seeds = " ".join(str(s) for s in sorted({r["seed"] for r in every}))
+    about = (
+        f"`python benchmarks/compare.py --tasks {folder.name} --seeds {seeds}`: a budget of {budget} evaluations; "
+        "± is the standard deviation over seeds, whose number stands in brackets."
+    )
     return f"### compared: {folder.name}\n\n{about}\n\n{grid(columns, COMPARED, extra)}"
 
 
-def tables() -> str:
-    parts = [comparison(folder) for folder in sorted((HERE / "results" / "compare").glob("*")) if folder.is_dir()]
-    parts += [single(file) for file in sorted((HERE / "results").glob("*.json"))]
-    return "\n".join(parts)
+def summary(folder: Path) -> str:
+    """A task in the columns that decide, for the documentation."""
+    runs = load(folder)
+    distance = "to_curve" if folder.name == "manifold" else "frechet"
+    names = ["crps", "ratio", distance, f"prior_{distance}", "recall", "coverage"]
+    columns = {method: averaged(results, names) for method, results in runs.items()}
+    closed = []
+    for column in columns.values():
+        gap = columns["start"]["crps"] - columns["clean"]["crps"] if {"start", "clean"} <= set(columns) else 0.0
+        closed.append(f"{100 * (columns['start']['crps'] - column['crps']) / gap:.0f} %" if gap else "–")
+    extra = {"of the way from start to clean": closed, "seconds": [f"{mean(r, 'seconds'):.0f}" for r in runs.values()]}
+    return f"### {folder.name}\n\n{grid(columns, names, extra)}"
+
+
+def compared() -> list[Path]:
+    return [folder for folder in sorted((HERE / "results" / "compare").glob("*")) if folder.is_dir()]
+
+
+def pages() -> dict[Path, str]:
+    """Every page with tables, and its text with the tables of today."""
+    tables = {
+        HERE / "README.md": [comparison(f) for f in compared()]
+        + [single(f) for f in sorted((HERE / "results").glob("*.json"))],
+        HERE.parent / "docs" / "which-method.md": [summary(f) for f in compared()],
+    }
+    texts = {}
+    for file, parts in tables.items():
+        before, rest = file.read_text().split(BEGIN)
+        texts[file] = before + BEGIN + "\n" + "\n".join(parts) + "\n" + END + rest.split(END)[1]
+    return texts
 
 
 def main() -> int:
-    file = HERE / "README.md"
-    before, rest = file.read_text().split(BEGIN)
-    text = before + BEGIN + "\n" + tables() + "\n" + END + rest.split(END)[1]
+    texts = pages()
     if "--check" in sys.argv:
-        return int(text != file.read_text())
-    file.write_text(text)
+        return int(any(text != file.read_text() for file, text in texts.items()))
+    for file, text in texts.items():
+        file.write_text(text)
     return 0
 
 
