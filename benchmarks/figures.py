@@ -21,18 +21,21 @@ PANELS = {
     "density": "density of the draws",
     "coverage": "coverage of the clean items",
 }
-LEVELS = ("start", "observed")  # without a curve of their own
+LEFT_OUT = ("start", "observed")  # where the others begin, and far away
 
 
 def curves(folder: Path, out: Path) -> None:
-    """Quality against the budget, a line per method (seed by seed), the clean bound and the start as levels."""
-    runs = {k: v for k, v in load(folder).items() if k not in LEVELS and "+" not in k}
+    """Quality against the budget, a line per method and seed; what makes one iteration only is a level (dashed)."""
+    runs = {k: v for k, v in load(folder).items() if k not in LEFT_OUT and "+" not in k}
     figure, axes = plt.subplots(1, len(PANELS), figsize=(4 * len(PANELS), 3.4), layout="constrained")
     for axis, (name, title) in zip(axes, PANELS.items(), strict=True):
         for i, (method, results) in enumerate(runs.items()):
             for j, result in enumerate(results):
                 points = [p for p in result["curve"] if p.get(name) is not None]
                 label = method if j == 0 else None
+                if method in ("clean", "ambient"):
+                    axis.axhline(points[-1][name], ls="--", lw=1, color=f"C{i}", alpha=0.8, label=label)
+                    continue
                 x = [p["evaluations"] / 1e6 for p in points]
                 axis.plot(x, [p[name] for p in points], ".-", lw=1, ms=3, color=f"C{i}", alpha=0.8, label=label)
         axis.set_title(title, fontsize=9)

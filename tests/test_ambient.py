@@ -28,14 +28,6 @@ NETWORK = NetworkConfig(kind="mlp", width=16, depth=1, embedding=16)
 CASES = {"mask": RandomMask(0.25, 1e-3), "projection": RandomProjection(3, 1e-3)}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 

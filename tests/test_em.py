@@ -50,14 +50,6 @@ SHAPE = (1, 4, 4)
 NETWORK = NetworkConfig(kind="mlp", width=16, depth=1, embedding=16)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def settings(**sections) -> configuration.Config:
     return configuration.from_dict({k: {**SETTINGS.get(k, {}), **sections.get(k, {})} for k in SETTINGS | sections})
 

@@ -23,14 +23,6 @@ from diffem.posteriors import ObservationPosterior
 N, SHAPE, NOISE = 60, (1, 4, 4), 0.05
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def config(iterations: int) -> configuration.Config:
     return configuration.from_dict(
         {

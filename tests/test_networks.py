@@ -11,14 +11,6 @@ from diffem import networks
 from diffem.networks import ChannelNorm, NetworkConfig
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("eps", [1e-5, 0.5])
 @pytest.mark.parametrize("shape", [(3, 8, 5), (3, 8, 5, 4), (3, 2, 5, 4), (2, 4, 3, 2, 5)])
 def test_channel_norm_standardises_over_channels(shape, eps):
