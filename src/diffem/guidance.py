@@ -24,6 +24,8 @@ from collections.abc import Callable
 import torch
 from azula.denoise import Denoiser as AzulaDenoiser
 from azula.denoise import DiracPosterior
+from azula.guidance.mmps import MMPSDenoiser
+from azula.linalg.covariance import IsotropicCovariance
 from azula.noise import VESchedule
 from torch import Tensor
 
@@ -68,9 +70,6 @@ def mmps(
     Returns:
         Shape (B, *shape).
     """
-    from azula.guidance.mmps import MMPSDenoiser  # its import compiles with a deprecated function, and says so
-    from azula.linalg.covariance import IsotropicCovariance
-
     noise = IsotropicCovariance(corruption.noise_std**2)
 
     def forward(x: Tensor) -> Tensor:
