@@ -109,6 +109,7 @@ METHODS: dict[str, Method] = {
     "em-mmps+diffem": Method(after="em-mmps"),
     "ambient+diffem": Method(after="ambient"),
     "diffem-examples": Method({"m_step.clean_examples": "{examples}"}),
+    "emdiffusion-examples": Method({**DPS, "m_step.clean_examples": "{examples}", "m_step.reinitialise": "1"}),
     # our own choices, one changed at a time
     "diffem-paper": Method({**BARE, "denoiser.precondition": "plain"}),
     "diffem-gaussian": Method({"start.kind": "gaussian"}),
@@ -158,6 +159,7 @@ def plan(config: Config, method: Method, n: int, budget: int) -> dict[str, str]:
     first = config.m_step.steps if method.after else config.m_step.first_steps
     partial = round(config.em.refresh * draw) + item * config.m_step.steps
     left = budget - item * first - round(config.em.refresh * draw)
+    left -= item * (config.m_step.first_steps - config.m_step.steps) * config.m_step.reinitialise
     left -= draw if config.e_step.least_ratio or config.em.refresh < 1 else 0  # the last E-step
     return {"em.iterations": str(1 + max(0, left // partial)), "m_step.first_steps": str(first)}
 

@@ -39,7 +39,8 @@ def test_budgets_are_spent_and_not_exceeded(module):
         # what EM does: the first M-step, the others, an E-step each, and perhaps a last one over everything
         draw = planned.sampler.evaluations * n
         k, steps, first = planned.em.iterations, planned.m_step.steps, planned.m_step.first_steps
-        spent = 3 * planned.m_step.batch * (first + (k - 1) * steps) + k * planned.em.refresh * draw
+        anew = planned.m_step.reinitialise
+        spent = 3 * planned.m_step.batch * ((1 + anew) * first + (k - 1 - anew) * steps) + k * planned.em.refresh * draw
         more = planned.e_step.least_ratio or planned.em.refresh < 1
         spent += draw if more and not method.single else 0
         another = planned.em.refresh * draw + 3 * planned.m_step.batch * (1 if method.single else steps)
