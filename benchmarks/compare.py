@@ -120,6 +120,7 @@ METHODS: dict[str, Method] = {
     "diffem-8steps": Method({"sampler.steps": "8"}),
     "diffem-64steps": Method({"sampler.steps": "64"}),
     "diffem-short": Method({"m_step.steps": "75"}),
+    "diffem-pool": Method({"m_step.steps": "30", "em.refresh": "0.2", "em.score_items": "64"}),
     "diffem-long": Method({"m_step.steps": "300"}),
 }
 MAIN = ["start", "observed", "clean", "diffem", "em-mmps", "emdiffusion", "ambient", "scsi"]
