@@ -104,8 +104,6 @@ class Judge:
             points = x * half + centre
             column["to_curve"] = metrics.nearest(points, self.curve).mean().item()
             column["from_curve"] = metrics.nearest(self.curve[::8], points).mean().item()
-            truth = self.clean * half + centre
-            column["sinkhorn"] = metrics.sinkhorn_divergence(points[::2][:4096], truth[1::2][:4096])
         return column
 
     def posterior(self, sampler: PosteriorSampler, first: Score | None = None) -> tuple[dict, Score]:
@@ -124,6 +122,8 @@ class Judge:
             column["accuracy"] = self.accuracy(sampler)
         corruption = sampler.model_corruption
         if self.curve is not None and isinstance(corruption, LinearCorruption):
+            u, v = (a * self.scaling[1] + self.scaling[0] for a in metrics.apart(x, self.clean))
+            column["sinkhorn"] = metrics.sinkhorn_divergence(u, v)
             y, params = self.observations.batch(self.rows)
             y = corruption.scale_y(y, params, *self.scaling)
             residual = corruption.forward(x, params) - y
