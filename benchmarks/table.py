@@ -40,7 +40,7 @@ HEADS = {
 }
 FINE = ("crps", "delta", "energy_distance", "to_curve", "from_curve", "sinkhorn", "prior_to_curve", "prior_from_curve")
 # of a comparison: what says most, so that a table can be read
-COMPARED = [n for n in HEADS if n not in ("delta", "residual", "psnr_classical")]
+COMPARED = [n for n in HEADS if n not in ("delta", "residual")]
 
 
 def number(name: str, value: float) -> str:
