@@ -4,8 +4,8 @@
 
 prints the columns of the start, the run and (with --bound) the network trained on the clean data. Held-out scores use at most 512
 held-out observations, each split 4 times, 4 draws a split; they, energy distance and PSNR are in model units (half the range of the data is 1).
-`frechet`, `precision`, `recall`, `density` and `coverage` compare one reconstruction of every training observation with clean
-items, disjoint rows, in the features of a classifier trained on clean items (digits, Fashion-MNIST); on the manifold in the
+`frechet`, `precision`, `recall`, `density` and `coverage` compare reconstructions of training observations with the clean items
+of others, in the features of a classifier trained on clean items (digits, Fashion-MNIST); on the manifold in the
 coordinates, where beside them stand `to_curve` (mean distance of a draw to the curve), `from_curve` (of a point of the curve to
 the nearest draw), `residual` (root mean square of A x - y over the noise) and `sinkhorn` (the paper's divergence, lambda 1e-3,
 4,096 points), in the units of the data. Names that begin with `prior_` speak of samples of the prior.
@@ -72,14 +72,15 @@ class Judge:
         self.held_out = evenly(held_out, SCORED)
         self.scaling = self.observations.scaling(self.train)
         raw = np.load(folder / "clean.npy", mmap_mode="r")
-        self.rows = evenly(self.train, 2 * ITEMS)
-        self.clean, self.clean_held_out = self.scale(raw[self.rows]), self.scale(raw[self.held_out])
+        rows = evenly(self.train, 2 * ITEMS)  # what is drawn for a row is not compared with the clean item of that row
+        self.rows, others = rows[::2], rows[1::2]
+        self.clean, self.clean_held_out = self.scale(raw[others]), self.scale(raw[self.held_out])
         self.curve: Tensor | None = None
         self.model: nn.Sequential | None = None
         if (folder / "labels.npy").exists() and self.clean.ndim == 4:
             labels = torch.from_numpy(np.load(folder / "labels.npy"))
             self.labels = labels[self.held_out]
-            self.model = classifier(self.clean, labels[self.rows])
+            self.model = classifier(self.scale(raw[rows]), labels[rows])
         elif self.clean.ndim == 2:
             self.curve = torch.as_tensor(manifold_curve(data_seed, 32_768), dtype=torch.float32)
 
@@ -94,10 +95,9 @@ class Judge:
         return x.flatten(1) if self.model is None else torch.cat([self.model[:-1](part) for part in x.split(1024)])
 
     def distribution(self, x: Tensor) -> dict[str, float]:
-        """Distances of items in model units, row i for clean item i, to the clean ones of other rows."""
-        u, v = metrics.apart(x, self.clean)
-        a, b = self.features(u), self.features(v)
-        column = {"frechet": metrics.frechet_distance(a, b), "energy_distance": metrics.energy_distance(u, v)}
+        """Distances of items in model units to the clean ones."""
+        a, b = self.features(x), self.features(self.clean)
+        column = {"frechet": metrics.frechet_distance(a, b), "energy_distance": metrics.energy_distance(x, self.clean)}
         column |= metrics.manifold_overlap(a, b)
         if self.curve is not None:
             centre, half = self.scaling
@@ -122,7 +122,7 @@ class Judge:
             column["accuracy"] = self.accuracy(sampler)
         corruption = sampler.model_corruption
         if self.curve is not None and isinstance(corruption, LinearCorruption):
-            u, v = (a * self.scaling[1] + self.scaling[0] for a in metrics.apart(x, self.clean))
+            u, v = (a * self.scaling[1] + self.scaling[0] for a in (x, self.clean))
             column["sinkhorn"] = metrics.sinkhorn_divergence(u, v)
             y, params = self.observations.batch(self.rows)
             y = corruption.scale_y(y, params, *self.scaling)
