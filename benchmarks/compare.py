@@ -7,7 +7,7 @@
 The budget is counted in evaluations of the network: a forward pass of one item is 1, a derivative through it 2 more. It pays
 for the training and the E-steps; held-out scores and the same number of steps that train every method's prior at the end are
 not counted. One JSON a run is written to `results/compare/`; a run that has one is not repeated, and a run that was killed
-goes on. `table.py` makes tables and figures of them.
+goes on. `table.py` makes tables of them, `figures.py` figures.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -93,7 +92,7 @@ MMPS = {**BARE, "sampler.guidance": "mmps", "denoiser.observation_dropout": "1"}
 DPS = {**BARE, "sampler.guidance": "dps", "denoiser.observation_dropout": "1", "sampler.guidance_strength": "3"}
 BOUND = {"em.gate": "1e9", "em.refresh": "1", "e_step.sharp": "0", "e_step.least_ratio": "0"}
 # an M-step of a few updates on a pool of which a small part is new: SCSI with a replay of 0.9
-SCSI = {**BARE, "m_step.steps": "15", "em.refresh": "0.1", "em.score_items": "64", "em.score_draws": "2"}
+SCSI = {**BARE, "m_step.steps": "15", "em.refresh": "0.1", "em.score_items": "64"}
 
 METHODS: dict[str, Method] = {
     "start": Method({"em.iterations": "0"}),
@@ -194,9 +193,9 @@ def run(task: str, name: str, seed: int, budget: int, runs: Path, root: str | No
             f"{task} {name} {seed}: iteration {row['iteration']}, {row['score']:.4f}, ratio {row['ratio']}", flush=True
         )
     judge = Judge(observed, seed, seed)
-    first = judge.posterior(from_pretrained(runs / task / str(seed) / "start" / "posterior"))[1]
+    first = None if name == "start" else judge.score(from_pretrained(runs / task / str(seed) / "start" / "posterior"))
     posterior, prior = from_pretrained(folder / "posterior"), from_pretrained(folder / "prior")
-    columns, _ = judge.posterior(posterior, None if name == "start" else first)
+    columns = judge.posterior(posterior, first)
     columns |= judge.prior(prior)
     if task.endswith("blur") and name == "start":
         columns["psnr_classical"] = richardson_lucy(judge)
@@ -259,7 +258,7 @@ def _order(methods: list[str]) -> list[str]:
     return [name for name in METHODS if name in {*wanted, "start"}]
 
 
-def main(report: Callable[[str], None] = print) -> int:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=["digits-mask75"])
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=MAIN)
@@ -274,7 +273,7 @@ def main(report: Callable[[str], None] = print) -> int:
             budget = arguments.budget or TASKS[task].budget
             for name in _order(arguments.methods):
                 if name == "ambient" and "blur" in task:
-                    report(f"{task} ambient: left out; it is for masks and projections")
+                    print(f"{task} ambient: left out; it is for masks and projections")
                     continue
                 file = arguments.results / task / f"{name}-{seed}.json"
                 if file.exists() and json.loads(file.read_text())["budget"] == budget:
@@ -282,7 +281,7 @@ def main(report: Callable[[str], None] = print) -> int:
                 result = run(task, name, seed, budget, arguments.runs, arguments.root)
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.write_text(json.dumps(result, indent=1) + "\n")
-                report(f"{file}: {result['metrics']['crps']:.4f}, {result['seconds']:.0f} s")
+                print(f"{file}: {result['metrics']['crps']:.4f}, {result['seconds']:.0f} s")
     return 0
 
 

@@ -106,9 +106,13 @@ class Judge:
             column["from_curve"] = metrics.nearest(self.curve[::8], points).mean().item()
         return column
 
-    def posterior(self, sampler: PosteriorSampler, first: Score | None = None) -> tuple[dict, Score]:
-        """The columns of a posterior sampler, and its score; `first`: the start's, for a paired difference."""
-        current = score(sampler, self.observations, self.held_out, self.seed, DRAWS, SPLITS)
+    def score(self, sampler: PosteriorSampler) -> Score:
+        """The score of a posterior sampler."""
+        return score(sampler, self.observations, self.held_out, self.seed, DRAWS, SPLITS)
+
+    def posterior(self, sampler: PosteriorSampler, first: Score | None = None) -> dict:
+        """The columns of a posterior sampler; `first`: the start's score, for a paired difference."""
+        current = self.score(sampler)
         column: dict = {"crps": current.mean, "crps_se": current.standard_error, "ratio": current.ratio}
         if first is not None:
             column["delta"], column["delta_se"] = current.difference(first)
@@ -128,7 +132,7 @@ class Judge:
             y = corruption.scale_y(y, params, *self.scaling)
             residual = corruption.forward(x, params) - y
             column["residual"] = (residual.square().mean().sqrt() / corruption.noise).item()
-        return column, current
+        return column
 
     @torch.no_grad()
     def accuracy(self, sampler: PosteriorSampler) -> float:
@@ -172,11 +176,13 @@ def main() -> None:
         raise DiffemError(f"{arguments.run}: is not a run folder")
     seed = yaml.safe_load((arguments.run / "config.yaml").read_text())["em"]["seed"]
     judge = Judge(arguments.run / "observations", seed, seed)
-    start, first = judge.posterior(from_pretrained(arguments.run / "start"))
-    columns = {"start": start, "diffem": judge.posterior(from_pretrained(arguments.run / "posterior"), first)[0]}
+    start = from_pretrained(arguments.run / "start")
+    first = judge.score(start)
+    columns = {"start": judge.posterior(start)}
+    columns["diffem"] = judge.posterior(from_pretrained(arguments.run / "posterior"), first)
     columns["diffem"] |= judge.prior(from_pretrained(arguments.run / "prior"))
     if arguments.bound:
-        columns["clean bound"] = judge.posterior(from_pretrained(arguments.bound / "posterior"), first)[0]
+        columns["clean bound"] = judge.posterior(from_pretrained(arguments.bound / "posterior"), first)
     command = f"diffem train {arguments.run.name}; python benchmarks/judge.py"
     text = json.dumps({"command": command, **cost(arguments.run), "columns": columns}, indent=2)
     if arguments.out:

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffem import guidance, mixtures, seeding
+from diffem import mixtures
 from diffem.corruptions import LinearCorruption, Params, RandomMask, RandomProjection
 from diffem.denoisers import Denoiser
 from diffem.em import DiffEM
@@ -96,27 +96,9 @@ class AmbientPosterior(DiffusionPosterior):
 
     kind = "ambient"
 
-    def _sample(self, y: Tensor, params: Params, seeds: Tensor, withheld: Tensor) -> Tensor:
-        corruption = self.model_corruption
-        assert isinstance(corruption, LinearCorruption)
-        if withheld.all():  # params are not those of any observation
-            params = self._drawn(y, seeds)
-        hidden = self._further(y, params, seeds)
-        sigmas = self.sigmas.to(y)
-        x = sigmas[0] * seeding.normal(seeds, self.shape)
-        for k, sigma in enumerate(sigmas):
-            after = sigmas[k + 1] if k + 1 < len(sigmas) else torch.zeros_like(sigma)
-            tau = 1 - (after / sigma).square()
-
-            def mean(x_t: Tensor, sigma: Tensor = sigma) -> Tensor:
-                return self.denoiser(x_t, sigma.expand(len(x_t)), y, hidden)
-
-            if withheld.all():
-                clean = mean(x)
-            else:
-                clean = guidance.dps(mean, x, y, params, corruption, self.sampler.guidance_strength, tau)
-            x = self._step(x, clean, after, tau, seeds, k)
-        return x
+    def _told(self, y: Tensor, params: Params, seeds: Tensor, withheld: Tensor) -> Params:
+        drawn = self._drawn(y, seeds) if withheld.all() else params  # then params are those of no observation
+        return self._further(y, drawn, seeds)
 
     def _drawn(self, y: Tensor, seeds: Tensor) -> Params:
         """Parameters of the corruption, an item at a time, so that they do not depend on its neighbours."""

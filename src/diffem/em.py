@@ -119,10 +119,7 @@ class DiffEM:
         self.examples = self._clean_examples()
         if start is None and config.start.kind == "run":
             start = self._earlier_posterior(device, precision)
-        if config.sampler.guidance != "none" and not isinstance(self.corruption, LinearCorruption):
-            raise DiffemError(
-                f"sampler.guidance: {config.sampler.guidance} needs a linear-Gaussian corruption; use none"
-            )
+        config.sampler.check(self.corruption)
         self.given_start = start
         self.scaling = observations.scaling(self.train) if start is None else start.scaling
         self.model_corruption = self.corruption.scaled(*self.scaling)
@@ -396,14 +393,13 @@ class DiffEM:
         config, (centre, half) = self.config.m_step, self.scaling
         rows = torch.randint(len(self.train), (config.batch,), generator=generator, device=self.device)
         clean = torch.from_numpy(x[self.train[rows.cpu().numpy()]]).to(self.device)
-        pick = lambda chosen, a, b: torch.where(chosen.view(-1, *(1,) * (a.ndim - 1)), a, b)  # noqa: E731
         if self.examples is not None:
             chosen = torch.rand(len(clean), generator=generator, device=self.device) < config.clean_share
             rows = torch.randint(len(self.examples), (config.batch,), generator=generator, device=self.device)
-            clean = pick(chosen, torch.from_numpy(self.examples[rows.cpu().numpy()]).to(clean), clean)
+            clean = _pick(chosen, torch.from_numpy(self.examples[rows.cpu().numpy()]).to(clean), clean)
         if config.flip:
             chosen = torch.rand(len(clean), generator=generator, device=self.device) < 0.5
-            clean = pick(chosen, clean.flip(-1), clean)
+            clean = _pick(chosen, clean.flip(-1), clean)
         y, params = self._corrupt_again(clean, generator)
         y = self.model_corruption.scale_y(y, params, centre, half)
         return self.trainer.denoiser.loss((clean - centre) / half, y, params, generator, dropout)
@@ -436,9 +432,8 @@ class DiffEM:
             return y, params
         (thin_y, thin_params), _ = split
         chosen = torch.rand(len(x), generator=generator, device=x.device) < self.config.m_step.thinned
-        pick = lambda a, b: torch.where(chosen.view(-1, *(1,) * (a.ndim - 1)), a, b)  # noqa: E731
         whole = {k: params.get(k, torch.ones_like(v)) for k, v in thin_params.items()}
-        return pick(thin_y, y), {k: pick(v, whole[k]) for k, v in thin_params.items()}
+        return _pick(chosen, thin_y, y), {k: _pick(chosen, v, whole[k]) for k, v in thin_params.items()}
 
     def _sampler(self, dispersion: float, steps: int | None = None) -> DiffusionPosterior:
         config = self.config.sampler if steps is None else dataclasses.replace(self.config.sampler, steps=steps)
@@ -558,6 +553,11 @@ class DiffEM:
         self.first = Score(scores["first"]["name"], tensors["first"], scores["first"]["ratio"])
         self.state = State(**state)
         self.run.save_metrics(self.state.rows)
+
+
+def _pick(chosen: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """The items of a that are chosen (B,), and those of b that are not."""
+    return torch.where(chosen.view(-1, *(1,) * (a.ndim - 1)), a, b)
 
 
 def _take_weights(earlier: Denoiser, denoiser: Denoiser) -> None:

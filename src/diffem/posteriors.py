@@ -77,6 +77,11 @@ class SamplerConfig:
         if self.steps < 1:
             raise DiffemError(f"sampler.steps: must be at least 1, got {self.steps}")
 
+    def check(self, corruption: Corruption) -> None:
+        """Refuses guidance through a corruption that has none to give."""
+        if self.guidance != "none" and not isinstance(corruption, LinearCorruption):
+            raise DiffemError(f"sampler.guidance: {self.guidance} needs a linear-Gaussian corruption; use none")
+
     @property
     def evaluations(self) -> int:
         """What one draw costs, in evaluations of the network; a derivative through it counts as two more."""
@@ -230,8 +235,7 @@ class DiffusionPosterior(PosteriorSampler):
         dispersion: float = 1.0,
     ) -> None:
         super().__init__(corruption, shape, scaling)
-        if sampler.guidance != "none" and not isinstance(corruption, LinearCorruption):
-            raise DiffemError(f"sampler.guidance: {sampler.guidance} needs a linear-Gaussian corruption; use none")
+        sampler.check(corruption)
         self.denoiser, self.sampler, self.network, self.dispersion = denoiser, sampler, network, dispersion
         self.residual = torch.ones(sampler.steps + 1, GROUPS) if residual is None else residual
 
@@ -287,33 +291,35 @@ class DiffusionPosterior(PosteriorSampler):
         share = (self.dispersion * self.residual.to(y)).sqrt()
         groups = self._groups(x, y, params, withheld)
         width = (self.denoiser.reference.rank + self.denoiser.reference.features,)
+        guided = self.sampler.guidance != "none" and not bool(withheld.all())
+        told = self._told(y, params, seeds, withheld)
         for k, sigma in enumerate(sigmas):
             after = sigmas[k + 1] if k + 1 < len(sigmas) else torch.zeros_like(sigma)
             tau = 1 - (after / sigma).square()
-            if self.sampler.guidance != "none" and not withheld.all():
-                x = self._step(x, self._guided(x, sigma, tau, y, params), after, tau, seeds, k)
-                continue
-            posterior, f = self.denoiser.predict(x, sigma.expand(len(x)), y, params, withheld)
-            clean = posterior.mean + posterior.scale(f)
-            if self.dispersion > 0:
-                uniform, normal = (
-                    seeding.uniform(seeds, stream=3 * k + 1),
-                    seeding.normal(seeds, width, stream=3 * k + 2),
-                )
-                clean = clean + share[k][groups] * (posterior.draw(uniform, normal) - posterior.mean)
-            x = self._step(x, clean.view(x.shape).to(x), after, tau, seeds, k)
+            if guided:
+                clean = self._guided(x, sigma, tau, y, params, told)
+            else:
+                posterior, f = self.denoiser.predict(x, sigma.expand(len(x)), y, told, withheld)
+                clean = posterior.mean + posterior.scale(f)
+                if self.dispersion > 0:
+                    uniform = seeding.uniform(seeds, stream=3 * k + 1)
+                    normal = seeding.normal(seeds, width, stream=3 * k + 2)
+                    clean = clean + share[k][groups] * (posterior.draw(uniform, normal) - posterior.mean)
+            clean = clean.view(x.shape).to(x)
+            x = x - tau * (x - clean) + after * tau.sqrt() * seeding.normal(seeds, self.shape, stream=3 * k + 3)
         return x
 
-    def _step(self, x: Tensor, clean: Tensor, after: Tensor, tau: Tensor, seeds: Tensor, k: int) -> Tensor:
-        return x - tau * (x - clean) + after * tau.sqrt() * seeding.normal(seeds, self.shape, stream=3 * k + 3)
+    def _told(self, y: Tensor, params: Params, seeds: Tensor, withheld: Tensor) -> Params:
+        """The operator parameters that the network is shown."""
+        return params
 
-    def _guided(self, x: Tensor, sigma: Tensor, tau: Tensor, y: Tensor, params: Params) -> Tensor:
+    def _guided(self, x: Tensor, sigma: Tensor, tau: Tensor, y: Tensor, params: Params, told: Params) -> Tensor:
         corruption, config = self.model_corruption, self.sampler
         assert isinstance(corruption, LinearCorruption)
         withheld = torch.ones(len(x), dtype=torch.bool, device=x.device)
 
         def mean(x_t: Tensor) -> Tensor:
-            return self.denoiser(x_t, sigma.expand(len(x_t)), y, params, withheld)
+            return self.denoiser(x_t, sigma.expand(len(x_t)), y, told, withheld)
 
         if config.guidance == "dps":
             return guidance.dps(mean, x, y, params, corruption, config.guidance_strength, tau)
