@@ -1,0 +1,308 @@
+r"""Whether re-corrupted samples could be observations: the divergence of the observed from the simulated, in samples.
+
+EM lowers :math:`\mathrm{KL}(P_Y \,\|\, \pi_Y)`, where :math:`\pi_Y` is the law of :math:`y' \sim Q(\cdot \mid x')`,
+observed anew with fresh operator parameters, of items :math:`x'` from a prior, or from a posterior given each of the
+observations. Two samples, y and y', are compared without any density:
+
+.. math:: \mathcal{E} = 2 \, E|y - y'| - E|y - \tilde y| - E|y' - \tilde y'| \qquad
+    W_1 = E_\theta \int |F_{\theta \cdot y}(t) - F_{\theta \cdot y'}(t)| \, dt
+
+and by a classifier that is asked which of the two is observed. The first two are judged by exchanging the labels of the
+sample: p = (1 + #{exchanged >= observed}) / (1 + exchanges) is exact at any size.
+
+**Prior samples** are independent of the observations, and any labels may be exchanged. **Reconstructions** are not:
+x' was drawn given y. But if the prior is right and the posterior exact, then
+
+.. math:: p(y, y') = \int p(y) \, q(x' \mid y) \, Q(y' \mid x') \, dx' = \int p(x') \, Q(y \mid x') \, Q(y' \mid x') \, dx'
+
+is symmetric, so that y and y' may change places within every pair. That is exact too, uses every observation on both
+sides, and cancels what a pair shares, so that it sees more than reconstructions of one half of the observations against
+the other half would. If only the laws of y and y' agree it holds for many pairs, as a wild bootstrap does.
+
+**Rows.** What is compared is y in model units (half the range of the data is 1); a mask leaves zeros in it. A zero that
+lies off the mean of an entry would make masks, which are alike on both sides, outweigh what they show, so that every
+entry is centred on the mean of its seen values. The masks themselves stay out for the same reason. Random projections
+are laid back into the space of items, :math:`A^T y`: y alone forgets in which direction it was measured.
+
+**Three distances.** That of whole rows sees location and size best, but in many dimensions not the shape of an entry's
+distribution, nor weakly varying entries, nor, where few entries are seen together, what they have to do with each
+other. So the mean energy distance of single standardised entries stands beside it, and the mean squared difference of
+the second moments of all pairs of entries: a maximum mean discrepancy, which is the same formula with a kernel for a
+distance (Sejdinovic et al., 2013). On masked digits each finds what the others miss.
+
+What small p-values say: prior, posterior *or corruption* are wrong. Large ones say that so many observations do not show
+it: whatever the corruption hides is hidden from these tests too.
+
+References:
+    | Energy statistics: A class of statistics based on distances (Szekely & Rizzo, 2013)
+    | Equivalence of distance-based and RKHS-based statistics in hypothesis testing (Sejdinovic et al., 2013)
+    | Sliced and Radon Wasserstein barycenters of measures (Bonneel et al., 2015)
+    | Revisiting Classifier Two-Sample Tests (Lopez-Paz & Oquab, 2017), arXiv 1610.06545
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy import stats
+from torch import Tensor
+
+from diffem import seeding
+from diffem.corruptions import Corruption, LinearCorruption, Params
+from diffem.corruptions.diagonal import DiagonalCorruption
+from diffem.errors import DiffemError
+from diffem.observations import Observations, evenly
+from diffem.posteriors import BATCH, PosteriorSampler, draw_many, sample_many
+
+PERMUTATIONS = 499
+DIRECTIONS = 128
+CONSTANT = 1e-6  # in model units: what varies less is rounding
+LIMIT = 512  # distances take the square of it
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Of two samples: how far they are apart, and how likely so much is if their laws are equal."""
+
+    statistic: float
+    p_value: float
+
+
+def energy_test(
+    u: Tensor,
+    v: Tensor,
+    generator: torch.Generator,
+    permutations: int = PERMUTATIONS,
+    paired: bool = False,
+    distance: str = "rows",
+) -> Comparison:
+    """The energy distance of two samples without bias, and its p-value.
+
+    Arguments:
+        u: Rows (N, d).
+        v: Rows (M, d).
+        generator: Draws the exchanges.
+        permutations: How many of them.
+        paired: u_i and v_i belong together: they change places with each other only, and are not compared.
+        distance: Of two rows: their Euclidean distance, `rows`; the mean distance of their `entries`; or minus the mean
+            product over the `pairs` of different entries, which makes it the mean squared difference of E[u_i u_j].
+    """
+    n, m = _sizes(u, v, paired)
+    rows = torch.cat((u, v)).double()  # distances of near neighbours cancel in single precision
+    apart = DISTANCES[distance](rows).fill_diagonal_(0)
+    if paired:
+        apart[:n, n:].fill_diagonal_(0)
+        apart[n:, :n].fill_diagonal_(0)
+    labels = _labels(n, m, permutations, generator, paired)
+    to_first = labels @ apart
+    first, across = (to_first * labels).sum(1), (to_first * (1 - labels)).sum(1)
+    second = apart.sum() - first - 2 * across
+    return _judged(2 * across / (n * (m - paired)) - first / (n * (n - 1)) - second / (m * (m - 1)))
+
+
+def _pairs(rows: Tensor) -> Tensor:
+    # The sum over i != j of a_i a_j b_i b_j is a square without its diagonal.
+    d = rows.shape[1]
+    return ((rows.square() @ rows.square().T) - (rows @ rows.T).square()) / max(d * (d - 1), 1)
+
+
+DISTANCES: dict[str, Callable[[Tensor], Tensor]] = {
+    "rows": lambda rows: torch.cdist(rows, rows),
+    "entries": lambda rows: torch.cdist(rows, rows, p=1) / rows.shape[1],
+    "pairs": _pairs,
+}
+
+
+def sliced_wasserstein_test(
+    u: Tensor,
+    v: Tensor,
+    generator: torch.Generator,
+    directions: int = DIRECTIONS,
+    permutations: int = PERMUTATIONS,
+    paired: bool = False,
+) -> Comparison:
+    """The Wasserstein-1 distance of u (N, d) and v (M, d) along a line, over random unit directions, and its p-value.
+
+    Along a line it is the area between the distribution functions, whatever N and M are. It is no less than 0, and so
+    is not 0 for equal laws. Other arguments as in :func:`energy_test`.
+    """
+    n, m = _sizes(u, v, paired)
+    rows = torch.cat((u, v)).double()
+    theta = torch.randn(rows.shape[1], directions, generator=generator, dtype=torch.float64)
+    values, order = (rows @ (theta / theta.norm(dim=0))).T.sort(dim=1)
+    labels = _labels(n, m, permutations, generator, paired)
+    weights = labels / n - (1 - labels) / m  # their running sum is the difference of the distribution functions
+    area = torch.zeros(permutations + 1, dtype=torch.float64)
+    for along, gaps in zip(order, values.diff(dim=1), strict=True):
+        area += weights[:, along].cumsum(1)[:, :-1].abs() @ gaps
+    return _judged(area / directions)
+
+
+def sliced_wasserstein(u: Tensor, v: Tensor, generator: torch.Generator, directions: int = DIRECTIONS) -> float:
+    """The distance of :func:`sliced_wasserstein_test` alone."""
+    return sliced_wasserstein_test(u, v, generator, directions, permutations=0).statistic
+
+
+def classifier_test(u: Tensor, v: Tensor, seed: int, paired: bool = False) -> Comparison:
+    """Whether a classifier can tell the rows of u (N, d) from those of v (M, d).
+
+    A small network learns it from one half of the rows and is shown a row of u and a row of v of the other half at a
+    time: the statistic is how often it knows which is which, an accuracy (0.5 for equal laws, 1 for disjoint ones). Shown
+    single rows, the number of right answers would not be binomial where one answer is given more often; of two, it
+    is exactly, and as powerful. Of the larger sample only so many rows as of the smaller are used.
+
+    Arguments:
+        u: Rows (N, d).
+        v: Rows (M, d).
+        seed: Chooses the halves, and the initial weights.
+        paired: u_i and v_i belong together: they are in the same half, and shown together.
+    """
+    from sklearn.neural_network import MLPClassifier
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    n, m = _sizes(u, v, paired)
+    key = seeding.fold(seed, *b"classifier") & 0xFFFFFFFF  # all that numpy takes
+    rng = np.random.default_rng(key)
+    first = rng.permutation(n)[: min(n, m)]
+    second = first if paired else rng.permutation(m)[: min(n, m)]
+    a, b = u.double().numpy()[first], v.double().numpy()[second]
+    half = len(a) // 2
+    network = MLPClassifier((32,), solver="lbfgs", alpha=1.0, max_iter=100, random_state=key)
+    model = make_pipeline(StandardScaler(), network)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it has not converged is as it should be
+        model.fit(np.concatenate((a[:half], b[:half])), np.repeat([0, 1], half))
+    found = model.predict_proba(b[half:])[:, 1] - model.predict_proba(a[half:])[:, 1]
+    known = int((found > 0).sum() + rng.binomial((found == 0).sum(), 0.5))  # what looks alike is guessed
+    return Comparison(known / len(found), float(stats.binomtest(known, len(found), alternative="greater").pvalue))
+
+
+def divergence(
+    x: Tensor,
+    observations: Observations,
+    indices: np.ndarray,
+    scaling: tuple[float, float],
+    seed: int,
+    paired: bool = False,
+) -> dict[str, Comparison]:
+    """Compares items, observed anew, with observations.
+
+    Arguments:
+        x: Items (n, *shape) in the units of y. They must be independent of the observations, unless `paired`.
+        observations: The observations; their corruption says how they come about.
+        indices: Those that are compared.
+        scaling: (centre, half): rows are in the model units (y - centre) / half.
+        seed: Of the fresh operator parameters and noise, and of the tests.
+        paired: Item i was drawn given observation indices[i].
+
+    Returns:
+        `energy_distance`, `pairs` and `sliced_wasserstein` of rows, `entries` of standardised entries, `classifier`.
+
+    Raises:
+        DiffemError: If there are fewer than four items or observations.
+        ValueError: If `paired`, and there is not one item for each observation.
+    """
+    if min(len(x), len(indices)) < 4:
+        raise DiffemError(f"divergence: needs at least 4 items and observations, got {len(x)} and {len(indices)}")
+    corruption, seed = observations.corruption, seeding.fold(seed, *b"divergence")
+    generator = lambda step: seeding.generator(seed, 0, "user", step)  # noqa: E731
+    simulated = []
+    for number, chunk in enumerate(x.split(BATCH)):
+        fresh = seeding.generator(seed, number, "data")
+        params = corruption.draw(len(chunk), observations.shape, fresh)
+        simulated.append(_entries(corruption, corruption.apply(chunk, params, fresh), params, scaling))
+    observed = [_entries(corruption, *observations.batch(c), scaling) for c in observations.chunks(indices, BATCH)]
+    rows, seen = (torch.cat(parts) for parts in zip(*simulated, *observed, strict=True))
+    # Moments of the two samples together: exchanging labels does not change them, so that the tests stay exact.
+    count = seen.sum(0).clamp(min=1)
+    rows = torch.where(seen, rows - (rows * seen).sum(0) / count, 0.0)
+    spread = (rows.square().sum(0) / count).sqrt()
+    standard = torch.where(spread > CONSTANT, rows / spread, 0.0)
+    u, v = rows[: len(x)], rows[len(x) :]
+    a, b = standard[: len(x)], standard[len(x) :]
+    return {
+        "energy_distance": energy_test(u, v, generator(0), paired=paired),
+        "entries": energy_test(a, b, generator(1), paired=paired, distance="entries"),
+        "pairs": energy_test(u, v, generator(2), paired=paired, distance="pairs"),
+        "sliced_wasserstein": sliced_wasserstein_test(u, v, generator(3), paired=paired),
+        "classifier": classifier_test(u, v, seed, paired=paired),
+    }
+
+
+def observation_divergence(
+    posterior: PosteriorSampler,
+    prior: PosteriorSampler | None,
+    observations: Observations,
+    held_out: np.ndarray,
+    seed: int,
+    limit: int = LIMIT,
+) -> dict[str, dict[str, float]]:
+    """The divergence of a posterior's reconstructions, and of as many samples of a prior, from held-out observations.
+
+    Arguments:
+        posterior: Draws one reconstruction of each observation.
+        prior: Draws the prior samples, or None.
+        observations: The observations.
+        held_out: Indices of the held-out ones; at most `limit` of them, from everywhere, are used.
+        seed: Seed of the run.
+        limit: See `held_out`.
+
+    Returns:
+        Under `reconstructions` and `prior`, ready for JSON: `items`, how many of each were compared; for each
+        comparison of :func:`divergence` NAME and NAME_p_value; and `p_value` of them all, by Bonferroni.
+    """
+    rows, key = evenly(held_out, limit), seeding.fold(seed, *b"items")  # other draws than those that were trained on
+    x = draw_many(posterior, observations, rows, 1, key)[:, 0]
+    table = {"reconstructions": divergence(x, observations, rows, posterior.scaling, seed, paired=True)}
+    if prior is not None:
+        x = sample_many(prior, len(rows), key)
+        table["prior"] = divergence(x, observations, rows, posterior.scaling, seed + 1)
+    return {name: {"items": len(rows), **_flat(found)} for name, found in table.items()}
+
+
+def _flat(found: dict[str, Comparison]) -> dict[str, float]:
+    pairs = ({name: c.statistic, f"{name}_p_value": c.p_value} for name, c in found.items())
+    least = min(c.p_value for c in found.values())
+    return {key: value for pair in pairs for key, value in pair.items()} | {"p_value": min(1.0, len(found) * least)}
+
+
+def _entries(corruption: Corruption, y: Tensor, params: Params, scaling: tuple[float, float]) -> tuple[Tensor, Tensor]:
+    """What is compared of observations in the units of y, and what of it was seen: (n, d) and (n, d) of bool."""
+    y = corruption.scale_y(y, params, *scaling)
+    if isinstance(corruption, DiagonalCorruption):
+        seen = corruption.seen(y, params).expand(y.shape)  # of coefficients in an orthonormal basis: distances are kept
+        return corruption.compared(y).flatten(1).double(), seen.flatten(1)
+    if isinstance(corruption, LinearCorruption):
+        y = corruption.adjoint(y, params)
+    return y.flatten(1).double(), torch.ones_like(y.flatten(1), dtype=torch.bool)
+
+
+def _sizes(u: Tensor, v: Tensor, paired: bool) -> tuple[int, int]:
+    if paired and len(u) != len(v):
+        raise ValueError(f"pairs need as many rows on both sides, got {len(u)} and {len(v)}")
+    return len(u), len(v)
+
+
+def _labels(n: int, m: int, permutations: int, generator: torch.Generator, paired: bool) -> Tensor:
+    """Which of the n + m rows are taken for the first sample, (1 + permutations, n + m) of 0 and 1; at first those that are."""
+    labels = torch.zeros(permutations + 1, n + m, dtype=torch.float64)
+    labels[0, :n] = 1
+    if paired:
+        stay = torch.rand(permutations, n, generator=generator) < 0.5
+        labels[1:] = torch.cat((stay, ~stay), 1).double()
+    else:
+        order = torch.rand(permutations, n + m, generator=generator).argsort(1)
+        labels[1:].scatter_(1, order[:, :n], 1.0)
+    return labels
+
+
+def _judged(statistics: Tensor) -> Comparison:
+    """The comparison whose statistic is the first, the others being what exchanged labels give."""
+    tie = 1e-10 * statistics.abs().max()  # equal in exact arithmetic, not after rounding
+    larger = (statistics[1:] >= statistics[0] - tie).sum().item()
+    return Comparison(statistics[0].item(), (1 + larger) / len(statistics))
