@@ -138,7 +138,7 @@ def summary(folder: Path) -> str:
     closed = []
     for column in columns.values():
         gap = columns["start"]["crps"] - columns["clean"]["crps"] if {"start", "clean"} <= set(columns) else 0.0
-        closed.append(f"{100 * (columns['start']['crps'] - column['crps']) / gap:.0f} %" if gap else "–")
+        closed.append(f"{100 * (columns['start']['crps'] - column['crps']) / gap:.0f} %" if gap > 0 else "–")
     extra = {"of the way from start to clean": closed, "seconds": [f"{mean(r, 'seconds'):.0f}" for r in runs.values()]}
     return f"### {folder.name}\n\n{grid(columns, names, extra)}"
 
