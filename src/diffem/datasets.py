@@ -143,8 +143,7 @@ def _simulate(data: CleanData, corruption: Corruption, seed: int, folder: Path) 
         x = torch.from_numpy(np.array(data.items[start : start + CHUNK], dtype=np.float32))
         generator = seeding.generator(seed, 0, "data", number)
         with torch.no_grad():
-            params = corruption.draw(len(x), tuple(x.shape[1:]), generator)
-            y = corruption.apply(x, params, generator)
+            y, params = corruption.observe(x, generator)
         for name, tensor in {"y": y, **params}.items():
             part = tensor.detach().cpu().numpy()
             if name not in arrays:

@@ -100,8 +100,7 @@ class Denoiser(nn.Module):
         self.reference = start if self.precondition == "start" and start is not None else Mixture.standard(features)
         x = torch.zeros(1, *shape)
         generator = torch.Generator().manual_seed(0)
-        params = corruption.draw(1, self.shape, generator)
-        y = corruption.apply(x, params, generator)
+        y, params = corruption.observe(x, generator)
         self.schedule = VESchedule(config.sigma_min, config.sigma_max)
         with torch.no_grad():
             inputs = self._inputs(x, torch.ones(1), y, params, torch.zeros(1, dtype=torch.bool))[1]

@@ -425,8 +425,7 @@ class DiffEM:
 
     def _corrupt_again(self, x: Tensor, generator: torch.Generator) -> tuple[Tensor, Params]:
         """Fresh observations of reconstructions, a part of them thinned."""
-        params = self.corruption.draw(len(x), self.shape, generator)
-        y = self.corruption.apply(x, params, generator)
+        y, params = self.corruption.observe(x, generator)
         split = self.corruption.thin(y, params, generator)
         if split is None or not self.config.m_step.thinned:
             return y, params

@@ -128,8 +128,7 @@ class PosteriorSampler:
         centre, half = self.scaling
         # An observation of zeros with the right shape; it is withheld, so that its values do not matter.
         generator = torch.Generator().manual_seed(0)
-        params = self.model_corruption.draw(len(seeds), self.shape, generator)
-        y = self.model_corruption.apply(torch.zeros(len(seeds), *self.shape), params, generator)
+        y, params = self.model_corruption.observe(torch.zeros(len(seeds), *self.shape), generator)
         origin, y, params, seeds = seeds.device, *self._here(y, params, seeds)
         x = self._sample(y, params, seeds, torch.ones(len(seeds), dtype=torch.bool, device=y.device))
         return (x * half + centre).to(origin)

@@ -40,6 +40,11 @@ class Corruption:
         """One draw from Q(. | x, params), noise included."""
         raise NotImplementedError
 
+    def observe(self, x: Tensor, generator: torch.Generator) -> tuple[Tensor, Params]:
+        """Observations of items x (B, *shape) with parameters of their own, and those."""
+        params = self.draw(len(x), tuple(x.shape[1:]), generator)
+        return self.apply(x, params, generator), params
+
     def thin(
         self, y: Tensor, params: Params, generator: torch.Generator
     ) -> tuple[tuple[Tensor, Params], tuple[Tensor, Params]] | None:
@@ -49,6 +54,10 @@ class Corruption:
     def seen(self, y: Tensor, params: Params) -> Tensor:
         """Which entries of y carry information: a boolean tensor that broadcasts against y."""
         return torch.ones((1,) * y.ndim, dtype=torch.bool, device=y.device)
+
+    def compared(self, y: Tensor) -> Tensor:
+        """The coefficients of y in an orthonormal basis that :meth:`seen` speaks of, in the shape of y; its entries."""
+        return y
 
     def condition(self, y: Tensor, params: Params) -> list[Tensor]:
         """What the network sees of an observation: y, and every parameter that fits its shape."""

@@ -76,7 +76,6 @@ class DiagonalCorruption(LinearCorruption):
         return (self._filter(y, kept, power=0), kept), (self._filter(y, hidden, power=0), hidden)
 
     def compared(self, y: Tensor) -> Tensor:
-        """The coefficients of y that masks speak of (y itself where the basis is that of the entries)."""
         basis, _ = self.gains(tuple(y.shape[1:]))
         return y if basis is None else basis.analyse(y.flatten(1)).view_as(y)
 

@@ -142,8 +142,7 @@ def simulate(posterior: PosteriorSampler, prior: PosteriorSampler, n: int, draws
     x, y, params, drawn = [], [], [], []
     for number, rows in enumerate(torch.arange(n).split(BATCH)):
         generator = seeding.generator(seed, number, "data")
-        p = corruption.draw(len(rows), posterior.shape, generator)
-        observed = corruption.apply(items[rows], p, generator)
+        observed, p = corruption.observe(items[rows], generator)
         keys = (seeding.item_seeds(seed, j, "user", rows) for j in range(draws))
         drawn.append(torch.stack([posterior.sample(observed, p, k) for k in keys]))
         y.append(corruption.scale_y(observed, p, centre, half))

@@ -142,11 +142,6 @@ def sliced_wasserstein_test(
     return _judged(area / directions)
 
 
-def sliced_wasserstein(u: Tensor, v: Tensor, generator: torch.Generator, directions: int = DIRECTIONS) -> float:
-    """The distance of :func:`sliced_wasserstein_test` alone."""
-    return sliced_wasserstein_test(u, v, generator, directions, permutations=0).statistic
-
-
 def classifier_test(u: Tensor, v: Tensor, seed: int, paired: bool = False) -> Comparison:
     """Whether a classifier can tell the rows of u (N, d) from those of v (M, d).
 
@@ -214,8 +209,7 @@ def divergence(
     simulated = []
     for number, chunk in enumerate(x.split(BATCH)):
         fresh = seeding.generator(seed, number, "data")
-        params = corruption.draw(len(chunk), observations.shape, fresh)
-        simulated.append(_entries(corruption, corruption.apply(chunk, params, fresh), params, scaling))
+        simulated.append(_entries(corruption, *corruption.observe(chunk, fresh), scaling))
     observed = [_entries(corruption, *observations.batch(c), scaling) for c in observations.chunks(indices, BATCH)]
     rows, seen = (torch.cat(parts) for parts in zip(*simulated, *observed, strict=True))
     # Moments of the two samples together: exchanging labels does not change them, so that the tests stay exact.
@@ -274,12 +268,11 @@ def _flat(found: dict[str, Comparison]) -> dict[str, float]:
 def _entries(corruption: Corruption, y: Tensor, params: Params, scaling: tuple[float, float]) -> tuple[Tensor, Tensor]:
     """What is compared of observations in the units of y, and what of it was seen: (n, d) and (n, d) of bool."""
     y = corruption.scale_y(y, params, *scaling)
-    if isinstance(corruption, DiagonalCorruption):
-        seen = corruption.seen(y, params).expand(y.shape)  # of coefficients in an orthonormal basis: distances are kept
-        return corruption.compared(y).flatten(1).double(), seen.flatten(1)
-    if isinstance(corruption, LinearCorruption):
-        y = corruption.adjoint(y, params)
-    return y.flatten(1).double(), torch.ones_like(y.flatten(1), dtype=torch.bool)
+    if isinstance(corruption, LinearCorruption) and not isinstance(corruption, DiagonalCorruption):
+        y = corruption.adjoint(y, params).flatten(1)
+        return y.double(), torch.ones_like(y, dtype=torch.bool)
+    seen = corruption.seen(y, params).expand(y.shape)
+    return corruption.compared(y).flatten(1).double(), seen.flatten(1)
 
 
 def _sizes(u: Tensor, v: Tensor, paired: bool) -> tuple[int, int]:

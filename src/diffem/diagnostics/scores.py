@@ -26,7 +26,6 @@ from torch import Tensor
 
 from diffem import seeding
 from diffem.corruptions import LinearCorruption
-from diffem.corruptions.diagonal import DiagonalCorruption
 from diffem.observations import Observations
 from diffem.posteriors import PosteriorSampler
 
@@ -106,20 +105,16 @@ def score(
             noise = seeding.normal(
                 seeding.item_seeds(seed, j, "score", chunk), tuple(predicted.shape[1:]), stream=10_000
             )
-            predictions.append(_entries(corruption, predicted))
-            noisy.append(_entries(corruption, predicted) + corruption.noise * noise)
+            predictions.append(corruption.compared(predicted))
+            noisy.append(predictions[-1] + corruption.noise * noise)
         d = torch.stack(predictions)
-        target = _entries(corruption, corruption.scale_y(hidden, hidden_params, centre, half))
+        target = corruption.compared(corruption.scale_y(hidden, hidden_params, centre, half))
         seen = corruption.seen(hidden, hidden_params).expand_as(target).flatten(1)
         values = crps(torch.stack(noisy), target).flatten(1)
         total[start : start + len(chunk)] += ((values * seen).sum(1) / seen.sum(1).clamp(min=1)).cpu()
         spread += ((((1 + 1 / draws) * d.var(0) + corruption.noise**2).flatten(1)) * seen).sum().item()
         error += ((d.mean(0) - target).square().flatten(1) * seen).sum().item()
     return Score("crps", total / splits, spread / error if error > 0 else None)
-
-
-def _entries(corruption: LinearCorruption, y: Tensor) -> Tensor:
-    return corruption.compared(y) if isinstance(corruption, DiagonalCorruption) else y
 
 
 def _energy(sampler: PosteriorSampler, observations: Observations, indices: np.ndarray, seed: int, batch: int) -> Score:
