@@ -21,25 +21,30 @@ PANELS = {
     "density": "density of the draws",
     "coverage": "coverage of the clean items",
 }
-LEFT_OUT = ("start", "observed")  # where the others begin, and far away
+# of a method the same in every figure; the start is where the others begin, and the observed are far away
+COLOURS = {m: f"C{i}" for i, m in enumerate(("clean", "diffem", "em-mmps", "emdiffusion", "ambient", "scsi"))}
 
 
 def curves(folder: Path, out: Path) -> None:
     """Quality against the budget, a line per method and seed; what makes one iteration only is a level (dashed)."""
-    runs = {k: v for k, v in load(folder).items() if k not in LEFT_OUT and "+" not in k}
+    runs = {k: v for k, v in load(folder).items() if k in COLOURS}
     figure, axes = plt.subplots(1, len(PANELS), figsize=(4 * len(PANELS), 3.4), layout="constrained")
     for axis, (name, title) in zip(axes, PANELS.items(), strict=True):
-        for i, (method, results) in enumerate(runs.items()):
+        for method, results in runs.items():
+            style = {"color": COLOURS[method], "lw": 1, "alpha": 0.8}
             for j, result in enumerate(results):
                 points = [p for p in result["curve"] if p.get(name) is not None]
-                label = method if j == 0 else None
-                if method in ("clean", "ambient"):
-                    axis.axhline(points[-1][name], ls="--", lw=1, color=f"C{i}", alpha=0.8, label=label)
+                style["label"] = method if j == 0 else None
+                if result["iterations"] == 1:
+                    axis.axhline(points[-1][name], ls="--", **style)
                     continue
                 x = [p["evaluations"] / 1e6 for p in points]
-                axis.plot(x, [p[name] for p in points], ".-", lw=1, ms=3, color=f"C{i}", alpha=0.8, label=label)
+                axis.plot(x, [p[name] for p in points], ".-", ms=3, **style)
         axis.set_title(title, fontsize=9)
         axis.set_xlabel("network evaluations [10⁶]", fontsize=8)
+        if name == "crps":  # what diverges leaves the picture
+            values = [[p["crps"] for p in result["curve"]] for results in runs.values() for result in results]
+            axis.set_ylim(0.9 * min(map(min, values)), min(axis.get_ylim()[1], 2 * max(v[0] for v in values)))
         if name == "ratio":
             axis.axhspan(0.75, 1.25, color="0.9", zorder=0)
             axis.set_ylim(0, 2)
@@ -58,7 +63,7 @@ def gallery(runs: Path, folder: Path, out: Path) -> None:
     first = pictures[methods[0]]
     if first["clean"].ndim != 4:
         return
-    rows = [("clean", first["clean"], None), ("observed", first["y"], None)]
+    rows = [("the truth", first["clean"], None), ("observation", first["y"], None)]
     rows += [(m, p["draws"], p["prior"]) for m, p in pictures.items()]
     low, high = float(first["clean"].min()), float(first["clean"].max())
     figure, axes = plt.subplots(len(rows), 21, figsize=(13, 0.62 * len(rows)), layout="constrained")
