@@ -85,12 +85,12 @@ class Method:
     after: str = ""
 
 
-# EM without what diffem adds to it: dispersion, calibration, gate
-BARE = {"e_step.dispersion_first": "0", "e_step.dispersion_last": "0", "e_step.least_ratio": "0", "em.gate": "1e9"}
+# EM without what diffem adds to it: dispersion, calibration, guard
+BARE = {"e_step.sharp": "1", "e_step.least_ratio": "0", "em.guard": "false"}
 MMPS = {**BARE, "sampler.guidance": "mmps", "denoiser.observation_dropout": "1"}
 # the strengths of DPS are the best of 0.1, 0.3, 1, 3, 10 on held-out observations of digits-mask75, at 16 steps
 DPS = {**BARE, "sampler.guidance": "dps", "denoiser.observation_dropout": "1", "sampler.guidance_strength": "3"}
-BOUND = {"em.gate": "1e9", "em.refresh": "1", "e_step.sharp": "0", "e_step.least_ratio": "0"}
+BOUND = {"em.guard": "false", "em.refresh": "1", "e_step.gain": "0", "e_step.least_ratio": "0"}
 # an M-step of a few updates on a pool of which a small part is new: SCSI with a replay of 0.9
 SCSI = {**BARE, "m_step.steps": "15", "em.refresh": "0.1", "em.score_items": "64"}
 
@@ -114,8 +114,8 @@ METHODS: dict[str, Method] = {
     "diffem-gaussian": Method({"start.kind": "gaussian"}),
     "diffem-plain": Method({"denoiser.precondition": "plain"}),
     "diffem-fuse": Method({"denoiser.precondition": "fuse"}),
-    "diffem-sharp": Method({**BARE, "em.gate": "2"}),
-    "diffem-calibrated": Method({"e_step.dispersion_first": "1", "e_step.dispersion_last": "1"}),
+    "diffem-sharp": Method({**BARE, "em.guard": "true"}),
+    "diffem-half": Method({"e_step.sharp": "0.5"}),
     "diffem-8steps": Method({"sampler.steps": "8"}),
     "diffem-64steps": Method({"sampler.steps": "64"}),
     "diffem-short": Method({"m_step.steps": "75"}),
@@ -213,9 +213,7 @@ def run(task: str, name: str, seed: int, budget: int, runs: Path, root: str | No
         "seed": seed,
         "budget": budget,
         **cost(folder),
-        "command": f"python benchmarks/compare.py --tasks {task} --methods {name} --seeds {seed} --budget {budget}",
-        "commit": _commit(),
-        "versions": {"python": platform.python_version(), **{k: version(k) for k in ("torch", "azula", "numpy")}},
+        **about(f"python benchmarks/compare.py --tasks {task} --methods {name} --seeds {seed} --budget {budget}"),
         "wall": round(time.monotonic() - began, 1),
         "settings": {k: v for k, v in settings.items() if "{" not in v and not k.endswith(("examples", ".run"))},
         "metrics": columns,
@@ -245,9 +243,11 @@ def richardson_lucy(judge: Judge, iterations: int = 30) -> float:
     return (-10 * ((judge.scale(x) - judge.clean_held_out).square().mean() / 4).log10()).item()
 
 
-def _commit() -> str:
+def about(command: str) -> dict:
+    """How a result came about."""
     done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True)
-    return done.stdout.strip() or "unknown"
+    versions = {"python": platform.python_version(), **{k: version(k) for k in ("torch", "azula", "numpy")}}
+    return {"command": command, "commit": done.stdout.strip() or "unknown", "versions": versions}
 
 
 def _order(methods: list[str]) -> list[str]:

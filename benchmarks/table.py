@@ -1,4 +1,4 @@
-"""Rebuilds the tables of benchmarks/README.md and docs/which-method.md from benchmarks/results.
+"""Rebuilds the tables of benchmarks/README.md and of docs/ from benchmarks/results.
 
 python benchmarks/table.py            rewrites what stands between the markers
 python benchmarks/table.py --check    exit status 1 if that would change anything
@@ -143,6 +143,58 @@ def summary(folder: Path) -> str:
     return f"### {folder.name}\n\n{grid(columns, names, extra)}"
 
 
+def chosen(rows: list[dict]) -> int:
+    """The iteration that the guard would have saved, patience included."""
+    best = 0
+    for row in rows:
+        if row["guard"]["best"]:
+            best = row["iteration"]
+        if row["guard"]["over"]:
+            break
+    return best
+
+
+def turning() -> str:
+    """Of every run of turning.py: clean-data distances of the chosen, the best and the last iteration."""
+    lines = [
+        "| run | seed | chosen | energy distance: best (at) | chosen | last | Frechet: best (at) | chosen | last |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for file in sorted((HERE / "results" / "turning").glob("*.json")):
+        result = json.loads(file.read_text())
+        rows = [row for row in result["rows"] if row["loss"] is not None or row["iteration"] == 0]
+        cells = [result["task"], str(result["seed"]), str(chosen(rows))]
+        for name, digits in (("energy_distance", 4), ("frechet", 1)):
+            values = [row["clean"][name] for row in rows]
+            best = values.index(min(values))
+            shown = (values[best], values[chosen(rows)], values[-1])
+            first, *others = (f"{value:.{digits}f}" for value in shown)
+            cells += [f"{first} ({best})", *others]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "### quality that turns\n\n" + "\n".join(lines) + "\n"
+
+
+def misspecified() -> str:
+    """Of every case of misspecified.py: the effect, and what noticed it."""
+    lines = [
+        "| true | assumed | PSNR of the mean | energy distance | prior: energy distance | ratio, held out | ratio, clean | check | diagnose |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for file in sorted((HERE / "results" / "misspecified").glob("*.json")):
+        result = json.loads(file.read_text())
+        numbers = [
+            f"{result[n]:.{d}f}" for n, d in (("psnr_mean", 2), ("energy_distance", 4), ("prior_energy_distance", 4))
+        ]
+        numbers += ["–" if result[n] is None else f"{result[n]:.2f}" for n in ("ratio", "clean_ratio")]
+        found = [
+            "; ".join(w.split(":")[0] if name == "check" else w.split(" (p")[0] for w in result[name])
+            for name in ("check", "diagnose")
+        ]
+        assumed = "the same" if result["assumed"] == result["true"] else result["assumed"]
+        lines.append("| " + " | ".join([result["true"], assumed, *numbers, *(w or "–" for w in found)]) + " |")
+    return "### wrong corruptions\n\n" + "\n".join(lines) + "\n"
+
+
 def compared() -> list[Path]:
     return [folder for folder in sorted((HERE / "results" / "compare").glob("*")) if folder.is_dir()]
 
@@ -153,6 +205,7 @@ def pages() -> dict[Path, str]:
         HERE / "README.md": [comparison(f) for f in compared()]
         + [single(f) for f in sorted((HERE / "results").glob("*.json"))],
         HERE.parent / "docs" / "which-method.md": [summary(f) for f in compared()],
+        HERE.parent / "docs" / "without-clean-data.md": [turning(), misspecified()],
     }
     texts = {}
     for file, parts in tables.items():

@@ -185,9 +185,9 @@ def test_loss_is_least_at_the_mean_given_what_is_left(case):
 # --- its runs ------------------------------------------------------------------------------------------
 
 SETTINGS = {
-    "em": {"iterations": 1, "gate": 1e9, "score_draws": 2},
+    "em": {"iterations": 1, "guard": False, "score_draws": 2},
     "m_step": {"steps": 5, "first_steps": 7, "batch": 16, "checkpoint": 2},
-    "e_step": {"batch": 16, "dispersion_first": 0.0, "dispersion_last": 0.0},
+    "e_step": {"batch": 16, "sharp": 1.0},
     "sampler": {"steps": 3, "guidance": "dps", "guidance_strength": 0.3},
     "denoiser": {"observation_dropout": 1.0},
     "start": {"components": [1], "ranks": [2], "iterations": 10},

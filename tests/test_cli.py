@@ -122,6 +122,7 @@ def refused(here: Path, capsys, *argv: str) -> str:
         (["reconstruct", "nowhere", "--observations", "obs", "--out", "rec"], ["nowhere: is not a run folder"]),
         (["sample", "nowhere", "--out", "x.npy"], ["nowhere: is not a run folder"]),
         (["evaluate", "nowhere", "--reference", "x.npy"], ["nowhere: is not a run folder"]),
+        (["diagnose", "nowhere"], ["nowhere: is not a run folder"]),
         (["report", "nowhere"], ["nowhere"]),
         (["corrupt", "digit", "--name", "RandomMask", "--rate", "0.5", "--noise", "0", "--out", "obs2"], ["digit"]),
         (["corrupt", "digits", "--name", "RandomMusk", "--out", "obs2"], ["RandomMusk", "'RandomMask'"]),
@@ -195,8 +196,16 @@ def test_corrupt_to_report(here, capsys):
     assert err == ""
     assert "iteration   0 start" in out
     assert "iteration   1 " in out
+    assert "warning: 6 held-out observations are too few" in out
     run = here / "run"
-    for name in ("config.yaml", "checkpoint.safetensors", "start.json", "report.html", "reconstructions.npy"):
+    for name in (
+        "config.yaml",
+        "checkpoint.safetensors",
+        "start.json",
+        "diagnostics.json",
+        "report.html",
+        "reconstructions.npy",
+    ):
         assert (run / name).is_file(), name
     for name in ("posterior", "prior", "start"):
         assert (run / name / "model.safetensors").is_file()
@@ -354,9 +363,17 @@ def test_black_box(here, capsys, monkeypatch):
     (here / "my_box.py").write_text("def clip(x):\n    return x.clamp(-1, 1)\n")
     monkeypatch.syspath_prepend(str(here))
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    np.save("clean.npy", clean())
+    np.save("clean.npy", clean(200))
     assert main(["corrupt", "clean.npy", "--corruption", "my_box:clip", "--out", "obs"]) == 0
     train = ["train", "--observations", "obs", "--corruption", "my_box:clip", "--out", "run", *TINY]
     assert main(train) == 0
     assert main(["reconstruct", "run", "--observations", "obs", "--draws", "2", "--out", "rec"]) == 0
-    assert np.load("rec/draws.npy").shape == (N, 2, *SHAPE)
+    assert np.load("rec/draws.npy").shape == (200, 2, *SHAPE)
+    found = json.loads((here / "run" / "diagnostics.json").read_text())
+    assert found["items"] == 20
+    assert set(found["collapse"]) == {"diversity"}  # nothing beat the start, which has no prior
+    assert "coverage" not in found  # it cannot be split
+    diagnose = ["diagnose", "run", "--observations", "obs"]
+    assert "give it as MODULE:FUNCTION" in refused(here, capsys, *diagnose)
+    assert main([*diagnose, "--corruption", "my_box:clip", "--json"]) == 0
+    assert {**json.loads(capsys.readouterr().out), "seconds": 0} == {**found, "seconds": 0}

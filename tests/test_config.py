@@ -62,14 +62,6 @@ def test_cifar_presets_are_those_of_the_paper(name, rate):
     assert (preset.em.iterations, preset.denoiser.precondition) == (21, "plain")
 
 
-def test_dispersion_is_sharp_first_and_calibrated_last():
-    e_step = config.EStepConfig(sharp=0.5, dispersion_first=0.2)
-    values = [e_step.dispersion(k, 11) for k in range(1, 12)]
-    assert values[:6] == [0.2] * 6
-    assert values == sorted(values)
-    assert values[-3:] == [1.0] * 3
-
-
 @pytest.mark.parametrize("name", [n for n in config.presets() if n.startswith("cifar10")])
 def test_cifar_presets_run(name, tmp_path):
     folder = tmp_path / "cifar-10-batches-py"
@@ -107,9 +99,11 @@ def test_celeba_presets_run(name, tmp_path):
         ({"m_step": {"clean_share": 1.5}}, "m_step: ema must be in [0, 1), thinned and clean_share in [0, 1]"),
         ({"m_step": {"reinitialise": -1}}, "m_step.reinitialise: must be a number of iterations >= 0, got -1"),
         (
-            {"e_step": {"dispersion_first": -1.0}},
-            "e_step: batch must be at least 1; dispersions and least_ratio must be >= 0",
+            {"e_step": {"dispersion": -1.0}},
+            "e_step: batch must be at least 1; dispersion, ratio, gain and least_ratio must be >= 0",
         ),
+        ({"e_step": {"sharp": 1.5}}, "e_step.sharp: must be in [0, 1], got 1.5"),
+        ({"em": {"patience": -1}}, "em.patience: must be a number of iterations >= 0, got -1"),
         (
             {"prior": {"kind": "joint"}, "denoiser": {"observation_dropout": 0.0}},
             "prior.kind: joint needs denoiser.observation_dropout > 0: the network must know both",

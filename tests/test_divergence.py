@@ -388,3 +388,24 @@ def test_filling_with_the_middle_is_found_out(digits):
     data = observe(digits[:180], RandomMask(0.75, 0.64), 1)
     sampler = ObservationPosterior(data.corruption, (1, 8, 8), (8.0, 8.0))
     assert observation_divergence(sampler, None, data, np.arange(180), 0)["reconstructions"]["p_value"] < 1e-6
+
+
+def test_energy_items_are_those_of_the_test_in_pairs():
+    x, y = normal(40, 5, 0), normal(40, 5, 1)
+    data = Observations(y.numpy(), GaussianNoise(1e-6))
+    items = divergence.energy_items(x, data, np.arange(40), (1.0, 2.0), 0)
+    expected = energy_test((x - y.mean(0)) / 2, (y - y.mean(0)) / 2, generator(0), 0, paired=True).statistic
+    assert items.mean().item() == pytest.approx(expected, rel=1e-3)
+
+
+def test_standard_error_of_energy_items_is_that_of_repetitions():
+    found = []
+    for k in range(60):
+        y = normal(200, 3, k)
+        x = 0.5 * y + 0.6 * normal(200, 3, 1000 + k)  # reconstructions that vary too little
+        data = Observations(y.numpy(), GaussianNoise(1e-6))
+        items = divergence.energy_items(x, data, np.arange(200), (0.0, 1.0), 0)
+        found.append((items.mean().item(), items.std().item() / 200**0.5))
+    means, errors = np.array(found).T
+    assert means.std() == pytest.approx(errors.mean(), rel=0.3)
+    assert means.mean() > 2.5 * errors.mean()

@@ -26,7 +26,7 @@ N, SHAPE, NOISE = 60, (1, 4, 4), 0.05
 def config(iterations: int) -> configuration.Config:
     return configuration.from_dict(
         {
-            "em": {"iterations": iterations, "gate": 1e9, "score_draws": 2},
+            "em": {"iterations": iterations, "guard": False, "score_draws": 2},
             "m_step": {"steps": 3, "first_steps": 3, "batch": 16},
             "sampler": {"steps": 3},
             "start": {"components": [1], "ranks": [2], "iterations": 10},

@@ -334,9 +334,9 @@ def test_evaluations_are_those_that_a_spy_counts(settings, derivatives):
 
 
 SETTINGS = {
-    "em": {"iterations": 1, "gate": 1e9, "score_draws": 2},
+    "em": {"iterations": 1, "guard": False, "score_draws": 2},
     "m_step": {"steps": 4, "first_steps": 4, "batch": 8, "checkpoint": 2},
-    "e_step": {"dispersion_first": 0.0, "dispersion_last": 0.0},
+    "e_step": {"sharp": 1.0},
     "start": {"components": [1], "ranks": [1], "iterations": 10},
     "network": {"kind": "mlp", "width": 16, "depth": 1, "embedding": 16},
     "prior": {"kind": "joint"},

@@ -2,6 +2,7 @@ import base64
 import io
 import json
 import re
+import shutil
 import subprocess
 import sys
 from xml.etree import ElementTree
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffem import report
+from diffem import drawing, report
 from diffem.errors import DiffemError
 
 
@@ -19,6 +20,7 @@ def row(iteration, score, *, accepted=True, start=0.208, ratio=0.91, **more):
     values = {
         "iteration": iteration,
         "accepted": accepted,
+        "best": accepted,
         "seconds": 40.0,
         "examples": 0 if first else 1000,
         "network_evaluations": 0 if first else 60000,
@@ -83,7 +85,7 @@ def check(page):
 
 
 def verdict(page):
-    return re.search(r'<p class="verdict[^"]*">(.*?)</p>', page).group(1)
+    return re.search(r'<div class="verdict[^"]*">\s*<p>(.*?)</p>', page).group(1)
 
 
 ROWS = [row(0, 0.208, ratio=0.6), row(1, 0.18), row(2, 0.19, accepted=False), row(3, 0.171)]
@@ -172,7 +174,7 @@ def test_images_with_mask(tmp_path):
     pixels = np.asarray(grid)[28:, 4:]
     sharp = pixels[:88, :88].reshape(8, 11, 8, 11, 3)
     assert (sharp == sharp[:, :1, :, :1]).all()
-    hidden = (sharp[:, 0, :, 0] == report.UNOBSERVED).all(axis=-1)
+    hidden = (sharp[:, 0, :, 0] == drawing.UNOBSERVED).all(axis=-1)
     np.testing.assert_array_equal(hidden, ~data["mask"][0, 0])
     draw = pixels[:88:11, 2 * 92 : 2 * 92 + 88 : 11, 0]
     np.testing.assert_array_equal(draw, np.rint(255 * data["draws"][0, 0, 0]))
@@ -232,7 +234,7 @@ def test_values_that_are_not_finite(tmp_path):
 
 
 def test_large_images_are_averaged_down_and_inlined_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "HEAVY", 10_000)
+    monkeypatch.setattr(drawing, "HEAVY", 10_000)
     run = make(tmp_path / "run", ROWS[:1], **arrays((1, 300, 600), n=1, m=1, samples=1))
     page = report.write(run).read_text()
     check(page)
@@ -327,3 +329,94 @@ def test_cost_counts_the_prior_but_not_as_an_iteration(tmp_path):
     assert count(after, "training examples") - count(before, "training examples") == 100
     assert count(after, "network evaluations") - count(before, "network evaluations") == 300
     assert after["time"] != before["time"]
+
+
+def diagnostics(**more):
+    """What `diffem diagnose` writes, of models that are over-confident."""
+    numbers = {"value": 0.84, "healthy": 1.0, "error": 0.03, "meaning": "how much draws vary", "warning": None}
+    tests = ("energy_distance", "entries", "pairs", "sliced_wasserstein", "classifier")
+    divergence = {k: v for name in tests for k, v in ((name, 0.5), (f"{name}_p_value", 0.25))}
+    coverage = {"levels": [0.5, 0.8, 0.95], "shares": [0.4, 0.61, 0.8], "errors": [0.02, 0.02, 0.01]}
+    return {
+        "iteration": 3,
+        "items": 180,
+        "coverage": {**coverage, "ranks": [9, 3, 2, 1] + [1] * 32 + [1, 2, 3, 9], "observations": 64},
+        "divergence": {"reconstructions": {**divergence, "p_value": 1.0}, "prior": {**divergence, "p_value": 1e-6}},
+        "collapse": {"spread": {**numbers, "warning": "too narrow"}, "prior_diversity": numbers},
+        "seconds": 12.5,
+        "warnings": ["over-confident: 80% intervals hold <61%", "too narrow"],
+        **more,
+    }
+
+
+def scored(rows):
+    return [
+        {**r, "criterion": 10 * r["score"] - 3, "divergence": r["score"] / 10, "divergence_se": 0.001, "ratio_se": 0.04}
+        for r in rows
+    ]
+
+
+def test_diagnostics(tmp_path):
+    run = make(tmp_path / "run", scored(ROWS))
+    (run / "diagnostics.json").write_text(json.dumps(diagnostics()))
+    page = report.write(run).read_text()
+    check(page)
+    assert re.search(r'<div class="verdict[^"]*">\s*<p>(.*?)</p>', page).group(1).endswith(", with 2 warnings:")
+    assert 'class="verdict"' in page  # not good
+    assert "<li>over-confident: 80% intervals hold &lt;61%</li>" in page
+    for words in ("0.5 (p = 0.25)", "p &lt; 0.001", "0.84 ± 0.03 (warning)", "prior diversity", "12.5 s"):
+        assert words in page
+    assert 'alt="Calibration: 50% intervals hold 40%, 80% intervals hold 61%, 95% intervals hold 80%' in page
+    assert sum(kind == "image/svg+xml" for kind, _ in uris(page)) == 12  # five curves and calibration, light and dark
+    assert len(re.findall("; iteration 3 was chosen", page)) == 5
+
+    (run / "diagnostics.json").write_text(json.dumps(diagnostics(warnings=[])))
+    page = report.write(run).read_text()
+    assert verdict(page).endswith("(difference -0.037 ± 0.004), and held-out observations show nothing wrong.")
+    assert 'class="verdict good"' in page
+
+    (run / "diagnostics.json").write_text(json.dumps(diagnostics(iteration=2)))  # of models that are no longer there
+    assert "Calibration ratio 0.91" in verdict(report.write(run).read_text())
+
+
+def test_calibration_curve_is_the_coverage_of_the_ranks():
+    found = diagnostics()["coverage"]
+    assert drawing.calibration({}) is None
+    levels, shares = drawing.coverage_curve(np.array(found["ranks"]))
+    assert levels[:3] == pytest.approx([1, 0.95, 0.9])
+    assert shares[:3] == pytest.approx([1, 1 - 18 / 62, 1 - 24 / 62])
+    assert levels[-1] == pytest.approx(0.05)
+
+
+LOOK = """<script>
+const images = [...document.images], regions = [...document.querySelectorAll('.scroll')];
+document.title = JSON.stringify({
+  images: images.length, shown: images.filter(i => i.complete && i.naturalWidth > 1).length,
+  dark: images.filter(i => i.currentSrc != i.src).length,
+  ground: getComputedStyle(document.body).backgroundColor, verdict: document.querySelector('.verdict').offsetHeight,
+  overflow: document.documentElement.scrollWidth - innerWidth,
+  keyboard: regions.every(r => (r.focus(), document.activeElement == r)),
+});
+</script>"""
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs chromium")
+@pytest.mark.parametrize(("dark", "width", "ground"), [(False, 1100, "246, 248, 250"), (True, 500, "13, 17, 23")])
+def test_in_a_browser(dark, width, ground, tmp_path):
+    run = make(tmp_path / "run", scored(ROWS), **arrays((1, 8, 8)))
+    (run / "diagnostics.json").write_text(json.dumps(diagnostics()))
+    page = tmp_path / "page.html"
+    page.write_text(report.write(run).read_text().replace("</body>", f"{LOOK}</body>"))
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--dump-dom"]
+    flags += [f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},900"]
+    flags += [f"--blink-settings=preferredColorScheme={0 if dark else 1}"]
+    done = subprocess.run([BROWSER, *flags, page.as_uri()], capture_output=True, text=True, timeout=60)
+    assert "CONSOLE" not in done.stderr
+    seen = json.loads(re.search("<title>(.*?)</title>", done.stdout).group(1))
+    assert seen["images"] == seen["shown"] == 8
+    assert seen["dark"] == (8 if dark else 0)
+    assert seen["ground"] == f"rgb({ground})"
+    assert seen["verdict"] > 40
+    assert seen["overflow"] <= 0
+    assert seen["keyboard"]

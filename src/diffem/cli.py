@@ -1,4 +1,4 @@
-"""The command line: diffem corrupt | train | reconstruct | sample | evaluate | report."""
+"""The command line: diffem check | corrupt | train | reconstruct | sample | evaluate | diagnose | report."""
 
 from __future__ import annotations
 
@@ -35,6 +35,16 @@ Run the same command again to go on where a run was stopped.
 """
 
 
+_CHECK_HELP = """
+examples:
+  diffem check DIR                       what stands in the way, before any training
+  diffem check DIR digits                and how long a run takes on this machine
+  diffem check DIR --em.iterations 30    the same with other settings: --section.field value
+
+The exit status is 1 if there is a problem.
+"""
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str):  # one line instead of the usage
         raise DiffemError(f"{self.prog}: {message}")
@@ -64,6 +74,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_device(train)
     train.add_argument("--allow-unobserved", action="store_true", help="go on although some entry is never observed")
+
+    check = add(
+        "check",
+        "Say whether observations can be learned from, before any training.",
+        epilog=_CHECK_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    check.add_argument("observations", metavar="OBSERVATIONS", help="folder of observations")
+    check.add_argument(
+        "preset", nargs="?", metavar="PRESET", help="a preset's name or a YAML file, to tell what a run costs"
+    )
+    check.add_argument("--corruption", metavar="MODULE:FUNCTION", help="a black box x -> y")
 
     corrupt = add("corrupt", "Make observations from clean data (for benchmarks).")
     corrupt.add_argument(
@@ -109,6 +131,14 @@ def _parser() -> argparse.ArgumentParser:
     _add_device(evaluate)
     evaluate.add_argument("--json", action="store_true", help="print JSON")
 
+    diagnose = add("diagnose", "Say, from held-out observations alone, whether a run can be trusted.")
+    diagnose.add_argument("run")
+    diagnose.add_argument("--observations", metavar="DIR", help="what it was trained on (default: RUN/observations)")
+    diagnose.add_argument("--corruption", metavar="MODULE:FUNCTION", help="the black box that it was trained with")
+    diagnose.add_argument("--full", action="store_true", help="also whether posterior and prior fit each other; slower")
+    _add_device(diagnose)
+    diagnose.add_argument("--json", action="store_true", help="print JSON")
+
     report = add("report", "Write report.html of a run again.")
     report.add_argument("run")
     return parser
@@ -122,19 +152,22 @@ def _add_device(parser: argparse.ArgumentParser) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; the exit status is 0, or 2 after an error of the user's that is said on one line."""
+    """Runs a command; the exit status is 0, 1 if a check finds a problem, or 2 after an error of the user's that is said
+    on one line."""
     try:
         words, settings = _separate(sys.argv[1:] if argv is None else argv)
         arguments, rest = _parser().parse_known_args(words)
         rest = [*rest, *settings]
-        if rest and arguments.command != "train":
+        if rest and arguments.command not in ("train", "check"):
             raise DiffemError(f"diffem {arguments.command}: unknown argument {rest[0]}")
-        {
+        status = {
             "train": lambda: _train(arguments, rest),
+            "check": lambda: _check(arguments, rest),
             "corrupt": lambda: _corrupt(arguments),
             "reconstruct": lambda: _reconstruct(arguments),
             "sample": lambda: _sample(arguments),
             "evaluate": lambda: _evaluate(arguments),
+            "diagnose": lambda: _diagnose(arguments),
             "report": lambda: print(_report(Path(arguments.run))),
         }[arguments.command]()
     except DiffemError as error:
@@ -146,7 +179,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("diffem: stopped; run the same command to go on", file=sys.stderr)
         return 130
-    return 0
+    return status or 0
 
 
 def _separate(argv: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -161,16 +194,16 @@ def _separate(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     return words, settings
 
 
-def overrides(rest: Sequence[str]) -> list[tuple[str, str]]:
+def overrides(rest: Sequence[str], command: str = "train") -> list[tuple[str, str]]:
     pairs, words = [], list(rest)
     while words:
         word = words.pop(0)
         if not word.startswith("--"):
-            raise DiffemError(f"diffem train: {word}: not understood; settings are written --section.field value")
+            raise DiffemError(f"diffem {command}: {word}: not understood; settings are written --section.field value")
         key, equals, value = word[2:].partition("=")
         if not equals:
             if not words:
-                raise DiffemError(f"diffem train: --{key}: needs a value")
+                raise DiffemError(f"diffem {command}: --{key}: needs a value")
             value = words.pop(0)
         pairs.append((key, value))
     return pairs
@@ -216,7 +249,7 @@ def _train(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     for row in em.iterate():
         bar.clear()
         ratio = "" if row["ratio"] is None else f", ratio {row['ratio']:.2f}"
-        verdict = "accepted" if row["accepted"] else "refused"
+        verdict = "best" if row["best"] else "accepted" if row["accepted"] else "refused"
         if row["loss"] is None:
             verdict = "start" if row["iteration"] == 0 else "final"
         print(
@@ -225,9 +258,30 @@ def _train(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
         )
     place = arguments.device, arguments.precision
     pictures.save(em.run, observations, em.held_out, config.em.seed, folder / "clean.npy", *place)
+    found = _write_diagnostics(out, observations, False, *place)
     page = report.write(out)
     print(report.summary_table(out))
+    _print_warnings(found)
     print(f"report: {page}")
+
+
+def _check(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
+    from diffem import config as configuration
+    from diffem.corruptions import from_function_path
+    from diffem.diagnostics.check import check
+    from diffem.observations import Observations
+
+    given = arguments.preset or rest
+    config = configuration.load(arguments.preset, overrides(rest, "check")) if given else None
+    box = from_function_path(arguments.corruption) if arguments.corruption else None
+    findings = check(Observations.load(arguments.observations, box), config)
+    for finding in findings:
+        print(f"{finding.level:9s}{finding.name}: {finding.text}")
+    levels = [finding.level for finding in findings]
+    problems, warnings = levels.count("problem"), levels.count("warning")
+    counts = f"{problems} problem{'s' * (problems != 1)}, {warnings} warning{'s' * (warnings != 1)}"
+    print(counts if problems or warnings else "nothing stands in the way")
+    return int(problems > 0)
 
 
 def make_observations(
@@ -363,6 +417,41 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     table = evaluate(arguments.run, arguments.reference, observations, arguments.device, arguments.precision)
     finite = {k: {name: v if math.isfinite(v) else None for name, v in column.items()} for k, column in table.items()}
     print(json.dumps(finite) if arguments.json else as_text(table))
+
+
+def _diagnose(arguments: argparse.Namespace) -> None:
+    from diffem.corruptions import BlackBox, from_function_path
+    from diffem.observations import Observations
+
+    run, box = Path(arguments.run), None
+    if isinstance(_model(arguments.run, "posterior", "cpu").corruption, BlackBox):
+        if not arguments.corruption:
+            raise DiffemError("diffem diagnose: --corruption: the run is of a black box; give it as MODULE:FUNCTION")
+        box = from_function_path(arguments.corruption)
+    observations = Observations.load(arguments.observations or run / "observations", box)
+    found = _write_diagnostics(run, observations, arguments.full, arguments.device, arguments.precision)
+    page = _report(run)
+    if arguments.json:
+        print(json.dumps(found))
+    else:
+        _print_warnings(found)
+        print(f"report: {page}")
+
+
+def _write_diagnostics(run: Path, observations: Observations, full: bool, device: str, precision: str) -> dict:
+    """Writes diagnostics.json into a run folder; returns what is in it."""
+    from diffem import files
+    from diffem.diagnostics import diagnose
+
+    found = diagnose(run, observations, full, device, precision)
+    files.replace(run / "diagnostics.json", json.dumps(found, indent=2, allow_nan=False).encode())
+    return found
+
+
+def _print_warnings(found: dict) -> None:
+    """The warnings of diagnostics, or that there are none."""
+    for text in found["warnings"] or ["nothing is wrong that held-out observations could show"]:
+        print(f"{'warning' if found['warnings'] else 'diagnostics'}: {text}")
 
 
 def _report(run: Path) -> Path:

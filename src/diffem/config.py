@@ -46,7 +46,11 @@ class EMConfig:
         score_splits: How often each of them is split into a part that is given and one that is predicted; four times
             as often for the calibration.
         score_draws: Draws per split.
-        gate: An iteration is refused if its score is worse than the best by more than this many standard errors.
+        guard: Whether held-out observations decide which iterations are accepted, saved, and the last (see
+            :mod:`diffem.guard`); if not, all are accepted, and the last one of `iterations` is saved.
+        gate: An iteration is refused if its criterion is worse than the least by more than this many standard errors.
+        patience: So many iterations in a row that are not the best end the sharp part of the run, and after it the run;
+            0 never does.
     """
 
     iterations: int = 20
@@ -55,9 +59,13 @@ class EMConfig:
     score_items: int = 128
     score_splits: int = 2
     score_draws: int = 2
+    guard: bool = True
     gate: float = 2.0
+    patience: int = 5
 
     def __post_init__(self) -> None:
+        if self.patience < 0:
+            raise DiffemError(f"em.patience: must be a number of iterations >= 0, got {self.patience}")
         if self.iterations < 0 or min(self.score_items, self.score_draws) < 2 or self.score_splits < 1:
             raise DiffemError("em: iterations must be >= 0, score_items and score_draws >= 2, score_splits >= 1")
         if not 0 < self.refresh <= 1:
@@ -69,30 +77,29 @@ class EStepConfig:
     """The E-step, and the dispersion of its draws over the run: sharp first, calibrated last.
 
     Attributes:
-        sharp: The fraction of the iterations at `dispersion_first`; then it rises, in half of what is left of
-            the run, to `dispersion_last`.
-        dispersion_first: Share of the residual variance that is put back at first (0 is plain DDPM).
-        dispersion_last: The same at the end (1 is calibrated where the prior is right).
+        sharp: The fraction of the iterations that put no residual variance back (plain DDPM).
+        dispersion: The share of the residual variance that the others put back (1 is calibrated where the prior is
+            right).
+        ratio: The least calibration ratio of held-out observations that counts as honest.
+        gain: How much is added to `dispersion` for every unit that the ratio of the last iteration was below that;
+            nothing for a black box, which has no ratio.
         least_ratio: After the last iteration the dispersion is raised, to at most 4, until the calibration ratio
             of the held-out observations is this: the network's errors are variance too. 0 leaves it.
         batch: Observations at a time.
     """
 
-    sharp: float = 0.5
-    dispersion_first: float = 0.0
-    dispersion_last: float = 1.0
+    sharp: float = 0.0
+    dispersion: float = 1.0
+    ratio: float = 0.9
+    gain: float = 2.0
     least_ratio: float = 0.8
     batch: int = 256
 
     def __post_init__(self) -> None:
-        if self.batch < 1 or min(self.dispersion_first, self.dispersion_last, self.least_ratio) < 0:
-            raise DiffemError("e_step: batch must be at least 1; dispersions and least_ratio must be >= 0")
-
-    def dispersion(self, iteration: int, iterations: int) -> float:
-        """The dispersion of iteration 1, 2, ..., `iterations`."""
-        done = (iteration - 1) / max(iterations - 1, 1)
-        rise = min(1.0, max(0.0, (done - self.sharp) / max(1 - self.sharp, 1e-9) * 2)) if self.sharp < 1 else 0.0
-        return self.dispersion_first + rise * (self.dispersion_last - self.dispersion_first)
+        if self.batch < 1 or min(self.dispersion, self.ratio, self.gain, self.least_ratio) < 0:
+            raise DiffemError("e_step: batch must be at least 1; dispersion, ratio, gain and least_ratio must be >= 0")
+        if not 0 <= self.sharp <= 1:
+            raise DiffemError(f"e_step.sharp: must be in [0, 1], got {self.sharp}")
 
 
 @dataclass(frozen=True)

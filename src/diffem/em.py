@@ -4,12 +4,12 @@
     for k = 1 .. K
         M-step: train the denoiser d(x_t, t, y) on (x_i, y'), with y' ~ Q(. | x_i) drawn anew at every step
         E-step: draw x_i ~ q_k(. | y_i) for every observation
-        gate:   keep the iteration unless held-out observations say that it is worse
-    calibration: widen q_K until held-out observations no longer call it over-confident, and draw again
-    prior: train the denoiser without an observation, d(x_t, t), on the last reconstructions
+        guard:  refuse the iteration if observations say that it is worse; save it if it is the best; stop in time
+    calibration: widen the best q_k until held-out observations no longer call it over-confident, and draw again
+    prior: train the denoiser without an observation, d(x_t, t), on the best reconstructions
 
-A refused iteration leaves reconstructions and saved models as they were; the network goes on training on
-the last accepted reconstructions. Held-out observations are reconstructed and scored, never trained on.
+Held-out observations are reconstructed and scored, never trained on. A refused iteration leaves the reconstructions
+as they were, and the network goes on training on them; :mod:`diffem.guard` has the rules.
 """
 
 from __future__ import annotations
@@ -29,12 +29,15 @@ import torch
 import yaml
 from torch import Tensor
 
-from diffem import devices, metrics, seeding, starts
+from diffem import devices, files, metrics, seeding, starts
 from diffem.config import Config
 from diffem.corruptions import LinearCorruption, Params
 from diffem.denoisers import Denoiser
 from diffem.diagnostics import Score, score
+from diffem.diagnostics.divergence import energy_items
+from diffem.diagnostics.scores import standard_error
 from diffem.errors import DiffemError
+from diffem.guard import WIDEST, Guard
 from diffem.m_step import Trainer
 from diffem.mixtures import Mixture
 from diffem.observations import Observations, evenly, open_array
@@ -50,8 +53,8 @@ from diffem.posteriors import (
 from diffem.run import Run
 
 Progress = Callable[[str, int, int], None]
+COMPARED = 2048  # reconstructions whose divergence is computed
 MEASURED = 512  # held-out reconstructions that measure the residual variances
-WIDEST = 4.0  # the most that the calibration makes of a dispersion
 CLOSELY = 4  # times as many splits as in an iteration: the width of a run's result hangs on this ratio
 
 
@@ -134,6 +137,7 @@ class DiffEM:
             facts["clean_examples"] = hashlib.sha256(self.examples.tobytes()).hexdigest()[:16]
         self.run = Run(out, config, facts)
         self.state = State()
+        self.guard: Guard
 
     @property
     def rows(self) -> list[dict]:
@@ -169,7 +173,7 @@ class DiffEM:
 
     def _start(self) -> None:
         self._clock = time.monotonic()
-        for name in ("prior.json", "pictures.npz"):  # of a run that was here before
+        for name in ("prior.json", "pictures.npz", "diagnostics.json"):  # of a run that was here before
             (self.run.folder / name).unlink(missing_ok=True)
         shutil.rmtree(self.run.folder / "prior", ignore_errors=True)
         sampler, about = self._initial_prior()
@@ -184,10 +188,11 @@ class DiffEM:
         self.run.write("start.json", json.dumps(about, indent=2).encode())
         x = self.run.array("next", (len(self.observations), *self.shape))
         self._reconstruct(sampler, x, iteration=0)
-        os.replace(self.run.folder / "next.npy", self.run.folder / "reconstructions.npy")
-        self.best = self.first = self._score(sampler)
+        self._keep_reconstructions(best=True)
+        divergence = self._divergence(x)
+        self.guard = Guard.begin(self.config, self._score(sampler), divergence)
         self.state.iteration = 0
-        self.state.rows.append(self._row(self.first, None, True, 0, None, x))
+        self.state.rows.append(self._row(self.guard.first, divergence, {"accepted": True, "best": True}, 0, None, x))
         self._next("m_step" if self.config.em.iterations else "done", 1)
 
     def _m_step(self) -> None:
@@ -206,49 +211,55 @@ class DiffEM:
 
     def _e_step(self) -> None:
         state = self.state
-        sampler = self._sampler(self.config.e_step.dispersion(state.iteration, self.config.em.iterations))
+        sampler = self._sampler(self.guard.width(state.iteration))
         if sampler.dispersion:
             self._measure(sampler)
         x = self.run.array("next", (len(self.observations), *self.shape))
         drawn = self._reconstruct(sampler, x, state.iteration)
-        current = self._score(sampler)
-        delta, error = current.difference(self.best)
-        accepted = delta <= self.config.em.gate * error
-        state.row = self._row(current, (delta, error), accepted, drawn, sampler.dispersion, x)
-        if accepted and delta < 0:
-            self.best = current
+        current, divergence = self._score(sampler), self._divergence(x)
+        verdict = self.guard.decide(state.iteration, current, divergence)
+        state.row = self._row(current, divergence, verdict, drawn, sampler.dispersion, x)
         self.residual, state.phase = sampler.residual, "commit"
         self._checkpoint()
 
     def _commit(self) -> None:
         # Every action here can be done twice: a run killed between two of them repeats the first.
-        state, waiting = self.state, self.run.folder / "next.npy"
+        state = self.state
         if state.row["accepted"]:
-            if waiting.exists():
-                os.replace(waiting, self.run.folder / "reconstructions.npy")
+            self._keep_reconstructions(state.row["best"])
+        if state.row["best"]:
             sampler = self._sampler(state.row["dispersion"])
             sampler.save_pretrained(self.run.folder / "posterior")
             if self.config.prior.kind == "joint":
                 sampler.save_pretrained(self.run.folder / "prior")
-        waiting.unlink(missing_ok=True)
+        (self.run.folder / "next.npy").unlink(missing_ok=True)
         state.rows.append(state.row)
-        if state.iteration < self.config.em.iterations:
-            self._next("m_step", state.iteration + 1)
-        elif state.iteration == self.config.em.iterations:
+        if state.row["loss"] is None:  # it was the calibration's
+            self._finish()
+        elif self.guard.over or state.iteration == self.config.em.iterations:
             self._next("calibration", state.iteration + 1)
         else:
-            self._finish()
+            self._next("m_step", state.iteration + 1)
+
+    def _keep_reconstructions(self, best: bool) -> None:
+        """Makes the next reconstructions those that train, and, if they are the best, those of the run."""
+        folder = self.run.folder
+        if (folder / "next.npy").exists():
+            os.replace(folder / "next.npy", folder / "current.npy")
+        if best:
+            files.link(folder / "current.npy", folder / "reconstructions.npy")
 
     def _calibration(self) -> None:
         """Widens a saved posterior that held-out observations call over-confident, and draws all reconstructions from it."""
         state, wanted = self.state, self.config.e_step.least_ratio
-        if not any(row["accepted"] for row in state.rows[1:]):
+        if not any(row["best"] for row in state.rows[1:]):
             return self._next("done")
         saved = from_pretrained(self.run.folder / "posterior", self.corruption)
         assert isinstance(saved, DiffusionPosterior)
+        files.link(self.run.folder / "reconstructions.npy", self.run.folder / "current.npy")
         self.trainer.averaged.network.load_state_dict(saved.denoiser.network.state_dict())
         self.residual = saved.residual
-        last = next(row for row in reversed(state.rows) if row["accepted"])
+        last = next(row for row in reversed(state.rows) if row["best"])
         sampler = self._sampler(last["dispersion"])
         current = narrow = self._score(sampler, CLOSELY)
         can_widen = self.config.sampler.kind == "ddpm" and self.config.sampler.guidance == "none"
@@ -261,14 +272,16 @@ class DiffEM:
             share = (wanted - narrow.ratio) / max(widest - narrow.ratio, 1e-6)
             sampler.dispersion = last["dispersion"] + min(max(share, 0.0), 1.0) * (WIDEST - last["dispersion"])
             current = self._score(sampler, CLOSELY)
-            worse, error = current.difference(self.first)
+            worse, error = current.difference(self.guard.first)
             if worse > self.config.em.gate * error:  # the fault is not in the width
                 sampler.dispersion, current = last["dispersion"], narrow
         elif self.config.em.refresh == 1:
             return self._finish()
         x = self.run.array("next", (len(self.observations), *self.shape))
         drawn = self._reconstruct(sampler, x, state.iteration)
-        state.row = self._row(current, current.difference(self.best), True, drawn, sampler.dispersion, x)
+        divergence = self._divergence(x)
+        verdict = {"accepted": True, "best": True, **self.guard.compare(current, divergence)}
+        state.row = self._row(current, divergence, verdict, drawn, sampler.dispersion, x)
         self.residual, state.phase = sampler.residual, "commit"
         self._checkpoint()
 
@@ -364,7 +377,7 @@ class DiffEM:
         return Trainer(denoiser, averaged, self.config.m_step)
 
     def _train(self, target: int, dropout: float, until_settled: bool = False) -> None:
-        state, config, x = self.state, self.config.m_step, self.run.array("reconstructions")
+        state, config, x = self.state, self.config.m_step, self.run.array("current")
         what = "prior" if state.phase == "prior" else f"iteration {state.iteration}, M-step"
         self.trainer.denoiser.network.train()
         while state.step < target:
@@ -450,14 +463,14 @@ class DiffEM:
     def _measure(self, sampler: DiffusionPosterior) -> None:
         """Residual variances, on re-corrupted held-out reconstructions of the last accepted iteration."""
         rows = evenly(self.held_out, MEASURED)
-        x = torch.from_numpy(self.run.array("reconstructions")[rows])
+        x = torch.from_numpy(self.run.array("current")[rows])
         y, params = self._corrupt_again(x, seeding.generator(self.seed, self.state.iteration, "e_step"))
         sampler.measure(x, y, params, seeding.item_seeds(self.seed, self.state.iteration, "score", rows))
 
     def _reconstruct(self, sampler: PosteriorSampler, out: np.memmap, iteration: int) -> int:
         """Draws reconstructions into `out`; returns how many were drawn, not kept (em.refresh)."""
-        keep = self.config.em.refresh < 1 and 0 < iteration <= self.config.em.iterations
-        before = self.run.array("reconstructions") if keep else None
+        keep = self.config.em.refresh < 1 and self.state.phase == "e_step"
+        before = self.run.array("current") if keep else None
         done = drawn = 0
         for chunk in self.observations.chunks(size=self.config.e_step.batch):
             seeds = seeding.item_seeds(self.seed, iteration, "e_step", chunk)
@@ -479,21 +492,18 @@ class DiffEM:
         rows = evenly(self.held_out, config.score_items)
         return score(sampler, self.observations, rows, self.seed, config.score_draws, closely * config.score_splits)
 
+    def _divergence(self, x: np.ndarray) -> Tensor:
+        """What the reconstructions x of training observations add to their divergence."""
+        rows = evenly(self.train, COMPARED)
+        return energy_items(torch.from_numpy(x[rows]), self.observations, rows, self.scaling, self.seed)
+
     def _row(
-        self,
-        current: Score,
-        delta: tuple[float, float] | None,
-        accepted: bool,
-        drawn: int,
-        dispersion: float | None,
-        x: np.ndarray,
+        self, current: Score, divergence: Tensor, verdict: dict, drawn: int, dispersion: float | None, x: np.ndarray
     ) -> dict:
-        """A row of metrics: `delta` is the paired difference to the best, None for the start; `drawn` the items that
-        a network drew into x."""
-        state, start = self.state, None if delta is None else current.difference(self.first)
+        """A row of metrics: `verdict` is the guard's, `drawn` the items that a network drew into x."""
+        state = self.state
         return {
             "iteration": state.iteration,
-            "accepted": accepted,
             "seconds": self._seconds(),
             "examples": state.examples,
             "network_evaluations": state.evaluations + drawn * self.config.sampler.evaluations,
@@ -501,12 +511,14 @@ class DiffEM:
             "score_name": current.name,
             "score": current.mean,
             "score_se": current.standard_error,
-            "delta": delta and delta[0],
-            "delta_se": delta and delta[1],
-            "start_delta": start and start[0],
-            "start_delta_se": start and start[1],
+            "log_score": current.log_score,
+            "criterion": current.criterion,
+            "divergence": divergence.mean().item(),
+            "divergence_se": standard_error(divergence),
             "ratio": current.ratio,
+            "ratio_se": current.ratio_error,
             "dispersion": dispersion,
+            **verdict,
             **self._compared(x),
         }
 
@@ -528,16 +540,16 @@ class DiffEM:
         self._clock = time.monotonic()
         self.run.save_metrics(self.state.rows)
         self._checkpoint()
+        if phase == "done":
+            (self.run.folder / "current.npy").unlink(missing_ok=True)
 
     def _checkpoint(self) -> None:
         self.state.seconds = self._seconds()
         denoiser = self.trainer.denoiser
-        tensors = {**self.trainer.state(), "residual": self.residual}
-        tensors |= {"best": self.best.items, "first": self.first.items}
+        tensors = {**self.trainer.state(), **self.guard.tensors, "residual": self.residual}
         if denoiser.precondition == "start":
             tensors |= {f"start.{k}": v for k, v in denoiser.reference.tensors.items()}
-        scores = {k: {"name": s.name, "ratio": s.ratio} for k, s in (("best", self.best), ("first", self.first))}
-        self.run.save_checkpoint(tensors, {**dataclasses.asdict(self.state), "scores": scores})
+        self.run.save_checkpoint(tensors, {**dataclasses.asdict(self.state), "guard": self.guard.facts})
 
     def _restore(self, tensors: dict[str, Tensor], state: dict) -> None:
         start = None
@@ -547,9 +559,7 @@ class DiffEM:
         self._build(start)
         self.trainer.load(tensors)
         self.residual = tensors["residual"]
-        scores = state.pop("scores")
-        self.best = Score(scores["best"]["name"], tensors["best"], scores["best"]["ratio"])
-        self.first = Score(scores["first"]["name"], tensors["first"], scores["first"]["ratio"])
+        self.guard = Guard.load(self.config, state.pop("guard"), tensors)
         self.state = State(**state)
         self.run.save_metrics(self.state.rows)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -34,3 +35,18 @@ def make_array(file: Path, shape: tuple[int, ...], dtype: DTypeLike = np.float32
         file.unlink(missing_ok=True)
         raise OSError(error.errno, error.strerror, str(file)) from None
     return array
+
+
+def link(source: Path, target: Path) -> None:
+    """Puts the content of `source` in the place of `target`, without a copy where the file system allows it.
+
+    Neither may be written to afterwards, only replaced.
+    """
+    temporary = target.with_name(target.name + ".tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(source, temporary)
+    except OSError:
+        shutil.copyfile(source, temporary)
+    os.replace(temporary, target)
+    temporary.unlink(missing_ok=True)  # it stays where both names are of one file already

@@ -3,9 +3,11 @@
 config.yaml             the configuration; resuming with another one is refused
 checkpoint.safetensors  weights, EMA, optimiser, residual variances; the rest of the state in its header
 metrics.jsonl           one object per iteration, the start first
-reconstructions.npy     row i belongs to observation i; the last accepted iteration
-posterior/ prior/       the last accepted models
+reconstructions.npy     row i belongs to observation i; the best iteration
+posterior/ prior/       the best models
+current.npy             while it runs: the last accepted reconstructions, which train
 start/ start.json       the start, for comparison
+diagnostics.json        what held-out observations say of the best models: see diffem.diagnostics.diagnose
 """
 
 from __future__ import annotations

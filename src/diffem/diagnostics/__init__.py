@@ -1,10 +1,15 @@
 """What can be known without clean data.
 
-- scores.py: how well a posterior sampler predicts hidden parts of held-out observations: CRPS, calibration ratio
+- check.py: whether observations can be learned from, before any training
+- spectrum.py: in which directions they vary; cost.py: how long a run takes
+- scores.py: how well a posterior sampler predicts hidden parts of held-out observations: CRPS, calibration ratio, coverage
 - divergence.py: whether re-corrupted samples could be observations: two-sample tests
 - calibration.py: whether posterior and prior fit each other: simulation-based calibration and TARP
+- collapse.py: whether reconstructions or prior samples have become too narrow, too few, or copies
+- diagnose.py: all of it for a finished run, and what is wrong in words
 """
 
-from .scores import Score, crps, score
+from .diagnose import diagnose
+from .scores import Coverage, Score, coverage, crps, score
 
-__all__ = ["Score", "crps", "score"]
+__all__ = ["Coverage", "Score", "coverage", "crps", "diagnose", "score"]

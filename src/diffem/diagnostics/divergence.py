@@ -177,6 +177,21 @@ def classifier_test(u: Tensor, v: Tensor, seed: int, paired: bool = False) -> Co
     return Comparison(known / len(found), float(stats.binomtest(known, len(found), alternative="greater").pvalue))
 
 
+def observe_anew(
+    x: Tensor, observations: Observations, indices: np.ndarray, scaling: tuple[float, float], seed: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows of items x (n, *shape), observed anew, and of observations `indices`, which can be compared; see the module.
+
+    Returns:
+        The rows of the items (n, d), those of the observations (m, d), and which entries of both were seen (n + m, d).
+    """
+    (u, shown), (v, looked) = _sides(x, observations, indices, scaling, seed)
+    rows, seen = torch.cat((u, v)), torch.cat((shown, looked))
+    # The mean of both samples, as all moments: see divergence.
+    rows = torch.where(seen, rows - (rows * seen).sum(0) / seen.sum(0).clamp(min=1), 0.0)
+    return rows[: len(x)], rows[len(x) :], seen
+
+
 def divergence(
     x: Tensor,
     observations: Observations,
@@ -184,6 +199,7 @@ def divergence(
     scaling: tuple[float, float],
     seed: int,
     paired: bool = False,
+    permutations: int = PERMUTATIONS,
 ) -> dict[str, Comparison]:
     """Compares items, observed anew, with observations.
 
@@ -194,6 +210,7 @@ def divergence(
         scaling: (centre, half): rows are in the model units (y - centre) / half.
         seed: Of the fresh operator parameters and noise, and of the tests.
         paired: Item i was drawn given observation indices[i].
+        permutations: Of every test but the classifier's.
 
     Returns:
         `energy_distance`, `pairs` and `sliced_wasserstein` of rows, `entries` of standardised entries, `classifier`.
@@ -204,28 +221,47 @@ def divergence(
     """
     if min(len(x), len(indices)) < 4:
         raise DiffemError(f"divergence: needs at least 4 items and observations, got {len(x)} and {len(indices)}")
-    corruption, seed = observations.corruption, seeding.fold(seed, *b"divergence")
+    seed = seeding.fold(seed, *b"divergence")
     generator = lambda step: seeding.generator(seed, 0, "user", step)  # noqa: E731
-    simulated = []
-    for number, chunk in enumerate(x.split(BATCH)):
-        fresh = seeding.generator(seed, number, "data")
-        simulated.append(_entries(corruption, *corruption.observe(chunk, fresh), scaling))
-    observed = [_entries(corruption, *observations.batch(c), scaling) for c in observations.chunks(indices, BATCH)]
-    rows, seen = (torch.cat(parts) for parts in zip(*simulated, *observed, strict=True))
+    u, v, seen = observe_anew(x, observations, indices, scaling, seed)
     # Moments of the two samples together: exchanging labels does not change them, so that the tests stay exact.
-    count = seen.sum(0).clamp(min=1)
-    rows = torch.where(seen, rows - (rows * seen).sum(0) / count, 0.0)
+    rows, count = torch.cat((u, v)), seen.sum(0).clamp(min=1)
     spread = (rows.square().sum(0) / count).sqrt()
     standard = torch.where(spread > CONSTANT, rows / spread, 0.0)
-    u, v = rows[: len(x)], rows[len(x) :]
     a, b = standard[: len(x)], standard[len(x) :]
     return {
-        "energy_distance": energy_test(u, v, generator(0), paired=paired),
-        "entries": energy_test(a, b, generator(1), paired=paired, distance="entries"),
-        "pairs": energy_test(u, v, generator(2), paired=paired, distance="pairs"),
-        "sliced_wasserstein": sliced_wasserstein_test(u, v, generator(3), paired=paired),
+        "energy_distance": energy_test(u, v, generator(0), permutations=permutations, paired=paired),
+        "entries": energy_test(a, b, generator(1), permutations=permutations, paired=paired, distance="entries"),
+        "pairs": energy_test(u, v, generator(2), permutations=permutations, paired=paired, distance="pairs"),
+        "sliced_wasserstein": sliced_wasserstein_test(u, v, generator(3), permutations=permutations, paired=paired),
         "classifier": classifier_test(u, v, seed, paired=paired),
     }
+
+
+def energy_items(
+    x: Tensor, observations: Observations, indices: np.ndarray, scaling: tuple[float, float], seed: int
+) -> Tensor:
+    """What each observation adds to the energy distance of re-corrupted reconstructions from the observations, (n,).
+
+    Their mean is the distance of :func:`energy_test` in pairs, of rows in which every entry is centred on what the
+    observations show of it; their standard deviation over the root of n is its standard error (that of a U-statistic of
+    two items, whose influence is twice an item's share). Equal seeds draw equal parameters and noise, so
+    that two sets of reconstructions can be compared in pairs.
+
+    Arguments:
+        x: Item i was drawn given observation indices[i]: (n, *shape), in the units of y.
+        observations: The observations; their corruption says how they come about.
+        indices: Those that are compared.
+        scaling: (centre, half): distances are in model units.
+        seed: Of the parameters and noise.
+    """
+    (u, shown), (v, seen) = _sides(x, observations, indices, scaling, seeding.fold(seed, *b"energy"))
+    centre = (v * seen).sum(0) / seen.sum(0).clamp(min=1)
+    u, v = torch.where(shown, u - centre, 0.0), torch.where(seen, v - centre, 0.0)
+    cross = torch.cdist(u, v).fill_diagonal_(0)  # an item and its own observation are not independent
+    within = torch.cdist(u, u).sum(1) + torch.cdist(v, v).sum(1)
+    shares = (cross.sum(1) + cross.sum(0) - within) / (len(u) - 1)
+    return (2 * shares - shares.mean()).float()
 
 
 def observation_divergence(
@@ -252,10 +288,23 @@ def observation_divergence(
     """
     rows, key = evenly(held_out, limit), seeding.fold(seed, *b"items")  # other draws than those that were trained on
     x = draw_many(posterior, observations, rows, 1, key)[:, 0]
-    table = {"reconstructions": divergence(x, observations, rows, posterior.scaling, seed, paired=True)}
-    if prior is not None:
-        x = sample_many(prior, len(rows), key)
-        table["prior"] = divergence(x, observations, rows, posterior.scaling, seed + 1)
+    samples = None if prior is None else sample_many(prior, len(rows), key)
+    return sample_divergence(x, samples, observations, rows, posterior.scaling, seed)
+
+
+def sample_divergence(
+    x: Tensor,
+    samples: Tensor | None,
+    observations: Observations,
+    rows: np.ndarray,
+    scaling: tuple[float, float],
+    seed: int,
+    permutations: int = PERMUTATIONS,
+) -> dict[str, dict[str, float]]:
+    """:func:`observation_divergence` of samples that have been drawn: a reconstruction x of each observation, and the prior's."""
+    table = {"reconstructions": divergence(x, observations, rows, scaling, seed, True, permutations)}
+    if samples is not None:
+        table["prior"] = divergence(samples, observations, rows, scaling, seed + 1, False, permutations)
     return {name: {"items": len(rows), **_flat(found)} for name, found in table.items()}
 
 
@@ -263,6 +312,21 @@ def _flat(found: dict[str, Comparison]) -> dict[str, float]:
     pairs = ({name: c.statistic, f"{name}_p_value": c.p_value} for name, c in found.items())
     least = min(c.p_value for c in found.values())
     return {key: value for pair in pairs for key, value in pair.items()} | {"p_value": min(1.0, len(found) * least)}
+
+
+def _sides(
+    x: Tensor, observations: Observations, indices: np.ndarray, scaling: tuple[float, float], seed: int
+) -> list[tuple[Tensor, Tensor]]:
+    """:func:`_entries` of items, observed anew with a generator of this seed, and of observations."""
+    corruption = observations.corruption
+    simulated = [
+        _entries(corruption, *corruption.observe(chunk, seeding.generator(seed, number, "data")), scaling)
+        for number, chunk in enumerate(x.split(BATCH))
+    ]
+    observed = [_entries(corruption, *observations.batch(c), scaling) for c in observations.chunks(indices, BATCH)]
+    return [
+        (torch.cat(rows), torch.cat(seen)) for rows, seen in (zip(*part, strict=True) for part in (simulated, observed))
+    ]
 
 
 def _entries(corruption: Corruption, y: Tensor, params: Params, scaling: tuple[float, float]) -> tuple[Tensor, Tensor]:

@@ -1,16 +1,30 @@
-r"""What can be known without clean data: scores of a posterior sampler on held-out observations.
+r"""Scores of a posterior sampler on held-out observations.
 
 An observation is split into two parts that are independent given x (:meth:`Corruption.thin`); x is drawn
 given the one, pushed through the forward operator, and compared with the other, entry by entry:
 
 .. math:: \mathrm{CRPS} = \frac1M \sum_j |d_j - y| - \frac{1}{2 M (M - 1)} \sum_{i, j} |d_i - d_j|
     \qquad
-    \mathrm{ratio} = \frac{(1 + 1/M) \, \mathrm{mean\ Var}(d) + s^2}{\mathrm{mean}\, (\bar d - y)^2}
+    \mathrm{ratio} = \frac{V + C}{E}
+
+    V = \mathrm{mean} \left[ \mathrm{Var}(d) + s^2 \right] \qquad C = \mathrm{mean}\, \mathrm{Var}(d) / M
+    \qquad E = \mathrm{mean}\, (\bar d - y)^2
 
 CRPS is proper: its expectation is least for the true posterior (it is given here with its standard error
-over observations). The ratio is 1 for calibrated draws and below 1 for over-confident ones. The draws
-d get observation noise before the CRPS. A black box cannot be split: its score is the energy distance between
-re-corrupted reconstructions and the observations, and there is no ratio.
+over observations), but it hardly sees over-confidence. The ratio does: it is 1 for calibrated draws and below 1 for
+over-confident ones. So does the log score of a Gaussian with the pooled variance V,
+
+.. math:: \log V + (E - C) / V
+
+(Dawid and Sebastiani, 1999, with pooled moments: those of a few draws of one entry are too noisy to divide by). E - C is
+the error of the mean of all draws, not of M: with E in its place the least would be at draws that are too
+narrow. This score sees two moments only, CRPS the shape of a distribution: iterations are compared by
+
+.. math:: \log \mathrm{CRPS} + \tfrac12 \left[ \log V + (E - C) / V \right]
+
+of which both parts are least, in expectation, at the truth, and weigh the same: where all errors shrink by one
+factor, each falls by its logarithm. The draws d get observation noise before the CRPS. A black box cannot be split: its
+score is the energy distance of re-corrupted reconstructions from the observations, and there is no ratio.
 
 Scores are in model units (half the range of the data is 1).
 """
@@ -18,6 +32,8 @@ Scores are in model units (half the range of the data is 1).
 from __future__ import annotations
 
 import itertools
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,8 +42,14 @@ from torch import Tensor
 
 from diffem import seeding
 from diffem.corruptions import LinearCorruption
+from diffem.diagnostics.calibration import ranks
+from diffem.diagnostics.divergence import energy_items
 from diffem.observations import Observations
-from diffem.posteriors import PosteriorSampler
+from diffem.posteriors import PosteriorSampler, draw_many
+
+SMALLEST = 1e-12  # of a CRPS: few draws estimate it without bias, so that it may be 0
+
+OVER_CONFIDENT, UNDER_CONFIDENT = 0.75, 1.25  # calibration ratios beyond which draws are called so
 
 
 @dataclass(frozen=True)
@@ -37,12 +59,21 @@ class Score:
     Attributes:
         name: `crps` or `energy_distance`.
         items: One value per observation, shape (n,); smaller is better.
-        ratio: The calibration ratio, or None.
+        spread: What each observation adds to V, shape (n,): V is the mean. None for a black box.
+        error: E likewise.
+        excess: C likewise.
     """
 
     name: str
     items: Tensor
-    ratio: float | None
+    spread: Tensor | None = None
+    error: Tensor | None = None
+    excess: Tensor | None = None
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """What rebuilds it, beside its name."""
+        return {k: v for k in ("items", "spread", "error", "excess") if (v := getattr(self, k)) is not None}
 
     @property
     def mean(self) -> float:
@@ -50,12 +81,62 @@ class Score:
 
     @property
     def standard_error(self) -> float:
-        return (self.items.std() / len(self.items) ** 0.5).item()
+        return standard_error(self.items)
+
+    @property
+    def ratio(self) -> float | None:
+        """The calibration ratio, or None."""
+        moments = self._moments()
+        return moments and ((moments[0] + moments[2]).mean() / moments[1].mean()).item()
+
+    @property
+    def ratio_error(self) -> float | None:
+        """The standard error of the logarithm of the ratio, over observations (the delta method)."""
+        if (moments := self._moments()) is None:
+            return None
+        above, below = moments[0] + moments[2], moments[1]
+        return standard_error(above / above.mean() - below / below.mean())
+
+    @property
+    def log_score(self) -> float | None:
+        """The log score of a Gaussian with the pooled variance, or None."""
+        if (moments := self._moments()) is None:
+            return None
+        v, e, c = (m.mean() for m in moments)
+        return (v.log() + (e - c) / v).item()
+
+    @property
+    def criterion(self) -> float:
+        """What iterations are compared by; the energy distance of a black box."""
+        return self.mean if self.log_score is None else math.log(max(self.mean, SMALLEST)) + self.log_score / 2
 
     def difference(self, other: Score) -> tuple[float, float]:
-        """The paired mean difference self - other and its standard error."""
+        """The paired difference of the means, self - other, and its standard error."""
         delta = self.items - other.items
-        return delta.mean().item(), (delta.std() / len(delta) ** 0.5).item()
+        return delta.mean().item(), standard_error(delta)
+
+    def criterion_difference(self, other: Score) -> tuple[float, float]:
+        """That of the criteria, and its standard error (the delta method, in pairs)."""
+        return self.criterion - other.criterion, standard_error(self._influence() - other._influence())
+
+    def _moments(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        if self.spread is None or self.error is None or self.excess is None:
+            return None
+        defined = self.error.sum() > 0 and self.spread.sum() > 0
+        return (self.spread, self.error, self.excess) if defined else None
+
+    def _influence(self) -> Tensor:
+        """How much the criterion changes with each observation."""
+        if (moments := self._moments()) is None:
+            return self.items
+        v, e, c = (m.mean() for m in moments)
+        on_log_score = (1 / v - (e - c) / v**2) * moments[0] + (moments[1] - moments[2]) / v
+        return self.items / self.items.mean() + on_log_score / 2
+
+
+def standard_error(items: Tensor) -> float:
+    """Of the mean of items (n,)."""
+    return (items.std() / len(items) ** 0.5).item()
 
 
 def crps(draws: Tensor, y: Tensor) -> Tensor:
@@ -88,10 +169,104 @@ def score(
         splits: How often each observation is split anew; its value is the mean.
         batch: Observations at a time.
     """
+    if not isinstance(sampler.model_corruption, LinearCorruption):
+        x = draw_many(sampler, observations, indices, 1, seed, "score")[:, 0]
+        return Score("energy_distance", energy_items(x, observations, indices, sampler.scaling, seed))
+    values, variance, error, count = torch.zeros(4, len(indices))
+    noise = sampler.model_corruption.noise
+    for rows, hidden in _hidden(sampler, observations, indices, seed, draws, splits, batch):
+        seen, d = hidden.seen, hidden.draws
+        values[rows] += (crps(hidden.noisy, hidden.target) * seen).sum(1) / seen.sum(1).clamp(min=1) / splits
+        variance[rows] += (d.var(0) * seen).sum(1)
+        error[rows] += ((d.mean(0) - hidden.target).square() * seen).sum(1)
+        count[rows] += seen.sum(1)
+    entries = count.mean().clamp(min=1)  # of an observation: V and E are means over entries, not over observations
+    return Score("crps", values, (variance + noise**2 * count) / entries, error / entries, variance / draws / entries)
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """How often hidden entries lie within the central intervals of their posterior draws.
+
+    Attributes:
+        counts: How many hidden entries of each observation had 0, 1, ..., M draws below them, shape (n, M + 1).
+    """
+
+    counts: np.ndarray
+
+    @property
+    def ranks(self) -> np.ndarray:
+        """The counts of all observations, shape (M + 1,); flat if calibrated."""
+        return self.counts.sum(0)
+
+    @property
+    def observations(self) -> int:
+        return len(self.counts)
+
+    def __call__(self, level: float) -> float:
+        """The share of entries within the central interval of a level: that level, if calibrated.
+
+        The interval is made of whole ranks; M + 1 times (1 - level) / 2 should be one: 39 draws give 0.5, 0.8 and 0.95.
+        """
+        return float(self._inside(level).sum() / self.counts.sum())
+
+    def standard_error(self, level: float) -> float:
+        """Of that share, over observations: the entries of one are not independent (the delta method)."""
+        entries = self.counts.sum(1)
+        influence = (self._inside(level) - self(level) * entries) / entries.mean()
+        return float(influence.std(ddof=1) / len(influence) ** 0.5)
+
+    def _inside(self, level: float) -> np.ndarray:
+        ranks = self.counts.shape[1]
+        out = round(ranks * (1 - level) / 2)
+        return self.counts[:, out : ranks - out].sum(1)
+
+
+def coverage(
+    sampler: PosteriorSampler,
+    observations: Observations,
+    indices: np.ndarray,
+    seed: int,
+    draws: int = 39,
+    batch: int = 256,
+) -> Coverage | None:
+    """Coverage of the hidden parts of observations; None for a black box, which cannot be split.
+
+    Arguments are those of :func:`score`. An entry is compared with draws that have the observation noise, so
+    that its rank among them is uniform if the posterior is right.
+    """
+    if not isinstance(sampler.model_corruption, LinearCorruption):
+        return None
+    counts = torch.zeros(len(indices), draws + 1, dtype=torch.long)
+    generator = seeding.generator(seed, 0, "score", 1)
+    for rows, hidden in _hidden(sampler, observations, indices, seed, draws, 1, batch):
+        found = ranks(hidden.noisy, hidden.target, generator)
+        counts[rows].scatter_add_(1, found, hidden.seen.long())
+    return Coverage(counts.numpy())
+
+
+@dataclass(frozen=True)
+class _Hidden:
+    """The hidden part of a batch of observations and its predictions, flattened: (M, B, n) and (B, n), on the CPU."""
+
+    draws: Tensor
+    noisy: Tensor  # the draws with observation noise
+    target: Tensor
+    seen: Tensor  # 1 where there is something to predict, else 0
+
+
+def _hidden(
+    sampler: PosteriorSampler,
+    observations: Observations,
+    indices: np.ndarray,
+    seed: int,
+    draws: int,
+    splits: int,
+    batch: int,
+) -> Iterator[tuple[slice, _Hidden]]:
+    """Splits observations, and predicts what was hidden; yields which of the indices, and the predictions."""
     corruption, (centre, half) = sampler.model_corruption, sampler.scaling
-    if not isinstance(corruption, LinearCorruption):
-        return _energy(sampler, observations, indices, seed, batch)
-    total, spread, error = torch.zeros(len(indices)), 0.0, 0.0
+    assert isinstance(corruption, LinearCorruption)
     for repeat, start in itertools.product(range(splits), range(0, len(indices), batch)):
         chunk = indices[start : start + batch]
         y, params = observations.batch(chunk)
@@ -100,37 +275,13 @@ def score(
         (given, given_params), (hidden, hidden_params) = split
         predictions, noisy = [], []
         for j in range(repeat * draws, (repeat + 1) * draws):
-            x = sampler.sample(given, given_params, seeding.item_seeds(seed, j, "score", chunk))
+            seeds = seeding.item_seeds(seed, j, "score", chunk)
+            x = sampler.sample(given, given_params, seeds)
             predicted = corruption.forward((x - centre) / half, hidden_params)
-            noise = seeding.normal(
-                seeding.item_seeds(seed, j, "score", chunk), tuple(predicted.shape[1:]), stream=10_000
-            )
+            noise = seeding.normal(seeds, tuple(predicted.shape[1:]), stream=10_000)
             predictions.append(corruption.compared(predicted))
             noisy.append(predictions[-1] + corruption.noise * noise)
-        d = torch.stack(predictions)
         target = corruption.compared(corruption.scale_y(hidden, hidden_params, centre, half))
-        seen = corruption.seen(hidden, hidden_params).expand_as(target).flatten(1)
-        values = crps(torch.stack(noisy), target).flatten(1)
-        total[start : start + len(chunk)] += ((values * seen).sum(1) / seen.sum(1).clamp(min=1)).cpu()
-        spread += ((((1 + 1 / draws) * d.var(0) + corruption.noise**2).flatten(1)) * seen).sum().item()
-        error += ((d.mean(0) - target).square().flatten(1) * seen).sum().item()
-    return Score("crps", total / splits, spread / error if error > 0 else None)
-
-
-def _energy(sampler: PosteriorSampler, observations: Observations, indices: np.ndarray, seed: int, batch: int) -> Score:
-    centre, half = sampler.scaling
-    real, fake = [], []
-    for number, chunk in enumerate(observations.chunks(indices, batch)):
-        y, params = observations.batch(chunk)
-        x = sampler.sample(y, params, seeding.item_seeds(seed, 0, "score", chunk))
-        again = sampler.corruption.apply(x, params, seeding.generator(seed, number, "score"))
-        extra = [p.flatten(1).float() for p in params.values()]
-        real.append(torch.cat([(y.flatten(1) - centre) / half, *extra], 1))
-        fake.append(torch.cat([(again.flatten(1) - centre) / half, *extra], 1))
-    u, v = torch.cat(fake), torch.cat(real)
-    n = len(u)
-    # Each item's share of 2 E|u - v| - E|u - u'| - E|v - v'|, so that differences can be paired.
-    cross = torch.cdist(u, v).fill_diagonal_(0)  # an item and its own observation are not independent
-    within = torch.cdist(u, u).sum(1) + torch.cdist(v, v).sum(1)
-    items = (cross.sum(1) + cross.sum(0) - within) / (n - 1)
-    return Score("energy_distance", items, None)
+        seen = corruption.seen(hidden, hidden_params).expand_as(target).float()
+        flat = [a.flatten(2).cpu() for a in (torch.stack(predictions), torch.stack(noisy))]
+        yield slice(start, start + len(chunk)), _Hidden(*flat, *(a.flatten(1).cpu() for a in (target, seen)))

@@ -1,0 +1,420 @@
+r"""Can these observations be learned from at all? What can be said before any training, in seconds.
+
+:func:`check` gives all findings, problems first; each comes from a function that looks at one thing. One pass over all
+observations counts what they show (:class:`Survey`); values and second moments are those of a part of them
+(:class:`Sample`), so that memory does not grow with their number (but for three numbers of each).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffem.config import Config
+from diffem.corruptions import LinearCorruption, RandomMask
+from diffem.corruptions.diagonal import LEAST_GAIN, DiagonalCorruption
+from diffem.diagnostics.cost import forecast
+from diffem.diagnostics.spectrum import DIRECTIONS, Spectrum
+from diffem.observations import Observations, evenly
+
+LEVELS = ("problem", "warning", "note")
+SAMPLE = 8192  # observations that are looked at closely,
+NUMBERS = 2**23  # and numbers in them
+CHUNK = 1024
+FEW = 20  # observations of an entry that are too few to learn from
+SURE = 5.0  # standard errors, where the smallest of thousands is looked at
+CLIPPED = 0.01  # a share of the values at the least, or the largest, that noise does not leave there
+DETAIL = 0.08  # details of images without noise, beside the standard deviation of their pixels
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One finding.
+
+    Attributes:
+        level: `problem` (training will fail or mislead), `warning` (it may), or `note`.
+        name: What was found, e.g. `never-observed`; stable, for scripts.
+        text: One sentence with the number, and what to do.
+    """
+
+    level: str
+    name: str
+    text: str
+
+
+def check(observations: Observations, config: Config | None = None) -> list[Finding]:
+    """All findings, problems first.
+
+    Arguments:
+        observations: The observations; they are only read.
+        config: The configuration that they will be trained with; without one, nothing is said about the cost.
+
+    Raises:
+        DiffemError: If there are too few observations, or the configuration does not fit them.
+    """
+    train, held_out = observations.split((config or Config()).em.seed)
+    survey, sample = Survey(observations), Sample(observations)
+    linear = isinstance(observations.corruption, LinearCorruption)
+    spectrum = Spectrum.of(sample.z, sample.seen, sample.matrix, observations.corruption.noise) if linear else None
+    quiet = noise(observations, sample, spectrum)
+    findings = [
+        *observed(observations, survey),
+        *never_together(observations, survey),
+        *mask_rate(observations, survey),
+        *duplicates(survey, train, held_out),
+        *quiet,
+        *value_range(observations, sample),
+    ]
+    if all(finding.level == "note" for finding in quiet):  # these are told beyond the declared noise
+        findings += constant_entries(observations, sample)
+        findings += constant_directions(observations, spectrum)
+    if config:
+        findings.append(Finding("note", "cost", forecast(observations, config)))
+    return sorted(findings, key=lambda finding: LEVELS.index(finding.level))
+
+
+# --- what is read ------------------------------------------------------------------------------------
+
+
+class Survey:
+    """What one pass over all observations tells.
+
+    Attributes:
+        looks: The sum of A^T A: its diagonal (d,) where all A are diagonal in one basis, else (features, features);
+            None of a black box, and of more than :data:`DIRECTIONS` features in matrices.
+        together: How many observations show both of two entries, (d, d); None without masks, or of more than
+            :data:`DIRECTIONS`.
+        hidden: The fraction of its mask that is false, of each observation, (N,); 0 without masks.
+        shown: How many entries of y each observation shows, (N,).
+        keys: A checksum of what each observation shows, and of how, (N,).
+    """
+
+    def __init__(self, observations: Observations) -> None:
+        n, corruption, params = len(observations), observations.corruption, observations.params
+        d, features = math.prod(observations.y.shape[1:]), math.prod(observations.shape)
+        diagonal, matrices = isinstance(corruption, DiagonalCorruption), "matrix" in params and features <= DIRECTIONS
+        self.looks = np.zeros(d) if diagonal else np.zeros((features, features)) if matrices else None
+        self.together = np.zeros((d, d)) if "mask" in params and d <= DIRECTIONS else None
+        self.hidden, self.shown, self.keys = np.zeros(n), np.zeros(n, int), np.zeros(n, np.uint64)
+        for rows in observations.chunks(size=CHUNK):
+            y, params = observations.batch(rows)
+            seen = corruption.seen(y, params).expand_as(y).flatten(1)
+            self.shown[rows] = seen.sum(1).numpy()
+            self.keys[rows] = _keys([y, *params.values()])
+            if "mask" in params:
+                self.hidden[rows] = 1 - params["mask"].flatten(1).float().mean(1).numpy()
+            if self.together is not None:
+                self.together += (seen.double().T @ seen.double()).numpy()
+            if diagonal:
+                self.looks += seen.sum(0).numpy() * _gain(observations) ** 2
+            elif matrices:
+                a = params["matrix"].flatten(0, 1).double()
+                self.looks += (a.T @ a).numpy()
+
+
+class Sample:
+    """Observations from everywhere, so many as fit in memory.
+
+    Attributes:
+        y: Observations (n, *y shape), 0 where nothing was observed.
+        seen: Which of their entries were, (n, d).
+        z: The coefficients that `seen` speaks of, (n, d): y, or its cosines if it is blurred.
+        matrix: Matrices (n, m, features), or None.
+        values: The observed values in one row.
+        whole: Whether they are whole numbers, as those of digital cameras.
+        count, mean, variance: Of each coefficient, over the observations that show it, (d,).
+    """
+
+    def __init__(self, observations: Observations) -> None:
+        corruption, limit = observations.corruption, NUMBERS // math.prod(observations.y.shape[1:])
+        self.y, params = observations.batch(evenly(np.arange(len(observations)), min(SAMPLE, max(limit, FEW))))
+        self.seen = corruption.seen(self.y, params).expand_as(self.y).flatten(1).numpy()
+        self.z = corruption.compared(self.y).flatten(1).double().numpy()
+        self.matrix = params.get("matrix")
+        self.values = self.y.flatten(1).numpy()[self.seen]
+        self.whole = bool((self.values == np.rint(self.values)).all()) and bool((np.abs(self.values) > 1.5).any())
+        self.count = self.seen.sum(0)
+        self.mean = (self.z * self.seen).sum(0) / np.maximum(self.count, 1)
+        self.variance = (np.square(self.z - self.mean) * self.seen).sum(0) / np.maximum(self.count - 1, 1)
+
+
+def _keys(tensors: list[Tensor]) -> np.ndarray:
+    rows = zip(*(tensor.flatten(1).contiguous().numpy() for tensor in tensors), strict=True)
+    digests = (hashlib.blake2b(b"".join(map(bytes, row)), digest_size=8).digest() for row in rows)
+    return np.frombuffer(b"".join(digests), np.uint64)
+
+
+def _gain(observations: Observations) -> np.ndarray:
+    """What a diagonal corruption leaves of each coefficient, (d,): 1, or less if it blurs."""
+    corruption, shape = observations.corruption, tuple(observations.y.shape[1:])
+    assert isinstance(corruption, DiagonalCorruption)
+    return torch.as_tensor(corruption.gains(shape)[1]).double().expand(shape).flatten().numpy()
+
+
+def _blurs(observations: Observations) -> bool:
+    return isinstance(observations.corruption, DiagonalCorruption) and bool((_gain(observations) != 1).any())
+
+
+# --- what the observations show ----------------------------------------------------------------------
+
+
+def observed(observations: Observations, survey: Survey) -> list[Finding]:
+    """Directions that no operator sees, or hardly any: eigenvectors of the mean of A^T A.
+
+    Its eigenvalues are the fractions of the observations that show an entry, of masks; of matrices, whose rows have
+    length 1, how many rows an observation has along a direction; squared gains of cosines, of a blur. A problem if one
+    is 0 (not of a blur, whose nature it is), a warning if it stands for fewer than :data:`FEW` observations; else a
+    note.
+    """
+    if not isinstance(observations.corruption, LinearCorruption):
+        return [Finding("note", "black-box", "what a black box hides cannot be told from its observations")]
+    looks, vectors, n, found = survey.looks, None, len(observations), []
+    if looks is None:
+        text = f"{math.prod(observations.shape)} features are too many to look for directions that no matrix sees"
+        return [Finding("note", "observed", text)]
+    if _blurs(observations):
+        deleted = int((_gain(observations) <= LEAST_GAIN).sum())
+        text = f"the blur deletes {deleted:,} of {looks.size:,} cosine coefficients; what it deletes comes from the prior alone"
+        return [Finding("note", "observed", text)]
+    if looks.ndim == 2:
+        looks, vectors = np.linalg.eigh(looks)
+    never = np.flatnonzero(looks <= 1e-6 * looks.max())
+    rare = np.setdiff1d(np.flatnonzero(looks < min(FEW, n)), never)
+    if len(never):
+        text = f"no observation shows {_where(observations, never, vectors)}, so that nothing can be learned there; leave out what was never measured, or train with --allow-unobserved"
+        found.append(Finding("problem", "never-observed", text))
+    if len(rare):
+        text = f"fewer than {FEW} observations show {_where(observations, rare, vectors)}; what is drawn there is little more than a guess"
+        found.append(Finding("warning", "rarely-observed", text))
+    what, least = "an entry" if vectors is None else "a direction", _where(observations, looks.argsort()[:1], vectors)
+    text = f"{what} is seen by {_percent(looks.mean() / n)} of the observations on average, and by {_percent(looks.min() / n)} at the least ({least})"
+    return [*found, Finding("note", "observed", text)]
+
+
+def never_together(observations: Observations, survey: Survey) -> list[Finding]:
+    """Pairs of entries that no observation shows both of, though each is shown: a warning."""
+    if survey.together is None:
+        return []
+    shown = survey.together.diagonal() > 0
+    apart = np.argwhere(np.triu(survey.together == 0) & np.outer(shown, shown))
+    if not len(apart):
+        return []
+    first, second = (_where(observations, k[None]) for k in apart[0])
+    more = f", nor {len(apart) - 1:,} more pairs" if len(apart) > 1 else ""
+    text = f"no observation shows both {first} and {second}{more}; how they depend on each other comes from the prior alone"
+    return [Finding("warning", "never-together", text)]
+
+
+def mask_rate(observations: Observations, survey: Survey) -> list[Finding]:
+    """Masks that delete more or less than declared, by more than 0.01 and four standard errors: a problem."""
+    if "mask" not in observations.params:
+        return []
+    corruption, rate = observations.corruption, float(survey.hidden.mean())
+    declared, error = getattr(corruption, "rate", 0.0), survey.hidden.std() / math.sqrt(len(observations))
+    if abs(rate - declared) <= max(4 * error, 0.01):
+        return []
+    use = "use" if isinstance(corruption, RandomMask) else "use `name: RandomMask` with"
+    text = f"declared rate {declared:g}, but the observed fraction is {1 - rate:.3g}, so that re-corruption would draw the wrong masks; {use} `rate: {rate:.3g}`"
+    return [Finding("problem", "mask-rate", text)]
+
+
+def duplicates(survey: Survey, train: np.ndarray, held_out: np.ndarray) -> list[Finding]:
+    """Observations that equal an earlier one in all that they show, and in how: a warning.
+
+    What shows fewer than four entries may well be alike, and does not count.
+    """
+    _, first, inverse = np.unique(survey.keys, return_index=True, return_inverse=True)
+    telling = survey.shown >= max(1, min(4, survey.shown.max()))
+    copy = np.flatnonzero((first[inverse] != np.arange(len(inverse))) & telling)
+    if not len(copy):
+        return []
+    leaked = int((np.isin(inverse[held_out], inverse[train]) & telling[held_out]).sum())
+    text = f"{len(copy):,} of {len(inverse):,} observations are copies of an earlier one (first: {copy[0]} of {first[inverse[copy[0]]]})"
+    if leaked:
+        text += f", and {leaked:,} of {len(held_out):,} held-out ones are in training, too, so that their scores would be too good"
+    return [Finding("warning", "duplicates", f"{text}; remove them, unless they were measured so")]
+
+
+# --- what does not vary ------------------------------------------------------------------------------
+
+
+def constant_entries(observations: Observations, sample: Sample) -> list[Finding]:
+    """Entries whose variance is that of the declared noise, s^2, within :data:`SURE` standard errors, s^2 sqrt(2 / n).
+
+    A note: such entries cost nothing but time. A problem if it is all of them.
+    """
+    linear = isinstance(observations.corruption, LinearCorruption)
+    if not linear or sample.matrix is not None or not len(sample.values):
+        return []
+    variance, level = sample.variance, observations.corruption.noise**2
+    excess = SURE * np.sqrt(2 / np.maximum(sample.count, 2)) * level + 1e-12 * np.square(sample.values).mean()
+    use = (sample.count > 1) & (_gain(observations) > LEAST_GAIN)
+    still, beyond = np.flatnonzero(use & (np.abs(variance - level) <= excess)), " beyond the noise" if level else ""
+    if len(still) == use.sum():
+        return [Finding("problem", "constant-entries", f"nothing varies{beyond}; look whether y holds what you think")]
+    if not len(still):
+        return []
+    text = f"{len(still):,} of {len(variance):,} never change{beyond}: {_where(observations, still)}; they cost nothing but time"
+    return [Finding("note", "constant-entries", text)]
+
+
+def constant_directions(observations: Observations, spectrum: Spectrum | None) -> list[Finding]:
+    """Weighted sums of varying entries that do not vary beyond the noise: a warning.
+
+    See :class:`Spectrum`. Of more than :data:`DIRECTIONS` entries, or of pairs seldom seen together, it is not decided.
+    """
+    if spectrum is None or not (count := spectrum.constant):
+        return []
+    vectors = np.zeros((math.prod(observations.shape), count))
+    vectors[spectrum.kept] = spectrum.vectors[:, :count]
+    text = f"what does not vary: {_where(observations, np.arange(count), vectors)}; draws keep to that only nearly, so leave out what follows from the rest"
+    return [Finding("warning", "constant-directions", text)]
+
+
+# --- noise -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Quiet:
+    """What varies by `value`, and surely by no more than `bound`: so does the noise. If it is likely nothing but noise,
+    any `value` beyond `least` tells that the noise is larger than declared."""
+
+    where: str
+    value: float
+    bound: float
+    least: float = math.inf
+
+
+def noise(observations: Observations, sample: Sample, spectrum: Spectrum | None) -> list[Finding]:
+    """The declared noise against the quietest that the data have: coefficients, directions, details of images.
+
+    A problem if it is larger, by a tenth and :data:`SURE` standard errors; a warning if it is smaller, by half, than
+    what is likely nothing but noise. Another warning, `clipped`, if values are exactly the least, or the largest.
+    """
+    corruption, values = observations.corruption, sample.values
+    if not isinstance(corruption, LinearCorruption) or not len(values):
+        return []
+    end, count = max(((v, (values == v).sum()) for v in (values.min(), values.max())), key=lambda pair: pair[1])
+    if corruption.noise and count > max(1, CLIPPED * len(values)):
+        text = f"{_percent(count / len(values))} of the values are exactly {end:g}, which noise would not leave so; use `noise: 0` if there is none, or a black box that clips"
+        return [Finding("warning", "clipped", text)]
+    quiet = [*_quiet_coefficients(observations, sample), *_quiet_details(observations, sample)]
+    if spectrum is not None:
+        variance = corruption.noise**2 + (spectrum.share + SURE * spectrum.error) / spectrum.width
+        std = np.sqrt(variance.clip(min=0))
+        quiet.append(_quietest("the quietest weighted sums of entries", std, 0 * std, corruption.noise))
+    if not quiet:
+        return []
+    low = min(quiet, key=lambda q: q.bound)
+    text = f"declared noise {corruption.noise:g}, but {low.where} vary by {low.value:.3g}"
+    if low.bound < 0.9 * corruption.noise:
+        return [Finding("problem", "noise-too-large", f"{text}; use `noise: {low.value:.3g}` or less")]
+    for q in quiet:
+        if q.least < q.value <= low.bound:
+            text = f"declared noise {corruption.noise:g}, but {q.where} vary by {q.value:.3g}; if nothing but noise is there, use `noise: {q.value:.3g}`"
+            return [Finding("warning", "noise-too-small", text)]
+    text = f"at most about {low.value:.3g}, by which {low.where} vary; declared {corruption.noise:g}"
+    return [Finding("note", "noise", text)]
+
+
+def _quietest(where: str, std: np.ndarray, error: np.ndarray, declared: float) -> Quiet:
+    """The first of the standard deviations; likely noise if three agree, far below the others."""
+    agree = len(std) > 3 and std[2] <= min(1.1 * std[0] + 4 * error[0], 0.1 * np.sqrt(np.square(std).mean()))
+    return Quiet(where, float(std[0]), float(std[0] + SURE * error[0]), 1.5 * declared if agree else math.inf)
+
+
+def _quiet_coefficients(observations: Observations, sample: Sample) -> list[Quiet]:
+    """Entries of y, or cosines of a blur: of those that it deletes nothing but the noise is left."""
+    use = np.flatnonzero(sample.count >= FEW)
+    if sample.matrix is not None or not len(use):
+        return []
+    declared, deleted = observations.corruption.noise, _gain(observations) <= LEAST_GAIN
+    if deleted.any():
+        value, count = math.sqrt(sample.variance[deleted].mean()), deleted.sum() * len(sample.z)
+        least = 1.1 * declared + LEAST_GAIN * math.sqrt(sample.variance.max())
+        return [Quiet("coefficients that the blur deletes", value, value * (1 + SURE / math.sqrt(2 * count)), least)]
+    use = use[np.argsort(sample.variance[use])]
+    std = np.sqrt(sample.variance[use] + sample.whole / 4)  # rounding hides what is less
+    where = f"the quietest coefficients ({_where(observations, use[:1])} and others)"
+    return [_quietest(where, std, std / np.sqrt(2 * sample.count[use]), math.hypot(declared, sample.whole / 2))]
+
+
+def _quiet_details(observations: Observations, sample: Sample) -> list[Quiet]:
+    """Diagonal details (a - b - c + d) / 2 of 2x2 pixels that are all seen; likely noise if large beside the pixels.
+
+    A quartile of their absolute values over that of a Gaussian, 0.3186, in the manner of the median in Donoho &
+    Johnstone (1994), Ideal spatial adaptation by wavelet shrinkage. An image only raises it (Anderson, 1955).
+    """
+    y, seen = sample.y, torch.from_numpy(sample.seen).view_as(sample.y)
+    if y.ndim != 4:
+        return []
+    if sample.whole:  # quantiles of rounded values are rounded: spread them evenly
+        y = y + torch.rand(y.shape, generator=torch.Generator().manual_seed(0)) - 0.5
+    for axis in (2, 3):
+        first, second = (torch.arange(start, y.shape[axis] - 1 + start, 2) for start in (0, 1))
+        y = y.index_select(axis, first) - y.index_select(axis, second)
+        seen = seen.index_select(axis, first) & seen.index_select(axis, second)
+    details = (y[seen].abs() / 2).numpy()
+    if len(details) < 100 or not (value := float(np.quantile(details, 0.25)) / 0.3186):
+        return []
+    bound = value * (1 + SURE * 1.8 / math.sqrt(len(details)))  # the standard error of a quartile
+    least = math.hypot(1.5 * observations.corruption.noise, DETAIL * float(sample.values.std()))
+    return [Quiet("details of a pixel's width", value, bound, least)]
+
+
+# --- values ------------------------------------------------------------------------------------------
+
+
+def value_range(observations: Observations, sample: Sample) -> list[Finding]:
+    """Values of another range than the stated one, and 8-bit images that were read as floats.
+
+    A problem if more than a thousandth of the values lies outside of it by more than five times the noise and a tenth
+    of it; a warning if 998 of a thousand span less than a fifth of it. Whole numbers from 0 to 255 as floats are a
+    warning if no range is stated. Nothing is said of projections, whose values are not in the units of x, nor of black
+    boxes.
+    """
+    corruption, stated, values = observations.corruption, observations.range, sample.values
+    if not isinstance(corruption, DiagonalCorruption) or not len(values):
+        return []
+    low, high = float(values.min()), float(values.max())
+    floats = observations.y.dtype.kind == "f" and sample.whole and low >= 0 and high <= 255
+    eight = f"y holds whole numbers from {low:g} to {high:g} as floats, as 8-bit images do"
+    if stated is None:
+        text = f"{eight}; state `range: [0, 255]`, or what the range is"
+        return [Finding("warning", "eight-bit", text)] if floats else []
+    margin = 5 * corruption.noise + 0.1 * (stated[1] - stated[0])
+    beyond = float(((values < stated[0] - margin) | (values > stated[1] + margin)).mean())
+    said, used = f"`range: [{stated[0]:g}, {stated[1]:g}]`", float(np.ptp(np.quantile(values, [0.001, 0.999])))
+    if beyond > 0.001 and floats:
+        return [Finding("problem", "eight-bit", f"{eight}, but {said} is stated; use `range: [0, 255]`")]
+    if beyond > 0.001:
+        text = f"{_percent(beyond)} of the values lie far outside of the stated {said}; they are {low:g} to {high:g}"
+        return [Finding("problem", "range", text)]
+    if used < 0.2 * (stated[1] - stated[0]):
+        text = f"the values use {_percent(used / (stated[1] - stated[0]))} of the stated {said}; models expect data that span it"
+        return [Finding("warning", "range", text)]
+    return []
+
+
+# --- words -------------------------------------------------------------------------------------------
+
+
+def _where(observations: Observations, indices: np.ndarray, vectors: np.ndarray | None = None) -> str:
+    """The first of some entries of the flattened item, and how many more; or those that directions (columns) weigh."""
+    if vectors is not None:
+        weight = np.square(vectors[:, indices]).sum(1)
+        heavy = np.argsort(-weight)[: (weight > 0.02 * weight.max()).sum()]
+        return f"{len(indices)} direction{'s' * (len(indices) > 1)}, mostly of {_where(observations, heavy)}"
+    shape = observations.shape if "matrix" in observations.params else observations.y.shape[1:]
+    first = [int(k) for k in np.unravel_index(indices[0], shape)]
+    more = f" and {len(indices) - 1:,} more" if len(indices) > 1 else ""
+    return f"{'cosine coefficient' if _blurs(observations) else 'entry'} {first}{more}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.3g} %"

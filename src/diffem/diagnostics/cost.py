@@ -1,0 +1,78 @@
+"""What a run costs on this machine: the start, an update and a draw are timed at their real sizes, and multiplied.
+
+The start is timed by one iteration of EM on few items for the candidates of the largest rank; a fit usually takes about
+:data:`FIT` on all of them, for each rank. The E-step may draw fewer than is counted, if the calibration has nothing to
+widen, and the first iteration may end earlier. Other work on the machine lengthens what is timed as it lengthens a run.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from diffem.config import Config
+from diffem.em import CLOSELY, MEASURED, DiffEM
+from diffem.observations import Observations
+
+FIT = 30
+FIT_ITEMS = 1024
+
+
+def forecast(observations: Observations, config: Config) -> str:
+    """How long a run on these observations will take, in words.
+
+    Arguments:
+        observations: The observations.
+        config: The configuration of the run; it is built in a temporary folder.
+
+    Raises:
+        DiffemError: If the configuration does not fit the observations.
+    """
+    full, n, em_config, m_step = config.start, len(observations), config.em, config.m_step
+    start = replace(full, items=min(full.items, FIT_ITEMS), iterations=1, ranks=full.ranks and (max(full.ranks),))
+    with tempfile.TemporaryDirectory(prefix="diffem-check-") as folder:
+        em = DiffEM(replace(config, start=start), observations, folder, allow_unobserved=True)
+        em._build(em._initial_prior()[0])
+        more = min(full.items, len(em.train)) / min(start.items, len(em.train)) * len(full.ranks)
+        fit = _seconds(em._initial_prior) * more * min(FIT, full.iterations)
+    generator, rows = torch.Generator(em.device).manual_seed(0), np.arange(min(config.e_step.batch, n))
+    x = np.broadcast_to(np.float32(em.scaling[0]), (n, *em.shape))
+    y, params = observations.batch(rows)
+    sampler = em._sampler(config.e_step.dispersion, steps=1)  # all steps take equally long
+    update = _seconds(lambda: em.trainer.update(em._loss(x, generator, config.denoiser.observation_dropout), 0.0))
+    draw = _seconds(lambda: sampler.sample(y, params, torch.from_numpy(rows)).cpu()) / len(rows)
+    draw *= config.sampler.evaluations / sampler.sampler.evaluations
+    firsts = min(em_config.iterations, 1 + m_step.reinitialise)
+    updates = firsts * m_step.first_steps + (em_config.iterations - firsts) * m_step.steps
+    scored = min(em_config.score_items, len(em.held_out)) * em_config.score_splits * em_config.score_draws
+    measured = 2 * min(MEASURED, len(em.held_out))
+    draws = em_config.iterations * (em_config.refresh * n + scored + measured)
+    if em_config.iterations:
+        draws += n + 3 * CLOSELY * scored  # the calibration, should it widen
+        updates += config.prior.steps * (config.prior.kind == "unconditional")
+    whole, parts = fit + updates * update + draws * draw, (fit, updates * update, draws * draw)
+    first, second, third = (_duration(seconds) for seconds in parts)
+    return f"about {_duration(whole)} on this machine, as busy as it is now ({em.device}): {first} for the start, {second} for {updates:,} updates, {third} for {draws:,.0f} draws"
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    """Seconds that it takes: the median of three after a slower first one, or that one if it took seconds."""
+    times: list[float] = []
+    while len(times) < 4 and (not times or times[0] < 2):
+        begin = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times[1:] or times)
+
+
+def _duration(seconds: float) -> str:
+    for unit, name in ((3600, "hours"), (60, "minutes")):
+        if seconds >= 2 * unit:
+            return f"{seconds / unit:.0f} {name}"
+    return f"{seconds:.0f} seconds"

@@ -1,0 +1,138 @@
+"""All that held-out observations say about a finished run, and the warnings in words."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+
+from diffem import seeding
+from diffem.diagnostics.calibration import self_consistency
+from diffem.diagnostics.collapse import collapse_watch
+from diffem.diagnostics.divergence import sample_divergence
+from diffem.diagnostics.scores import Coverage, coverage
+from diffem.errors import DiffemError
+from diffem.observations import Observations, evenly
+from diffem.posteriors import draw_many, from_pretrained, sample_many
+
+ITEMS = 256  # held-out observations that are reconstructed once, and as many prior samples
+COVERED = 64  # of them those whose hidden parts are predicted by DRAWS draws: most of the cost; twice as many in full
+DRAWS = 39
+FEWEST = 16  # held-out observations; fewer say nothing
+TRAINING = 4096  # training reconstructions that prior samples are compared with
+LEVELS = (0.5, 0.8, 0.95)
+POINTS = 0.05  # by which coverage may miss its level
+SIGNIFICANT = 0.01
+PERMUTATIONS = 999  # the least that five tests together can say is 0.005
+
+
+def diagnose(
+    run: str | Path,
+    observations: Observations,
+    full: bool = False,
+    device: str = "auto",
+    precision: str = "auto",
+) -> dict:
+    """Coverage, divergence and collapse watch of the models of a run, on its held-out observations.
+
+    Arguments:
+        run: The run folder.
+        observations: What it was trained on.
+        full: Coverage of more observations, and :func:`self_consistency` of posterior and prior; several times slower.
+        device: Where networks run; see :func:`diffem.devices.choose`.
+        precision: How precisely; likewise.
+
+    Returns:
+        Ready for JSON. `warnings`: sentences, none if all is well; `iteration`: of the models; `items`, how many held-out
+        observations were used; `seconds`; and, as far as there are enough of them and the corruption allows,
+
+        - `coverage`: `levels` of central intervals, their `shares` of the hidden entries, `errors` (standard errors of
+          these over observations), `ranks` of the entries among the draws, and how many `observations`;
+        - `divergence`: of :func:`observation_divergence`;
+        - `collapse`: of :func:`collapse_watch`;
+        - `self_consistency`: of that function, if `full`.
+
+    Raises:
+        DiffemError: If the folder is not a run, or the run was trained on other observations.
+    """
+    run, began = Path(run), time.monotonic()
+    for name in ("config.yaml", "metrics.jsonl"):
+        if not (run / name).exists():
+            raise DiffemError(f"{run}: is not a finished run (no {name})")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    if config["facts"]["digest"] != observations.digest():
+        raise DiffemError(f"{observations.source}: are not the observations that {run} was trained on")
+    seed = config["em"]["seed"]
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    final = next(row for row in reversed(metrics) if row["best"])
+    load = lambda name: from_pretrained(run / name, observations.corruption, device, precision)  # noqa: E731
+    posterior = load("posterior")
+    prior = load("prior") if (run / "prior" / "config.json").exists() else None
+    train, held_out = observations.split(seed)
+    rows, key = evenly(held_out, ITEMS), seeding.fold(seed, *b"diagnose")  # other draws than those that were trained on
+    result: dict = {"iteration": final["iteration"], "items": len(rows)}
+    if len(rows) < FEWEST:
+        few = f"{len(rows)} held-out observations are too few to say whether all is well; it takes {FEWEST}"
+        return {**result, "seconds": time.monotonic() - began, "warnings": [few]}
+    if (found := coverage(posterior, observations, evenly(held_out, COVERED * (1 + full)), key, DRAWS)) is not None:
+        result["coverage"] = _coverage(found)
+    x = draw_many(posterior, observations, rows, 1, key)[:, 0]
+    samples = None if prior is None else sample_many(prior, len(rows), key)
+    result["divergence"] = sample_divergence(x, samples, observations, rows, posterior.scaling, key, PERMUTATIONS)
+    kept = np.load(run / "reconstructions.npy", mmap_mode="r")[evenly(train, TRAINING)]
+    ratio = None if final["ratio"] is None else (final["ratio"], final["ratio_se"])
+    result["collapse"] = collapse_watch(
+        x, samples, torch.from_numpy(kept), observations, rows, posterior.scaling, key, ratio
+    )
+    if full and prior is not None:
+        result["self_consistency"] = self_consistency(posterior, prior, key)
+    return {**result, "seconds": time.monotonic() - began, "warnings": warnings(result)}
+
+
+def warnings(result: dict) -> list[str]:
+    """What is wrong with a run, one sentence each, from what :func:`diagnose` found."""
+    found = []
+    if table := result.get("coverage"):
+        off = [s - level for s, level in zip(table["shares"], table["levels"], strict=True)]
+        wrong = [k for k, by in enumerate(off) if abs(by) > max(POINTS, 2 * table["errors"][k])]
+        if wrong:
+            k = max(wrong, key=lambda k: abs(off[k]))
+            name = "over-confident" if off[k] < 0 else "under-confident"
+            found.append(
+                f"{name}: {table['levels'][k]:.0%} intervals hold {table['shares'][k]:.0%} of the hidden entries"
+            )
+    blame = {
+        "reconstructions": "re-corrupted reconstructions do not look like the observations ({}): posterior, prior or the"
+        " assumed corruption is wrong",
+        "prior": "re-corrupted prior samples do not look like the observations ({}): the prior or the assumed corruption is"
+        " wrong",
+    }
+    for name, table in result.get("divergence", {}).items():
+        if table["p_value"] < SIGNIFICANT:
+            found.append(blame[name].format(p_words(table["p_value"])))
+    found += [row["warning"] for row in result.get("collapse", {}).values() if row["warning"]]
+    if (table := result.get("self_consistency")) and table["p_value"] < SIGNIFICANT:
+        found.append(
+            f"on simulated observations the posterior is not that of the learned prior ({p_words(table['p_value'])}): one of them"
+            " is wrong"
+        )
+    return found
+
+
+def p_words(value: float) -> str:
+    """A p-value in words."""
+    return "p < 0.001" if value < 0.001 else f"p = {value:.2g}"
+
+
+def _coverage(found: Coverage) -> dict:
+    return {
+        "levels": list(LEVELS),
+        "shares": [found(level) for level in LEVELS],
+        "errors": [found.standard_error(level) for level in LEVELS],
+        "ranks": found.ranks.tolist(),
+        "observations": found.observations,
+    }

@@ -1,0 +1,121 @@
+"""What held-out observations decide: whether an iteration is accepted, how wide the next draws are, and when to stop.
+
+accepted    its criterion (see :mod:`diffem.diagnostics.scores`), which looks at the posterior, is not worse than the
+            least so far; nor is its divergence (:func:`diffem.diagnostics.divergence.energy_items` of the
+            reconstructions that train), which looks at the prior, unless its criterion is better. Worse and better
+            are by more than `em.gate` standard errors of the paired difference. What is refused trains nothing
+best        it is accepted, and its criterion is the least so far: what the run folder holds. The first one that is
+            accepted takes the place of the start even if its criterion is a little larger: draws of two samplers of
+            different make do not pair, so that this difference is the noisiest of all
+dispersion  none in the sharp part of the run; then `e_step.dispersion`, or more if the last iteration was over-confident
+stop        `em.patience` iterations in a row were not the best: that ends the sharp part, or else the run
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from diffem.config import Config
+from diffem.diagnostics import Score
+from diffem.diagnostics.scores import standard_error
+
+WIDEST = 4.0  # the most that is made of a dispersion
+SCORES = ("first", "best")
+
+
+@dataclass
+class Guard:
+    """The decisions of a run so far; see the module.
+
+    Attributes:
+        config: The run's.
+        first: The score of the start.
+        best: That of the least criterion.
+        closest: What the reconstructions of the least divergence add to it, item by item.
+        dispersion: Of the next E-step after the sharp part.
+        sharp: The last iteration of the sharp part.
+        trained: Whether the best is an iteration's, not the start's.
+        stale: Iterations since the best.
+        over: Whether patience has run out.
+    """
+
+    config: Config
+    first: Score
+    best: Score
+    closest: Tensor
+    dispersion: float
+    sharp: int
+    trained: bool = False
+    stale: int = 0
+    over: bool = False
+
+    @classmethod
+    def begin(cls, config: Config, start: Score, divergence: Tensor) -> Guard:
+        sharp = round(config.e_step.sharp * config.em.iterations)
+        return cls(config, start, start, divergence, config.e_step.dispersion, sharp)
+
+    def width(self, iteration: int) -> float:
+        """The dispersion of an iteration's draws."""
+        return 0.0 if iteration <= self.sharp else self.dispersion
+
+    def compare(self, current: Score, divergence: Tensor) -> dict[str, float]:
+        """Paired differences, and their standard errors: `delta` of the criterion to the best, `divergence_delta` to the
+        least, and `start_delta` of the score to the start's."""
+        apart = divergence - self.closest
+        found = {
+            "delta": current.criterion_difference(self.best),
+            "divergence_delta": (apart.mean().item(), standard_error(apart)),
+            "start_delta": current.difference(self.first),
+        }
+        return {k: v for name, pair in found.items() for k, v in zip((name, f"{name}_se"), pair, strict=True)}
+
+    def decide(self, iteration: int, current: Score, divergence: Tensor) -> dict[str, float | bool]:
+        """Takes note of an iteration: whether it is `accepted`, and `best`, and :meth:`compare`.
+
+        Arguments:
+            iteration: Its number, from 1.
+            current: Its score.
+            divergence: What its reconstructions add to their divergence, in the order of those of the start.
+        """
+        em, e_step, found = self.config.em, self.config.e_step, self.compare(current, divergence)
+        better, worse, apart = (
+            found["delta"] < -em.gate * found["delta_se"],
+            found["delta"] > em.gate * found["delta_se"],
+            found["divergence_delta"] > em.gate * found["divergence_delta_se"],
+        )
+        accepted = not em.guard or not (worse or (apart and not better))
+        best = accepted and (not em.guard or not self.trained or found["delta"] < 0)
+        if accepted and found["divergence_delta"] < 0:
+            self.closest = divergence
+        self.best, self.trained = (current, True) if best else (self.best, self.trained)
+        self.stale = 0 if best else self.stale + 1
+        if current.ratio is not None and iteration > self.sharp:
+            # Not added to the last one: reconstructions that are too narrow narrow the next iteration's, so that the
+            # loop adds up by itself.
+            self.dispersion = min(e_step.dispersion + e_step.gain * max(e_step.ratio - current.ratio, 0.0), WIDEST)
+        if em.guard and em.patience and self.stale >= em.patience:
+            self.over = iteration >= self.sharp
+            self.sharp, self.stale = min(self.sharp, iteration), 0
+        return {"accepted": accepted, "best": best, **found}
+
+    @property
+    def facts(self) -> dict:
+        """What a checkpoint holds of it beside :attr:`tensors`."""
+        numbers = {k: getattr(self, k) for k in ("dispersion", "sharp", "trained", "stale", "over")}
+        return {**numbers, "name": self.first.name}
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        scores = {f"{name}.{k}": v for name in SCORES for k, v in getattr(self, name).tensors.items()}
+        return {**scores, "closest": self.closest}
+
+    @classmethod
+    def load(cls, config: Config, facts: dict, tensors: dict[str, Tensor]) -> Guard:
+        def score(which: str) -> Score:
+            parts = (tensors.get(f"{which}.{k}") for k in ("spread", "error", "excess"))
+            return Score(facts["name"], tensors[f"{which}.items"], *parts)
+
+        rest = {k: v for k, v in facts.items() if k != "name"}
+        return cls(config, score("first"), score("best"), tensors["closest"], **rest)

@@ -1,0 +1,559 @@
+"""The check before training: each finding is there where it is true, and only there."""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from diffem import config as configuration
+from diffem import datasets
+from diffem.cli import main
+from diffem.config import Config
+from diffem.corruptions import BlackBox, Corruption, GaussianBlur, GaussianNoise, RandomMask, RandomProjection
+from diffem.diagnostics.check import Finding, check
+from diffem.diagnostics.spectrum import Spectrum
+from diffem.em import DiffEM
+from diffem.m_step import Trainer
+from diffem.observations import Observations
+from diffem.posteriors import DiffusionPosterior
+
+TINY = {
+    "network": {"kind": "mlp", "width": 16, "depth": 1, "embedding": 16},
+    "start": {"components": [1, 2], "ranks": [2]},
+    "sampler": {"steps": 3},
+    "em": {"iterations": 2},
+    "m_step": {"first_steps": 30, "steps": 20},
+    "prior": {"steps": 10},
+}
+
+
+def rng(seed: int = 0) -> np.random.Generator:
+    return np.random.default_rng(seed)
+
+
+def found(observations: Observations, config: Config | None = None) -> dict[str, Finding]:
+    findings = check(observations, config)
+    levels = [f.level for f in findings]
+    assert levels == sorted(levels, key=("problem", "warning", "note").index)
+    assert len({f.name for f in findings}) == len(findings)
+    assert all("\n" not in f.text and f.text[-1] != "." for f in findings)
+    return {f.name: f for f in findings}
+
+
+def alarms(observations: Observations) -> set[str]:
+    return {name for name, finding in found(observations).items() if finding.level != "note"}
+
+
+def observe(x: np.ndarray, corruption: Corruption, declared: Corruption | None = None, **options):
+    """Observations of items x; they are said to come about by `declared`."""
+    y, params = corruption.observe(torch.from_numpy(x.astype(np.float32)), torch.Generator().manual_seed(0))
+    arrays = {name: value.numpy() for name, value in params.items()}
+    return Observations(y.numpy(), declared or corruption, arrays, **options)
+
+
+def digits() -> np.ndarray:
+    return datasets.load("digits").items
+
+
+def images(n: int = 2000, size: int = 16) -> np.ndarray:
+    """Smooth random images, (n, 1, size, size), about 0 to 255, none of whose pixels is constant."""
+    position = (np.arange(size)[:, None] + 0.5) / size
+    waves = np.cos(np.pi * position * np.arange(5)) / (1 + np.arange(5))
+    return 128 + 25 * (waves @ rng(3).normal(size=(n, 1, 5, 5)) @ waves.T)
+
+
+def features(n: int = 4000, d: int = 8) -> np.ndarray:
+    """Correlated features that are all of the same size, (n, d)."""
+    x = rng().normal(size=(n, d)) @ (np.eye(d) + 0.3 * rng(1).normal(size=(d, d)))
+    return x / x.std(0)
+
+
+def masked(y: np.ndarray, mask: np.ndarray, noise: float = 0.01) -> Observations:
+    return Observations(y.astype(np.float32), RandomMask(round(1 - mask.mean(), 3), noise), {"mask": mask})
+
+
+def half(n: int, d: int) -> np.ndarray:
+    return rng(5).random((n, d)) > 0.5
+
+
+# --- nothing in the way ------------------------------------------------------------------------------
+
+HEALTHY = {
+    "mask": lambda: observe(digits(), RandomMask(0.5, 0.08), range=(0, 16)),
+    "mask-block": lambda: observe(digits(), RandomMask(0.75, 0.08, block=2), range=(0, 16)),
+    "mask-90": lambda: observe(digits(), RandomMask(0.9, 0.0), range=(0, 16)),
+    "mask-images": lambda: observe(images(), RandomMask(0.75, 5.0)),
+    "mask-features": lambda: observe(features(), RandomMask(0.5, 0.1)),
+    "noise": lambda: observe(digits(), GaussianNoise(1.0)),
+    "noise-none": lambda: observe(digits(), GaussianNoise(0.0), range=(0, 16)),
+    "blur": lambda: observe(digits(), GaussianBlur(1.0, 0.08), range=(0, 16)),
+    "blur-images": lambda: observe(images(), GaussianBlur(2.0, 3.0)),
+    "projection": lambda: observe(datasets.load("manifold", limit=4000).items, RandomProjection(2, 0.01)),
+    "box": lambda: Observations(features().astype(np.float32), BlackBox(torch.abs, "torch:abs")),
+}
+
+
+@pytest.mark.parametrize("name", HEALTHY)
+def test_no_false_alarms(name):
+    assert alarms(HEALTHY[name]()) == set()
+
+
+def test_a_black_box_says_nothing():
+    text = "what a black box hides cannot be told from its observations"
+    assert list(found(HEALTHY["box"]()).values()) == [Finding("note", "black-box", text)]
+
+
+@pytest.mark.parametrize(
+    "observations",
+    [
+        Observations(
+            np.zeros((50, 1, 7, 5), np.float32), RandomMask(0.5, 0.1), {"mask": np.zeros((50, 1, 7, 5), bool)}
+        ),
+        Observations(
+            np.zeros((50, 1, 7, 5), np.float32), RandomMask(0.5, 0.1), {"mask": rng().random((50, 1, 7, 1)) > 0.5}
+        ),
+        Observations(rng().random((50, 1, 1, 1)).astype(np.float32), GaussianNoise(0.1)),
+        Observations(np.full((50, 4), 2, np.uint8), GaussianNoise(0.0)),
+        observe(rng().normal(size=(100, 1, 4, 5, 6)), GaussianBlur(1.0, 0.1)),
+        observe(rng().normal(size=(100, 300)), RandomProjection(2, 0.1)),
+    ],
+    ids=["nothing", "broadcast", "one", "constant", "volume", "wide"],
+)
+def test_odd_observations(observations):
+    assert all(finding.text for finding in found(observations).values())
+
+
+# --- what is observed --------------------------------------------------------------------------------
+
+
+def test_never_observed_entries():
+    mask = rng().random((1797, 1, 8, 8)) > 0.5
+    mask[:, 0, 2, 1] = False
+    text = "no observation shows entry [0, 2, 1], so that nothing can be learned there; leave out what was never measured, or train with --allow-unobserved"
+    assert found(masked(digits(), mask))["never-observed"] == Finding("problem", "never-observed", text)
+    mask[:, 0, 0] = False
+    assert "shows entry [0, 0, 0] and 8 more," in found(masked(digits(), mask))["never-observed"].text
+    mask[5, 0] = True  # one observation is enough to be seen at all
+    now = found(masked(digits(), mask))
+    assert "never-observed" not in now
+    text = "fewer than 20 observations show entry [0, 0, 0] and 8 more; what is drawn there is little more than a guess"
+    assert now["rarely-observed"] == Finding("warning", "rarely-observed", text)
+
+
+def test_how_much_is_observed():
+    mask = np.ones((1000, 6), bool)
+    mask[:, 4] = np.arange(1000) % 4 == 0
+    text = "an entry is seen by 87.5 % of the observations on average, and by 25 % at the least (entry [4])"
+    assert found(masked(features(1000, 6), mask))["observed"] == Finding("note", "observed", text)  # (5 + 1/4) / 6
+
+
+def test_pairs_that_are_never_observed_together():
+    y, mask = features(2000, 6), half(2000, 6)
+    mask[:, 1] = ~mask[:, 4]
+    text = "no observation shows both entry [1] and entry [4]; how they depend on each other comes from the prior alone"
+    assert found(masked(y, mask))["never-together"] == Finding("warning", "never-together", text)
+    mask[:, 2] = mask[:, 1]
+    assert "entry [1] and entry [4], nor 1 more pairs;" in found(masked(y, mask))["never-together"].text
+    mask[7] = True
+    assert "never-together" not in found(masked(y, mask))
+
+
+def test_directions_that_no_matrix_sees():
+    x, n = features(3000, 5), 3000
+    matrix = rng(2).normal(size=(n, 2, 5))
+    blind = matrix - matrix.mean(-1, keepdims=True)  # the sum of all is never seen
+
+    def findings(a: np.ndarray) -> dict[str, Finding]:
+        a = (a / np.linalg.norm(a, axis=-1, keepdims=True)).astype(np.float32)
+        y = np.einsum("nmd,nd->nm", a, x) + 0.1 * rng(4).normal(size=(n, 2))
+        return found(Observations(y.astype(np.float32), RandomProjection(2, 0.1), {"matrix": a}))
+
+    problem = findings(blind)["never-observed"]
+    assert problem.level == "problem"
+    assert re.match(r"no observation shows 1 direction, mostly of entry \[\d\] and 4 more, so", problem.text)
+    blind[:10] = matrix[:10]
+    assert "show 1 direction, mostly" in findings(blind)["rarely-observed"].text
+    blind[:1000] = matrix[:1000]
+    assert not {"never-observed", "rarely-observed"} & set(findings(blind))
+
+
+@pytest.mark.parametrize("std", [0.5, 1.0, 2.0])
+def test_cosines_that_a_blur_deletes(std):
+    # The transfer function of a symmetric kernel with reflecting borders at the k-th cosine of n pixels.
+    radius = round(4 * std)
+    kernel = np.exp(-0.5 * (np.arange(-radius, radius + 1) / std) ** 2)
+    kernel /= kernel.sum()
+    gain = (kernel * np.cos(np.pi * np.arange(8)[:, None] * np.arange(-radius, radius + 1) / 8)).sum(1)
+    deleted = int((np.outer(gain, gain) <= 1e-3).sum())
+    text = f"the blur deletes {deleted} of 64 cosine coefficients; what it deletes comes from the prior alone"
+    assert found(observe(digits(), GaussianBlur(std, 0.08)))["observed"] == Finding("note", "observed", text)
+
+
+@pytest.mark.parametrize("block", [1, 4])
+def test_mask_rate(block):
+    observations = observe(images(), RandomMask(0.349, 1.0, block), declared=RandomMask(0.75, 1.0, block))
+    shown = observations.params["mask"].mean()
+    text = f"declared rate 0.75, but the observed fraction is {shown:.3g}, so that re-corruption would draw the wrong masks; use `rate: {1 - shown:.3g}`"
+    assert found(observations)["mask-rate"] == Finding("problem", "mask-rate", text)
+    undeclared = observe(images(), RandomMask(0.5, 1.0), declared=GaussianNoise(1.0))
+    assert "; use `name: RandomMask` with `rate: 0." in found(undeclared)["mask-rate"].text
+    assert "mask-rate" not in found(observe(images(100), RandomMask(0.75, 1.0, block=8)))  # few, so uncertain
+
+
+def test_duplicates():
+    y, mask = features(2000, 6), half(2000, 6)
+    assert "duplicates" not in found(masked(y, mask))
+    train, held_out = masked(y, mask).split(seed=0)
+    for a, b in ((train[3], train[5]), (train[4], train[9]), (train[30], held_out[2])):
+        mask[a, :5] = True  # what shows next to nothing may well be alike
+        y[b], mask[b] = y[a], mask[a]
+    index = min(train[5], train[9], max(train[30], held_out[2]))
+    earlier = {train[5]: train[3], train[9]: train[4]}.get(index, min(train[30], held_out[2]))
+    y[~mask] = np.nan  # what was not seen makes no difference
+    text = f"3 of 2,000 observations are copies of an earlier one (first: {index} of {earlier}), and 1 of 200 held-out ones are in training, too, so that their scores would be too good; remove them, unless they were measured so"
+    assert found(masked(y, mask))["duplicates"] == Finding("warning", "duplicates", text)
+    mask[train[3], 1] = ~mask[train[3], 1]  # the same values through another mask are another observation
+    y[train[3], 1] = 0.0
+    assert found(masked(y, mask))["duplicates"].text.startswith("2 of 2,000")
+
+
+def test_projections_are_copies_only_with_the_same_matrix():
+    observations = observe(np.zeros((600, 5)), RandomProjection(4, 0.0))
+    assert "duplicates" not in found(observations)
+    observations.params["matrix"][9] = observations.params["matrix"][4]
+    assert (
+        "1 of 600 observations are copies of an earlier one (first: 9 of 4);" in found(observations)["duplicates"].text
+    )
+
+
+# --- what is constant --------------------------------------------------------------------------------
+
+
+def test_constant_entries():
+    assert (digits().std(0) == 0).sum() == 3
+    text = "3 of 64 never change: entry [0, 0, 0] and 2 more; they cost nothing but time"
+    clean = observe(digits(), GaussianNoise(0.0), range=(0, 16))
+    assert found(clean)["constant-entries"] == Finding("note", "constant-entries", text)
+    noisy = found(HEALTHY["mask"]())["constant-entries"].text
+    assert re.match(r"[3-6] of 64 never change beyond the noise: entry \[0, 0, 0\]", noisy)
+    assert "constant-entries" not in found(HEALTHY["mask-features"]())
+    nothing = found(observe(np.full((1000, 6), 3.0), GaussianNoise(0.1)))["constant-entries"]
+    text = "nothing varies beyond the noise; look whether y holds what you think"
+    assert nothing == Finding("problem", "constant-entries", text)
+
+
+def summed(d: int, kind: str = "normal") -> np.ndarray:
+    """Data of which the sum is constant, though no entry is."""
+    x = rng(1).normal(size=(5000, d))
+    if kind == "curved":
+        x = np.tanh(rng(1).normal(size=(5000, 2)) @ rng(9).normal(size=(2, d))) + 0.3 * x
+    x[:, -1] = 1 - x[:, :-1].sum(1)
+    return rng(1).dirichlet(np.ones(d), 5000) if kind == "shares" else x
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.5])
+@pytest.mark.parametrize("kind", ["normal", "shares", "curved"])
+@pytest.mark.parametrize("d", [3, 12])
+def test_a_constant_sum(d, kind, rate):
+    findings = found(observe(summed(d, kind), RandomMask(rate, 0.01)))
+    warning = findings["constant-directions"]
+    assert warning.level == "warning"
+    named = re.match(r"what does not vary: 1 direction, mostly of entry \[\d+\] and (\d+) more; draws", warning.text)
+    assert int(named[1]) >= d - 3  # a small one of them may go unnoticed
+    assert not {"constant-entries", "noise-too-small", "noise-too-large"} & set(findings)
+
+
+@pytest.mark.parametrize("corruption", [RandomProjection(2, 0.01), GaussianNoise(0.01)])
+def test_a_constant_sum_seen_otherwise(corruption):
+    assert "vary: 1 direction, mostly" in found(observe(summed(5), corruption))["constant-directions"].text
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.5])
+def test_a_plane(rate):
+    x = rng(1).normal(size=(5000, 3)) @ rng(2).normal(size=(3, 20))
+    assert "vary: 17 directions" in found(observe(x, RandomMask(rate, 0.01)))["constant-directions"].text
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.5])
+@pytest.mark.parametrize("decay", [lambda k: 1 / (1 + k), lambda k: np.exp(-k / 2), lambda k: np.exp(-k)])
+@pytest.mark.parametrize("d", [4, 12, 40])
+def test_a_spectrum_that_decays_is_not_constant(d, decay, rate):
+    turn = np.linalg.qr(rng(7).normal(size=(d, d)))[0]
+    x = rng(8).normal(size=(2000, d)) * decay(np.arange(d)) @ turn
+    assert "constant-directions" not in found(observe(x, RandomMask(rate, 0.01)))
+
+
+@pytest.mark.parametrize("corruption", [RandomMask(0.4, 0.05), RandomProjection(2, 0.05), GaussianNoise(0.05)])
+def test_the_spectrum_is_that_of_the_data(corruption):
+    x = features(8000, 6) * np.array([1, 1, 1, 2, 2, 0.5])
+    o = observe(x, corruption)
+    y, params = o.batch(np.arange(len(o)))
+    seen = corruption.seen(y, params).expand_as(y).numpy()
+    spectrum = Spectrum.of(y.double().numpy(), seen, params.get("matrix"), 0.05)
+    assert spectrum is not None
+    expected = np.linalg.eigvalsh(np.corrcoef(x.T))
+    assert (np.abs(spectrum.share - expected) < 5 * spectrum.error + 0.03 * expected).all()
+    assert (spectrum.error < 0.3).all()
+
+
+# --- noise -------------------------------------------------------------------------------------------
+
+
+def declared(name: str, noise: float) -> Corruption:
+    return {"mask": RandomMask(0.5, noise), "mask75": RandomMask(0.75, noise), "blur": GaussianBlur(1.0, noise)}[name]
+
+
+def estimate(finding: Finding) -> float:
+    return float(re.search(r"use `noise: ([\d.]+)`", finding.text)[1])
+
+
+@pytest.mark.parametrize("name", ["mask", "mask75", "blur"])
+def test_noise_of_digits(name):
+    def findings(true: float, said: float) -> dict[str, Finding]:
+        return found(observe(digits(), declared(name, true), declared(name, said), range=(0, 16)))
+
+    small = findings(0.1, 0.02)
+    assert small["noise-too-small"].level == "warning"
+    assert estimate(small["noise-too-small"]) == pytest.approx(0.1, rel=0.12)
+    assert "range" not in small
+    large = findings(0.08, 0.2)["noise-too-large"]
+    assert large.level == "problem"
+    assert re.fullmatch(r"declared noise 0.2, but .* vary by (0.0[78]\d*); use `noise: \1` or less", large.text), (
+        large.text
+    )
+    right = findings(0.08, 0.08)
+    assert not {"noise-too-small", "noise-too-large"} & set(right)
+    assert right["noise"].level == "note"
+
+
+@pytest.mark.parametrize("integers", [False, True])
+def test_noise_of_images(integers):
+    """No pixel is constant: only the details of neighbouring pixels tell."""
+
+    def findings(true: float, said: float) -> set[str]:
+        observations = observe(images(), RandomMask(0.5, true), RandomMask(0.5, said))
+        if integers:
+            observations.y = np.rint(observations.y)
+        return set(found(observations)) & {"noise-too-small", "noise-too-large"}
+
+    assert findings(0.0, 0.0) == findings(2.0, 2.0) == findings(10.0, 10.0) == set()
+    assert findings(10.0, 2.0) == findings(10.0, 0.0) == {"noise-too-small"}
+    assert findings(10.0, 20.0) == {"noise-too-large"}
+
+
+def test_noise_of_features_is_bounded():
+    wrong = {"noise-too-small", "noise-too-large"}
+    large = found(observe(features(), GaussianNoise(0.1), GaussianNoise(2.0)))
+    assert "use `noise: 1" in large["noise-too-large"].text  # the features' own standard deviation
+    assert not wrong & set(found(observe(features(), GaussianNoise(0.1), GaussianNoise(0.01))))
+    # a constant sum is as quiet as the noise, so that it bounds it closely
+    sums = found(observe(summed(8), GaussianNoise(0.01), GaussianNoise(0.1)))["noise-too-large"]
+    assert "the quietest weighted sums of entries vary by 0.01" in sums.text
+    # of a plane there are many such sums, equally quiet: an estimate
+    plane = rng(1).normal(size=(5000, 3)) @ rng(2).normal(size=(3, 12))
+    small = found(observe(plane, GaussianNoise(0.1), GaussianNoise(0.02)))["noise-too-small"]
+    assert estimate(small) == pytest.approx(0.1, rel=0.1)
+    projected = observe(summed(5), RandomProjection(2, 0.01), RandomProjection(2, 0.5))
+    assert "noise-too-large" in found(projected)
+
+
+def test_clipped_noise():
+    clean = observe(digits(), GaussianNoise(0.0), GaussianNoise(1.0), range=(0, 16))
+    share = 100 * (digits() == 0).mean()
+    text = f"{share:.3g} % of the values are exactly 0, which noise would not leave so; use `noise: 0` if there is none, or a black box that clips"
+    assert found(clean)["clipped"] == Finding("warning", "clipped", text)
+    noisy = HEALTHY["noise"]()
+    noisy.y = noisy.y.clip(0, 16)
+    assert "clipped" in found(noisy)
+    assert "noise-too-large" not in found(noisy)  # what looks quiet was clipped
+
+
+# --- values ------------------------------------------------------------------------------------------
+
+
+def test_eight_bit_data_as_floats():
+    x = np.rint(images()).clip(0, 255).astype(np.float32)
+    noise, whole = (
+        GaussianNoise(0.0),
+        f"y holds whole numbers from {x.min():g} to {x.max():g} as floats, as 8-bit images do",
+    )
+    text = f"{whole}; state `range: [0, 255]`, or what the range is"
+    assert found(Observations(x, noise))["eight-bit"] == Finding("warning", "eight-bit", text)
+    wrong = found(Observations(x, noise, range=(0, 1)))
+    text = f"{whole}, but `range: [0, 1]` is stated; use `range: [0, 255]`"
+    assert wrong["eight-bit"] == Finding("problem", "eight-bit", text)
+    assert "range" not in wrong
+    healthy = (
+        Observations(x, noise, range=(0, 255)),
+        Observations(x.astype(np.uint8), noise),
+        Observations(x / 255, noise),
+        Observations((x > 128).astype(np.float32), noise),
+    )
+    assert all("eight-bit" not in found(observations) for observations in healthy)
+
+
+def test_a_range_that_does_not_fit():
+    x = rng().random((2000, 6))
+
+    def of(limits: tuple[float, float], noise: float = 0.0) -> tuple[str, str]:
+        finding = found(observe(x, GaussianNoise(noise), range=limits)).get("range", Finding("", "", ""))
+        return finding.level, finding.text
+
+    assert of((0, 1)) == of((0, 1), 0.2) == of((-1, 2)) == ("", "")
+    beyond = 100 * (x.astype(np.float32) > 0.55).mean()  # a tenth of the range is forgiven
+    text = f"{beyond:.3g} % of the values lie far outside of the stated `range: [0, 0.5]`; they are {x.min():g} to {x.max():g}"
+    assert of((0, 0.5)) == ("problem", text)
+    assert of((0, 100))[0] == "warning"
+    assert of((0, 100))[1].startswith("the values use 0.99")
+
+
+# --- the cost ----------------------------------------------------------------------------------------
+
+
+def test_cost_counts_what_a_run_does(tmp_path, monkeypatch):
+    config = configuration.from_dict({**TINY, "e_step": {"least_ratio": 100}})  # the calibration will widen
+    observations = observe(features(600), RandomMask(0.3, 0.01))
+    text = found(observations, config)["cost"].text
+    assert text.startswith("about ")
+    updates, draws = (int(re.search(rf"([\d,]+) {what}", text)[1].replace(",", "")) for what in ("updates", "draws"))
+    count = {"updates": 0, "draws": 0}
+    update, sample = Trainer.update, DiffusionPosterior.sample
+
+    def counted_update(self, *arguments):
+        count["updates"] += 1
+        return update(self, *arguments)
+
+    def counted_sample(self, y, *arguments):
+        count["draws"] += len(y)
+        return sample(self, y, *arguments)
+
+    monkeypatch.setattr(Trainer, "update", counted_update)
+    monkeypatch.setattr(DiffusionPosterior, "sample", counted_sample)
+    rows = list(DiffEM(config, observations, tmp_path).iterate())
+    assert len(rows) >= 3
+    assert updates == count["updates"] == 30 + 20 + 10
+    assert draws == count["draws"] + 2 * 2 * 60  # to measure residuals on 60 held-out items costs two draws of each
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "observation"])
+@pytest.mark.parametrize("corruption", [RandomProjection(2, 0.01), GaussianBlur(1.0, 0.01)])
+def test_cost_of_every_start(kind, corruption):
+    if kind == "observation" and isinstance(corruption, RandomProjection):
+        pytest.skip("y cannot stand for x")
+    config = configuration.from_dict({**TINY, "start": {**TINY["start"], "kind": kind}})
+    assert "60 updates" in found(observe(features(600), corruption), config)["cost"].text
+
+
+# --- size --------------------------------------------------------------------------------------------
+
+
+def anonymous() -> float:
+    """Memory of this process that no file stands behind, in MB."""
+    line = next(v for v in Path("/proc/self/status").read_text().splitlines() if v.startswith("RssAnon:"))
+    return int(line.split()[1]) / 1024
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+def test_fifty_thousand_images(tmp_path):
+    n = 50_000
+    y = np.lib.format.open_memmap(tmp_path / "y.npy", "w+", np.uint8, (n, 1, 28, 28))
+    mask = np.lib.format.open_memmap(tmp_path / "mask.npy", "w+", bool, (n, 1, 28, 28))
+    x = images(2500, 28)
+    for start in range(0, n, 2500):
+        part, noise = slice(start, start + 2500), rng(start).standard_normal(x.shape, dtype=np.float32)
+        y[part] = np.clip(np.rint(x + 5 * noise), 0, 255)
+        mask[part] = rng(start + 1).random(x.shape, dtype=np.float32) >= 0.75
+    mask[:, 0, 3, 4] = False
+    y[40_000], mask[40_000] = y[123], mask[123]
+    y.flush(), mask.flush()
+    (tmp_path / "corruption.yaml").write_text("name: RandomMask\nrate: 0.75\nnoise: 5\n")
+    before = {p.name: p.stat().st_mtime_ns for p in tmp_path.iterdir()}
+    peak, done = [anonymous()], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.01):
+            peak.append(anonymous())
+
+    observations, begin = Observations.load(tmp_path), time.process_time()
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        findings = found(observations)
+    finally:
+        done.set()
+        thread.join()
+    print(f"{time.process_time() - begin:.1f} s, {max(peak) - peak[0]:.0f} MB")
+    assert time.process_time() - begin < 20
+    assert max(peak) - peak[0] < 400  # a part of the images, in double precision
+    assert {f.name for f in findings.values() if f.level != "note"} == {"never-observed", "duplicates"}
+    assert "no observation shows entry [0, 3, 4]," in findings["never-observed"].text
+    assert "1 of 50,000 observations are copies of an earlier one (first: 40000 of 123)" in findings["duplicates"].text
+    assert {p.name: p.stat().st_mtime_ns for p in tmp_path.iterdir()} == before
+
+
+# --- the command -------------------------------------------------------------------------------------
+
+
+def test_command(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    observe(features(1200), RandomMask(0.5, 0.05)).save(tmp_path / "good")
+    observe(features(1200), RandomMask(0.5, 0.05), RandomMask(0.3, 0.05)).save(tmp_path / "bad")
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(TINY))
+    before = {str(p): (p.stat().st_mtime_ns, p.stat().st_size) for p in tmp_path.rglob("*")}
+
+    assert main(["check", "good"]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out[-1] == "nothing stands in the way"
+    assert out[0].startswith("note     observed: an entry is seen by ")
+    assert not any(line.startswith(("problem", "warning")) or "cost:" in line for line in out)
+
+    assert main(["check", "bad"]) == 1
+    out = capsys.readouterr().out.splitlines()
+    assert out[0].startswith("problem  mask-rate: declared rate 0.3, but the observed fraction is 0.5")
+    assert out[-1] == "1 problem, 0 warnings"
+
+    assert main(["check", "good", "mine.yaml"]) == 0
+    assert "for 60 updates" in capsys.readouterr().out
+    assert main(["check", "--em.iterations", "3", "--prior.steps=1", "good", "mine.yaml"]) == 0
+    assert "for 71 updates" in capsys.readouterr().out
+    assert {str(p): (p.stat().st_mtime_ns, p.stat().st_size) for p in tmp_path.rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    ("argv", "text"),
+    [
+        (["nowhere"], "nowhere: no such folder of observations"),
+        (["good", "digit"], "digit: unknown preset"),
+        (["good", "--em.iteration", "3"], "em.iteration: unknown field"),
+        (["good", "--em.iterations"], "diffem check: --em.iterations: needs a value"),
+        (["few"], "too few"),
+        ([], "observations"),
+    ],
+)
+def test_mistakes(argv, text, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, n in (("good", 100), ("few", 3)):
+        observe(features(n), GaussianNoise(0.05)).save(tmp_path / name)
+    assert main(["check", *argv]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("diffem: ")
+    assert err.count("\n") == 1
+    assert text.lower() in err.lower()
+
+
+def test_command_with_a_black_box(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "a_box_of_mine.py").write_text("def clip(x):\n    return x.clamp(-1, 1)\n")
+    (tmp_path / "obs").mkdir()
+    np.save("obs/y.npy", features(1200).clip(-1, 1).astype(np.float32))
+    assert main(["check", "obs", "--corruption", "a_box_of_mine:clip"]) == 0
+    assert "note     black-box: " in capsys.readouterr().out

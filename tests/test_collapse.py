@@ -1,0 +1,125 @@
+"""The collapse watch where the prior is known: silent if it is right, and each number finds the fault that it is there for."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from diffem import seeding
+from diffem.corruptions import BlackBox, Corruption, GaussianNoise, RandomMask, RandomProjection
+from diffem.diagnostics import score
+from diffem.diagnostics.collapse import NUMBERS, collapse_watch
+from diffem.mixtures import Mixture
+from diffem.observations import Observations
+from diffem.posteriors import MixturePosterior, draw_many, sample_many
+
+FEATURES, N, SCALING = 8, 180, (1.0, 2.0)
+CASES = {"mask": RandomMask(0.5, 0.2), "projection": RandomProjection(3, 0.2), "noise": GaussianNoise(0.8)}
+
+
+def model(corruption: Corruption, kinds: tuple[float, float] = (0.3, 0.7)) -> MixturePosterior:
+    """The exact posterior of two Gaussians of rank 2, with these weights."""
+    generator = torch.Generator().manual_seed(1)
+    mean = torch.randn(2, FEATURES, generator=generator)
+    factor = 0.4 * torch.randn(2, FEATURES, 2, generator=generator)
+    mixture = Mixture(torch.tensor(kinds).log(), mean, factor, torch.full((2, FEATURES), 0.02))
+    return MixturePosterior(corruption, (FEATURES,), SCALING, mixture)
+
+
+def observed(corruption: Corruption, seed: int, n: int = 2 * N) -> Observations:
+    x = model(RandomMask(0.5, 0.2)).sample_prior(seeding.item_seeds(1000 + seed, 0, "data", torch.arange(n)))
+    y, params = corruption.observe(x, torch.Generator().manual_seed(seed))
+    return Observations(y.numpy(), corruption, {k: v.numpy() for k, v in params.items()})
+
+
+def watch(name: str, seed: int = 0, samples=lambda z, training: z, sampler=None, factor: float = 1.0) -> dict:
+    """The numbers of the exact posterior and prior, of another sampler, or of samples that something was done to."""
+    corruption, rows = CASES[name], np.arange(N)
+    data, right = observed(corruption, seed), sampler or model(corruption)
+    x = draw_many(right, data, np.arange(2 * N), 1, seed)[:, 0]
+    z = samples(sample_many(right, N, seed), x[N:])
+    return collapse_watch(x[:N], z, x[N:], data, rows, SCALING, seed)
+
+
+def warned(table: dict) -> set[str]:
+    return {name for name, row in table.items() if row["warning"]}
+
+
+def narrowed(z: torch.Tensor, training: torch.Tensor) -> torch.Tensor:
+    return z.mean(0) + 0.7 * (z - z.mean(0))
+
+
+def repeated(z: torch.Tensor, training: torch.Tensor) -> torch.Tensor:
+    return z[:20].repeat(9, 1) + 0.01 * torch.randn(N, FEATURES, generator=torch.Generator().manual_seed(0))
+
+
+def copied(z: torch.Tensor, training: torch.Tensor) -> torch.Tensor:
+    return training + 0.01 * torch.randn(N, FEATURES, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_silent_while_all_is_well(name):
+    tables = [watch(name, seed) for seed in range(20)]
+    assert [warned(table) for table in tables] == [set()] * 20
+    for number in tables[0]:
+        away = np.array([(t[number]["value"] - t[number]["healthy"]) / t[number]["error"] for t in tables])
+        assert abs(away.mean()) < 1, number  # nothing but what the standard errors say
+        assert (away**2).mean() < 2.5, number
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("change", "finds"),
+    [(narrowed, {"prior_diversity", "neighbours"}), (repeated, {"neighbours", "duplicates"}), (copied, {"memorised"})],
+)
+def test_priors_that_are_narrow_or_repeat_or_copy(name, change, finds):
+    found = warned(watch(name, samples=change))
+    assert finds & found if change is narrowed else finds <= found
+    assert not found & {"diversity", "nearest"}  # the reconstructions are right
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_kind_is_lost(name):
+    found = warned(watch(name, sampler=model(CASES[name], (1e-30, 1.0))))
+    assert found & {"prior_diversity", "neighbours"}
+    if name == "noise":  # elsewhere the posterior still follows what it was shown, and only the prior has lost it
+        assert found == {"diversity", "prior_diversity", "nearest"}
+
+
+class Narrow(MixturePosterior):
+    """Draws that are 30 % too near to the exact mean."""
+
+    def _sample(self, y, params, seeds, withheld):
+        x = super()._sample(y, params, seeds, withheld)
+        mean = self.mixture.posterior(self.model_corruption.likelihood(y, params).withheld(withheld)).mean
+        return mean + 0.7 * (x - mean)
+
+
+@pytest.mark.parametrize("sampler", [MixturePosterior, Narrow])
+def test_spread_of_a_narrow_posterior(sampler):
+    corruption = CASES["mask"]
+    data, rows = observed(corruption, 0), np.arange(N)
+    drawn = sampler(corruption, (FEATURES,), SCALING, model(corruption).mixture)
+    found = score(drawn, data, rows, 0, splits=2)
+    x = draw_many(drawn, data, rows, 1, 0)[:, 0]
+    table = collapse_watch(x, None, x, data, rows, SCALING, 0, (found.ratio, found.ratio_error))
+    assert ("spread" in warned(table)) == (sampler is Narrow)
+    assert list(table) == ["spread", "diversity", "nearest"]
+
+
+def test_a_prior_of_one_item_and_a_black_box():
+    box = BlackBox(lambda x: x.clamp(-1, 1))
+    z = model(CASES["mask"]).sample_prior(seeding.item_seeds(0, 0, "data", torch.arange(3 * N)))
+    data = Observations(z[:N].clamp(-1, 1).numpy(), box)
+    right = collapse_watch(z[:N], z[N : 2 * N], z[2 * N :], data, np.arange(N), SCALING, 0)
+    assert not warned(right)
+    table = collapse_watch(z[:N], z[:1].expand(N, -1), z[2 * N :], data, np.arange(N), SCALING, 0)
+    assert {"prior_diversity", "neighbours", "duplicates"} <= warned(table)
+    assert json.loads(json.dumps(table, allow_nan=False)) == table
+    assert table["duplicates"]["warning"] == (
+        "the prior repeats itself: 100% of its samples nearly repeat another one, where 5% would"
+    )
+    assert set(table) == set(NUMBERS) - {"spread", "nearest"}

@@ -1,0 +1,125 @@
+"""Runs whose models are known: no warning if they are those of the truth, the right ones if they are not."""
+
+from __future__ import annotations
+
+import html
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from diffem import seeding
+from diffem.cli import main
+from diffem.corruptions import RandomMask
+from diffem.diagnostics import diagnose, score
+from diffem.diagnostics.diagnose import warnings
+from diffem.errors import DiffemError
+from diffem.mixtures import Mixture
+from diffem.observations import Observations
+from diffem.posteriors import MixturePosterior, draw_many
+
+SHAPE, N, SCALING = (16,), 1300, (0.0, 2.0)
+CORRUPTION = RandomMask(0.5, 0.1)
+
+
+def model(width: float = 1.0) -> MixturePosterior:
+    """The exact posterior of a Gaussian of rank 3, or of one of another width."""
+    generator = torch.Generator().manual_seed(0)
+    mean, factor = 0.3 * torch.randn(1, 16, generator=generator), 0.4 * torch.randn(1, 16, 3, generator=generator)
+    mixture = Mixture(torch.zeros(1), mean, width * factor, torch.full((1, 16), 0.05 * width**2))
+    return MixturePosterior(CORRUPTION, SHAPE, SCALING, mixture)
+
+
+def make(run: Path, seed: int = 0, width: float = 1.0, held_out: int = 300) -> Observations:
+    """A finished run, with models of this width."""
+    x = model().sample_prior(seeding.item_seeds(seed, 0, "data", torch.arange(N)))
+    y, params = CORRUPTION.observe(x, torch.Generator().manual_seed(seed))
+    hidden = np.arange(N) < held_out
+    data = Observations(y.numpy(), CORRUPTION, {"mask": params["mask"].numpy()}, held_out=hidden)
+    data.save(run / "observations")
+    sampler = model(width)
+    for name in ("posterior", "prior"):
+        sampler.save_pretrained(run / name)
+    np.save(run / "reconstructions.npy", draw_many(sampler, data, np.arange(N), 1, seed)[:, 0].numpy())
+    found = score(sampler, data, np.flatnonzero(hidden), seed, splits=2)
+    row = {"iteration": 0, "score_name": "crps", "score": found.mean, "score_se": found.standard_error, "best": True}
+    row |= {"ratio": found.ratio, "ratio_se": found.ratio_error, "accepted": True}
+    (run / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    config = {"em": {"seed": seed}, "facts": {"digest": data.digest()}}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    return data
+
+
+def test_models_of_the_truth_have_no_warning(tmp_path):
+    for seed in range(5):
+        found = diagnose(tmp_path, make(tmp_path, seed))
+        assert found["warnings"] == []
+    assert found["items"] == 256
+    assert found["coverage"]["observations"] == 64
+    for level, share, error in zip(*(found["coverage"][k] for k in ("levels", "shares", "errors")), strict=True):
+        assert abs(share - level) < 3 * error < 0.15
+    assert "self_consistency" not in found
+    full = diagnose(tmp_path, make(tmp_path, seed), full=True)
+    assert full["warnings"] == []
+    assert full["coverage"]["observations"] == 128
+    assert full["self_consistency"]["p_value"] > 0.01
+
+
+@pytest.mark.parametrize(("width", "said"), [(0.6, "over-confident"), (1.7, "under-confident")])
+def test_models_that_are_too_narrow_or_too_wide(width, said, tmp_path):
+    found = diagnose(tmp_path, make(tmp_path, width=width), full=True)
+    text = " | ".join(found["warnings"])
+    assert said in text
+    assert "re-corrupted prior samples do not look like the observations" in text
+    assert ("the prior samples are too much alike" in text) == (width < 1)
+    assert ("the posterior draws vary" in text) == (width < 1)
+    assert "simulated" not in text  # they fit each other: self-consistency is not truth
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+
+
+def test_words():
+    coverage = {"levels": [0.5, 0.8, 0.95], "shares": [0.45, 0.61, 0.9], "errors": [0.01, 0.02, 0.04]}
+    assert warnings({"coverage": coverage}) == ["over-confident: 80% intervals hold 61% of the hidden entries"]
+    assert warnings({"coverage": {**coverage, "errors": [0.1] * 3}}) == []  # so few entries do not say so
+    parts = {"reconstructions": {"p_value": 0.005}, "prior": {"p_value": 0.2}}
+    assert warnings({"divergence": parts}) == [
+        "re-corrupted reconstructions do not look like the observations (p = 0.005): posterior, prior or the assumed"
+        " corruption is wrong"
+    ]
+    assert warnings({"self_consistency": {"p_value": 1e-9}}) == [
+        "on simulated observations the posterior is not that of the learned prior (p < 0.001): one of them is wrong"
+    ]
+
+
+def test_command(tmp_path, capsys):
+    make(tmp_path, width=0.6)
+    assert main(["diagnose", str(tmp_path), "--device", "cpu"]) == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    assert main(["diagnose", str(tmp_path), "--device", "cpu", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert said == [f"warning: {text}" for text in found["warnings"]]
+    assert json.loads((tmp_path / "diagnostics.json").read_text()) == found
+    page = (tmp_path / "report.html").read_text()
+    assert all(f"<li>{html.escape(text)}</li>" in page for text in found["warnings"])
+    make(tmp_path, seed=1)
+    assert main(["diagnose", str(tmp_path), "--device", "cpu"]) == 0
+    assert "diagnostics: nothing is wrong" in capsys.readouterr().out
+    assert "and held-out observations show nothing wrong." in (tmp_path / "report.html").read_text()
+
+
+def test_too_few_held_out_observations_say_nothing(tmp_path):
+    found = diagnose(tmp_path, make(tmp_path, width=0.6, held_out=10))
+    assert found["warnings"] == ["10 held-out observations are too few to say whether all is well; it takes 16"]
+    assert set(found) == {"iteration", "items", "seconds", "warnings"}
+
+
+def test_mistakes(tmp_path):
+    make(tmp_path / "run")
+    other = make(tmp_path / "other", seed=1)
+    with pytest.raises(DiffemError, match="are not the observations that"):
+        diagnose(tmp_path / "run", other)
+    with pytest.raises(DiffemError, match="is not a finished run"):
+        diagnose(tmp_path, other)

@@ -1,0 +1,137 @@
+"""The guard's decisions on scores that are made up."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from diffem import config as configuration
+from diffem.diagnostics import Score
+from diffem.guard import WIDEST, Guard
+
+SAME = torch.zeros(100)
+
+
+def scored(crps: float, ratio: float = 0.5, noise: float = 0.01) -> Score:
+    """A score of many draws, whose paired differences have a standard error of their own."""
+    generator = torch.Generator().manual_seed(round(1000 * crps))
+    items, ones = crps * (1 + noise * torch.randn(64, generator=generator)), torch.ones(64)
+    return Score("crps", items, ratio * ones, ones, 0 * ones)
+
+
+def guard(first: Score, **sections) -> Guard:
+    em = {"iterations": 20, "patience": 3, **sections.pop("em", {})}
+    return Guard.begin(configuration.from_dict({"em": em, "e_step": sections}), first, SAME)
+
+
+def test_accepted_within_two_standard_errors_of_the_best():
+    found = guard(scored(0.5))
+    verdict = found.decide(1, scored(0.4), SAME)
+    assert (verdict["accepted"], verdict["best"]) == (True, True)
+    assert (verdict["delta"], verdict["delta_se"]) == scored(0.4).criterion_difference(scored(0.5))
+    assert (verdict["start_delta"], verdict["start_delta_se"]) == scored(0.4).difference(scored(0.5))
+    for factor, accepted in ((1.004, True), (1.02, False), (1.25, False)):
+        verdict = found.decide(2, scored(0.4 * factor), SAME)
+        assert (verdict["accepted"], verdict["best"]) == (accepted, False)
+        assert accepted == (verdict["delta"] <= 2 * verdict["delta_se"])
+    assert found.best.mean == pytest.approx(0.4, abs=0.005)
+
+
+def test_the_first_that_is_accepted_takes_the_place_of_the_start():
+    found = guard(scored(0.4))
+    refused, accepted, second = (found.decide(k, scored(crps), SAME) for k, crps in enumerate((0.45, 0.4016, 0.402), 1))
+    assert (refused["best"], accepted["best"], second["best"]) == (False, True, False)
+    assert accepted["delta"] > 0
+
+
+def test_narrow_draws_are_refused_although_their_crps_is_less():
+    found = guard(scored(0.5, ratio=0.8))
+    narrow = found.decide(1, scored(0.48, ratio=0.3), SAME)
+    assert narrow["start_delta"] < 0
+    assert not narrow["accepted"]
+    assert narrow["delta"] == pytest.approx(
+        math.log(0.48 / 0.5) + (math.log(0.3 / 0.8) + 1 / 0.3 - 1 / 0.8) / 2, abs=0.005
+    )
+    wide = found.decide(2, scored(0.481, ratio=0.95), SAME)
+    assert (wide["accepted"], wide["best"]) == (True, True)
+
+
+def test_dispersion_is_none_at_first_and_then_what_the_ratio_asks_for():
+    found = guard(scored(0.5), sharp=0.1, dispersion=1.0, ratio=0.9, gain=2.0)
+    used = []
+    for k, ratio in enumerate((0.3, 0.3, 0.5, 0.6, 1.5, 9.0, 0.1, 0.01, 0.01), 1):
+        used.append(found.width(k))
+        found.decide(k, scored(0.5 - k / 100, ratio), SAME)
+    assert used == pytest.approx([0, 0, 1, 1.8, 1.6, 1, 1, 2.6, 2.78])
+
+
+def test_dispersion_has_a_limit():
+    found = guard(scored(0.5), sharp=0.0, gain=100.0)
+    found.decide(1, scored(0.4, 0.1), SAME)
+    assert found.width(2) == WIDEST
+
+
+def test_gain_of_none_and_a_black_box_leave_the_dispersion():
+    for score, gain in ((scored(0.4, 0.3), 0.0), (Score("energy_distance", torch.linspace(0, 1, 9)), 2.0)):
+        found = guard(score, sharp=0.0, dispersion=0.7, gain=gain)
+        found.decide(1, score, SAME)
+        assert found.width(2) == 0.7
+
+
+def test_patience_ends_the_sharp_part_and_then_the_run():
+    found = guard(scored(0.5, 0.9), sharp=0.5, dispersion=1.0, gain=0.0)
+    widths, over = [], []
+    for k in range(1, 9):
+        widths.append(found.width(k))
+        found.decide(k, scored(0.4 if k == 2 else 0.45, 0.9), SAME)
+        over.append(found.over)
+    assert widths == [0.0] * 5 + [1.0] * 3  # the best was the second: 3, 4 and 5 were in vain
+    assert over == [False] * 7 + [True]
+
+
+def test_no_patience_goes_on():
+    found = guard(scored(0.5), em={"patience": 0}, sharp=0.5)
+    for k in range(1, 20):
+        found.decide(k, scored(0.9), SAME)
+        assert not found.over
+    assert found.sharp == 10
+
+
+def test_without_a_guard_all_are_accepted_and_the_last_is_the_best():
+    found = guard(scored(0.4, 0.9), em={"guard": False, "patience": 1})
+    for k in range(1, 20):
+        verdict = found.decide(k, scored(0.9, 0.2), SAME)
+        assert (verdict["accepted"], verdict["best"], found.over) == (True, True, False)
+    assert found.best.mean == pytest.approx(0.9, abs=0.01)
+
+
+def test_it_is_rebuilt_from_what_a_checkpoint_holds():
+    found = guard(scored(0.5))
+    found.decide(1, scored(0.4), SAME)
+    found.decide(2, scored(0.45), SAME)
+    again = Guard.load(found.config, dict(found.facts), found.tensors)
+    assert again.facts == found.facts
+    assert again.decide(3, scored(0.43), SAME) == found.decide(3, scored(0.43), SAME)
+    box = Guard.begin(found.config, Score("energy_distance", torch.ones(3)), SAME)
+    assert Guard.load(box.config, dict(box.facts), box.tensors).best.spread is None
+    assert set(found.facts) == {f.name for f in dataclasses.fields(Guard)} - {"config", "first", "best", "closest"} | {
+        "name"
+    }
+
+
+def test_reconstructions_that_could_not_be_observed_are_refused_unless_the_posterior_is_better():
+    far = torch.linspace(-1, 1, 100) + 0.3  # 0.3 +- 0.058
+    found = Guard.begin(guard(scored(0.5)).config, scored(0.5), far)
+    verdict = found.decide(1, scored(0.4), far - 0.2)
+    assert verdict["best"]
+    assert verdict["divergence_delta"] == pytest.approx(-0.2)
+    noise = far.flip(0) - 0.3
+    for shift, score, accepted in ((0.1, 0.4, True), (0.13, 0.4, False), (0.13, 0.39, True)):
+        verdict = found.decide(2, scored(score), far - 0.2 + shift + noise)
+        assert verdict["divergence_delta"] == pytest.approx(shift, rel=1e-4)
+        assert verdict["divergence_delta_se"] == pytest.approx(0.0586, rel=0.01)
+        assert verdict["accepted"] == accepted
+    assert torch.equal(found.closest, far - 0.2)  # accepted, but no closer
