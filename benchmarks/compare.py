@@ -90,7 +90,7 @@ BARE = {"e_step.sharp": "1", "e_step.least_ratio": "0", "em.guard": "false"}
 MMPS = {**BARE, "sampler.guidance": "mmps", "denoiser.observation_dropout": "1"}
 # the strengths of DPS are the best of 0.1, 0.3, 1, 3, 10 on held-out observations of digits-mask75, at 16 steps
 DPS = {**BARE, "sampler.guidance": "dps", "denoiser.observation_dropout": "1", "sampler.guidance_strength": "3"}
-BOUND = {"em.guard": "false", "em.refresh": "1", "e_step.gain": "0", "e_step.least_ratio": "0"}
+BOUND = {"em.guard": "false", "e_step.sharp": "0", "em.refresh": "1", "e_step.gain": "0", "e_step.least_ratio": "0"}
 # an M-step of a few updates on a pool of which a small part is new: SCSI with a replay of 0.9
 SCSI = {**BARE, "m_step.steps": "15", "em.refresh": "0.1", "em.score_items": "64"}
 
@@ -115,7 +115,7 @@ METHODS: dict[str, Method] = {
     "diffem-plain": Method({"denoiser.precondition": "plain"}),
     "diffem-fuse": Method({"denoiser.precondition": "fuse"}),
     "diffem-sharp": Method({**BARE, "em.guard": "true"}),
-    "diffem-half": Method({"e_step.sharp": "0.5"}),
+    "diffem-steady": Method({"e_step.sharp": "0"}),
     "diffem-8steps": Method({"sampler.steps": "8"}),
     "diffem-64steps": Method({"sampler.steps": "64"}),
     "diffem-short": Method({"m_step.steps": "75"}),

@@ -100,7 +100,7 @@ def test_celeba_presets_run(name, tmp_path):
         ({"m_step": {"reinitialise": -1}}, "m_step.reinitialise: must be a number of iterations >= 0, got -1"),
         (
             {"e_step": {"dispersion": -1.0}},
-            "e_step: batch must be at least 1; dispersion, ratio, gain and least_ratio must be >= 0",
+            "e_step: batch must be at least 1; dispersion, gain and ratios must be >= 0",
         ),
         ({"e_step": {"sharp": 1.5}}, "e_step.sharp: must be in [0, 1], got 1.5"),
         ({"em": {"patience": -1}}, "em.patience: must be a number of iterations >= 0, got -1"),

@@ -395,7 +395,8 @@ def test_energy_items_are_those_of_the_test_in_pairs():
     data = Observations(y.numpy(), GaussianNoise(1e-6))
     items = divergence.energy_items(x, data, np.arange(40), (1.0, 2.0), 0)
     expected = energy_test((x - y.mean(0)) / 2, (y - y.mean(0)) / 2, generator(0), 0, paired=True).statistic
-    assert items.mean().item() == pytest.approx(expected, rel=1e-3)
+    apart = torch.cdist(y, y).sum().item() / (40 * 39) / 2
+    assert items.mean().item() == pytest.approx(expected / apart, rel=1e-3)
 
 
 def test_standard_error_of_energy_items_is_that_of_repetitions():

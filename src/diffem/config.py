@@ -48,8 +48,8 @@ class EMConfig:
         score_draws: Draws per split.
         guard: Whether held-out observations decide which iterations are accepted, saved, and the last (see
             :mod:`diffem.guard`); if not, all are accepted, and the last one of `iterations` is saved.
-        gate: An iteration is refused if its criterion is worse than the least by more than this many standard errors.
-        patience: So many iterations in a row that are not the best end the sharp part of the run, and after it the run;
+        gate: So many standard errors of a paired difference count as better or worse.
+        patience: So many iterations in a row without an improvement end the sharp part of the run, and after it the run;
             0 never does.
     """
 
@@ -77,7 +77,9 @@ class EStepConfig:
     """The E-step, and the dispersion of its draws over the run: sharp first, calibrated last.
 
     Attributes:
-        sharp: The fraction of the iterations that put no residual variance back (plain DDPM).
+        sharp: The largest fraction of the iterations, at first, that put no residual variance back (plain DDPM): they
+            learn fast, and narrow.
+        sharp_ratio: The calibration ratio that ends them sooner.
         dispersion: The share of the residual variance that the others put back (1 is calibrated where the prior is
             right).
         ratio: The least calibration ratio of held-out observations that counts as honest.
@@ -88,7 +90,8 @@ class EStepConfig:
         batch: Observations at a time.
     """
 
-    sharp: float = 0.0
+    sharp: float = 0.5
+    sharp_ratio: float = 0.5
     dispersion: float = 1.0
     ratio: float = 0.9
     gain: float = 2.0
@@ -96,8 +99,8 @@ class EStepConfig:
     batch: int = 256
 
     def __post_init__(self) -> None:
-        if self.batch < 1 or min(self.dispersion, self.ratio, self.gain, self.least_ratio) < 0:
-            raise DiffemError("e_step: batch must be at least 1; dispersion, ratio, gain and least_ratio must be >= 0")
+        if self.batch < 1 or min(self.dispersion, self.ratio, self.gain, self.least_ratio, self.sharp_ratio) < 0:
+            raise DiffemError("e_step: batch must be at least 1; dispersion, gain and ratios must be >= 0")
         if not 0 <= self.sharp <= 1:
             raise DiffemError(f"e_step.sharp: must be in [0, 1], got {self.sharp}")
 

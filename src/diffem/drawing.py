@@ -344,7 +344,8 @@ def curves(rows: Sequence[Row], final: Row, score_name: str) -> list[Figure]:
         (
             "divergence",
             "divergence",
-            "Divergence of re-corrupted reconstructions from the observations, 0 if they could be observed; band: ± one standard error",
+            "Divergence of re-corrupted reconstructions from the observations, as a share of the distance of two of these; "
+            "0 if they could be observed; band: ± one standard error",
         ),
         (
             "criterion",

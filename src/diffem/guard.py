@@ -1,14 +1,18 @@
-"""What held-out observations decide: whether an iteration is accepted, how wide the next draws are, and when to stop.
+"""What observations decide: whether an iteration is accepted, which one is the best, how wide the next draws are, and when to stop.
 
-accepted    its criterion (see :mod:`diffem.diagnostics.scores`), which looks at the posterior, is not worse than the
-            least so far; nor is its divergence (:func:`diffem.diagnostics.divergence.energy_items` of the
-            reconstructions that train), which looks at the prior, unless its criterion is better. Worse and better
-            are by more than `em.gate` standard errors of the paired difference. What is refused trains nothing
-best        it is accepted, and its criterion is the least so far: what the run folder holds. The first one that is
-            accepted takes the place of the start even if its criterion is a little larger: draws of two samplers of
-            different make do not pair, so that this difference is the noisiest of all
-dispersion  none in the sharp part of the run; then `e_step.dispersion`, or more if the last iteration was over-confident
-stop        `em.patience` iterations in a row were not the best: that ends the sharp part, or else the run
+accepted    its score (CRPS) is not worse than the least so far; what is refused trains nothing
+best        it is accepted and sound, and its criterion (see :mod:`diffem.diagnostics.scores`), which looks at the posterior and
+            does not forgive draws that are too narrow, is the least so far: what the run folder holds
+sound       its criterion is not worse than that of the best; nor is its divergence
+            (:func:`diffem.diagnostics.divergence.energy_items` of the reconstructions that train), which looks at the
+            prior, worse than the least so far by more than a thousandth, unless its criterion is better
+dispersion  none in the sharp part of the run, which a ratio below `e_step.sharp_ratio` ends; then `e_step.dispersion`, or
+            more if the last iteration was over-confident
+stop        `em.patience` iterations in a row improved neither score nor criterion: that ends the sharp part, or else the run
+
+Worse and better are by more than `em.gate` standard errors of the paired difference. The first sound iteration takes the
+place of the start even if its criterion is a little larger: draws of two samplers of different make do not pair, so
+that this difference is the noisiest of all.
 """
 
 from __future__ import annotations
@@ -21,8 +25,9 @@ from diffem.config import Config
 from diffem.diagnostics import Score
 from diffem.diagnostics.scores import standard_error
 
+TOLERANCE = 1e-3  # of a divergence: many observations find what is too small to matter
 WIDEST = 4.0  # the most that is made of a dispersion
-SCORES = ("first", "best")
+SCORES = ("first", "lowest", "best")
 
 
 @dataclass
@@ -32,17 +37,19 @@ class Guard:
     Attributes:
         config: The run's.
         first: The score of the start.
-        best: That of the least criterion.
+        lowest: The least score of an accepted iteration.
+        best: The score of the least criterion.
         closest: What the reconstructions of the least divergence add to it, item by item.
         dispersion: Of the next E-step after the sharp part.
         sharp: The last iteration of the sharp part.
         trained: Whether the best is an iteration's, not the start's.
-        stale: Iterations since the best.
+        stale: Iterations since the last improvement.
         over: Whether patience has run out.
     """
 
     config: Config
     first: Score
+    lowest: Score
     best: Score
     closest: Tensor
     dispersion: float
@@ -54,18 +61,19 @@ class Guard:
     @classmethod
     def begin(cls, config: Config, start: Score, divergence: Tensor) -> Guard:
         sharp = round(config.e_step.sharp * config.em.iterations)
-        return cls(config, start, start, divergence, config.e_step.dispersion, sharp)
+        return cls(config, start, start, start, divergence, config.e_step.dispersion, sharp)
 
     def width(self, iteration: int) -> float:
         """The dispersion of an iteration's draws."""
         return 0.0 if iteration <= self.sharp else self.dispersion
 
     def compare(self, current: Score, divergence: Tensor) -> dict[str, float]:
-        """Paired differences, and their standard errors: `delta` of the criterion to the best, `divergence_delta` to the
-        least, and `start_delta` of the score to the start's."""
+        """Paired differences and their standard errors: `delta` of the score to the least, `criterion_delta` to the best,
+        `divergence_delta` to the least, and `start_delta` of the score to the start's."""
         apart = divergence - self.closest
         found = {
-            "delta": current.criterion_difference(self.best),
+            "delta": current.difference(self.lowest),
+            "criterion_delta": current.criterion_difference(self.best),
             "divergence_delta": (apart.mean().item(), standard_error(apart)),
             "start_delta": current.difference(self.first),
         }
@@ -80,21 +88,31 @@ class Guard:
             divergence: What its reconstructions add to their divergence, in the order of those of the start.
         """
         em, e_step, found = self.config.em, self.config.e_step, self.compare(current, divergence)
-        better, worse, apart = (
-            found["delta"] < -em.gate * found["delta_se"],
-            found["delta"] > em.gate * found["delta_se"],
-            found["divergence_delta"] > em.gate * found["divergence_delta_se"],
-        )
-        accepted = not em.guard or not (worse or (apart and not better))
-        best = accepted and (not em.guard or not self.trained or found["delta"] < 0)
+
+        def worse(name: str, sign: int = 1) -> bool:
+            return sign * found[name] > em.gate * found[f"{name}_se"]
+
+        accepted = not em.guard or not worse("delta")
+        better = worse("criterion_delta", -1)
+        apart = worse("divergence_delta") and found["divergence_delta"] > TOLERANCE
+        sound = accepted and not worse("criterion_delta") and (better or not apart)
+        best = not em.guard or (sound and (not self.trained or found["criterion_delta"] < 0))
+        lower = accepted and found["delta"] < 0
+        if lower:
+            self.lowest = current
         if accepted and found["divergence_delta"] < 0:
             self.closest = divergence
-        self.best, self.trained = (current, True) if best else (self.best, self.trained)
-        self.stale = 0 if best else self.stale + 1
-        if current.ratio is not None and iteration > self.sharp:
-            # Not added to the last one: reconstructions that are too narrow narrow the next iteration's, so that the
-            # loop adds up by itself.
-            self.dispersion = min(e_step.dispersion + e_step.gain * max(e_step.ratio - current.ratio, 0.0), WIDEST)
+        if best:
+            self.best, self.trained = current, True
+        self.stale = 0 if lower or best else self.stale + 1
+        if current.ratio is not None:
+            if iteration > self.sharp:
+                # Not added to the last one: reconstructions that are too narrow narrow the next iteration's, so that the
+                # loop adds up by itself.
+                self.dispersion = e_step.dispersion + e_step.gain * max(e_step.ratio - current.ratio, 0.0)
+                self.dispersion = min(self.dispersion, WIDEST)
+            elif em.guard and current.ratio < e_step.sharp_ratio:
+                self.sharp = iteration
         if em.guard and em.patience and self.stale >= em.patience:
             self.over = iteration >= self.sharp
             self.sharp, self.stale = min(self.sharp, iteration), 0
@@ -118,4 +136,4 @@ class Guard:
             return Score(facts["name"], tensors[f"{which}.items"], *parts)
 
         rest = {k: v for k, v in facts.items() if k != "name"}
-        return cls(config, score("first"), score("best"), tensors["closest"], **rest)
+        return cls(config, score("first"), score("lowest"), score("best"), tensors["closest"], **rest)

@@ -244,7 +244,7 @@ def energy_items(
     """What each observation adds to the energy distance of re-corrupted reconstructions from the observations, (n,).
 
     Their mean is the distance of :func:`energy_test` in pairs, of rows in which every entry is centred on what the
-    observations show of it; their standard deviation over the root of n is its standard error (that of a U-statistic of
+    observations show of it, as a share of the mean distance of two observations; their standard deviation over the root of n is its standard error (that of a U-statistic of
     two items, whose influence is twice an item's share). Equal seeds draw equal parameters and noise, so
     that two sets of reconstructions can be compared in pairs.
 
@@ -252,15 +252,15 @@ def energy_items(
         x: Item i was drawn given observation indices[i]: (n, *shape), in the units of y.
         observations: The observations; their corruption says how they come about.
         indices: Those that are compared.
-        scaling: (centre, half): distances are in model units.
+        scaling: (centre, half) of the model units.
         seed: Of the parameters and noise.
     """
     (u, shown), (v, seen) = _sides(x, observations, indices, scaling, seeding.fold(seed, *b"energy"))
     centre = (v * seen).sum(0) / seen.sum(0).clamp(min=1)
     u, v = torch.where(shown, u - centre, 0.0), torch.where(seen, v - centre, 0.0)
     cross = torch.cdist(u, v).fill_diagonal_(0)  # an item and its own observation are not independent
-    within = torch.cdist(u, u).sum(1) + torch.cdist(v, v).sum(1)
-    shares = (cross.sum(1) + cross.sum(0) - within) / (len(u) - 1)
+    ours, theirs = torch.cdist(u, u).sum(1), torch.cdist(v, v).sum(1)
+    shares = (cross.sum(1) + cross.sum(0) - ours - theirs) / theirs.mean().clamp(min=CONSTANT)
     return (2 * shares - shares.mean()).float()
 
 
