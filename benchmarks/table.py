@@ -160,7 +160,8 @@ def turning() -> str:
         "| run | seed | chosen | energy distance: best (at) | chosen | last | Frechet: best (at) | chosen | last |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for file in sorted((HERE / "results" / "turning").glob("*.json")):
+    files = sorted((HERE / "results" / "turning").glob("*.json"))
+    for file in files:
         result = json.loads(file.read_text())
         rows = [row for row in result["rows"] if row["loss"] is not None or row["iteration"] == 0]
         cells = [result["task"], str(result["seed"]), str(chosen(rows))]
@@ -171,7 +172,7 @@ def turning() -> str:
             first, *others = (f"{value:.{digits}f}" for value in shown)
             cells += [f"{first} ({best})", *others]
         lines.append("| " + " | ".join(cells) + " |")
-    return "### quality that turns\n\n" + "\n".join(lines) + "\n"
+    return "### quality that turns\n\n" + "\n".join(lines) + "\n" if files else ""
 
 
 def misspecified() -> str:
@@ -180,7 +181,8 @@ def misspecified() -> str:
         "| true | assumed | PSNR of the mean | energy distance | prior: energy distance | ratio, held out | ratio, clean | check | diagnose |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for file in sorted((HERE / "results" / "misspecified").glob("*.json")):
+    files = sorted((HERE / "results" / "misspecified").glob("*.json"))
+    for file in files:
         result = json.loads(file.read_text())
         numbers = [
             f"{result[n]:.{d}f}" for n, d in (("psnr_mean", 2), ("energy_distance", 4), ("prior_energy_distance", 4))
@@ -192,7 +194,7 @@ def misspecified() -> str:
         ]
         assumed = "the same" if result["assumed"] == result["true"] else result["assumed"]
         lines.append("| " + " | ".join([result["true"], assumed, *numbers, *(w or "–" for w in found)]) + " |")
-    return "### wrong corruptions\n\n" + "\n".join(lines) + "\n"
+    return "### wrong corruptions\n\n" + "\n".join(lines) + "\n" if files else ""
 
 
 def compared() -> list[Path]:
