@@ -216,8 +216,10 @@ class DiffEM:
             self._measure(sampler)
         x = self.run.array("next", (len(self.observations), *self.shape))
         drawn = self._reconstruct(sampler, x, state.iteration)
+        began = time.monotonic()
         current, divergence = self._score(sampler), self._divergence(x)
         verdict = self.guard.decide(state.iteration, current, divergence)
+        verdict["guard_seconds"] = time.monotonic() - began
         state.row = self._row(current, divergence, verdict, drawn, sampler.dispersion, x)
         self.residual, state.phase = sampler.residual, "commit"
         self._checkpoint()
