@@ -16,7 +16,7 @@ import numpy as np
 from table import HERE, load
 
 PANELS = {
-    "crps": "CRPS, held out (smaller is better)",
+    "crps": "CRPS, held out, over the start's",  # which pixels are hidden moves its level
     "ratio": "calibration ratio, held out (1 is calibrated)",
     "density": "density of the draws",
     "coverage": "coverage of the clean items",
@@ -34,6 +34,9 @@ def curves(folder: Path, out: Path) -> None:
             style = {"color": COLOURS[method], "lw": 1, "alpha": 0.8}
             for j, result in enumerate(results):
                 points = [p for p in result["curve"] if p.get(name) is not None]
+                if name == "crps":
+                    points = [{**p, name: p[name] / points[0][name]} for p in points]
+                    points = points[: 1 + result["iterations"]]  # the calibration is scored on other splits
                 style["label"] = method if j == 0 else None
                 if result["iterations"] == 1:
                     axis.axhline(points[-1][name], ls="--", **style)
@@ -43,8 +46,7 @@ def curves(folder: Path, out: Path) -> None:
         axis.set_title(title, fontsize=9)
         axis.set_xlabel("network evaluations [10⁶]", fontsize=8)
         if name == "crps":  # what diverges leaves the picture
-            values = [[p["crps"] for p in result["curve"]] for results in runs.values() for result in results]
-            axis.set_ylim(0.9 * min(map(min, values)), min(axis.get_ylim()[1], 2 * max(v[0] for v in values)))
+            axis.set_ylim(top=min(axis.get_ylim()[1], 2))
         if name == "ratio":
             axis.axhspan(0.75, 1.25, color="0.9", zorder=0)
             axis.set_ylim(0, 2)
