@@ -54,17 +54,21 @@ def cell(column: dict, name: str) -> str:
     return number(name, column[name]) + spread
 
 
+def markdown(heads: list[str], rows: Iterable[list[str]]) -> str:
+    """A table."""
+    head, *others = ("| " + " | ".join(row) + " |\n" for row in (heads, *rows))
+    return head.replace("|  |", "| |") + "|" + "---|" * len(heads) + "\n" + "".join(others)
+
+
 def grid(columns: dict[str, dict], names: Iterable[str], extra: dict[str, list[str]] | None = None) -> str:
     """Markdown: a row per arm, a column per metric that some arm has."""
     names = [n for n in names if any(c.get(n) is not None for c in columns.values())]
     extra = extra or {}
-    lines = ["| | " + " | ".join([HEADS[n] for n in names] + list(extra)) + " |"]
-    lines += ["|---|" + "---|" * (len(names) + len(extra))]
-    for i, (arm, column) in enumerate(columns.items()):
-        lines.append(
-            f"| {arm} | " + " | ".join([cell(column, n) for n in names] + [v[i] for v in extra.values()]) + " |"
-        )
-    return "\n".join(lines) + "\n"
+    rows = [
+        [arm, *(cell(column, n) for n in names), *(v[i] for v in extra.values())]
+        for i, (arm, column) in enumerate(columns.items())
+    ]
+    return markdown(["", *(HEADS[n] for n in names), *extra], rows)
 
 
 def single(file: Path) -> str:
@@ -156,12 +160,19 @@ def chosen(rows: list[dict]) -> int:
 
 def turning() -> str:
     """Of every run of turning.py: clean-data distances of the chosen, the best and the last iteration."""
-    lines = [
-        "| run | seed | chosen | energy distance: best (at) | chosen | last | Frechet: best (at) | chosen | last |",
-        "|---|---|---|---|---|---|---|---|---|",
+    heads = [
+        "run",
+        "seed",
+        "chosen",
+        "energy distance: best (at)",
+        "chosen",
+        "last",
+        "Frechet: best (at)",
+        "chosen",
+        "last",
     ]
-    files = sorted((HERE / "results" / "turning").glob("*.json"))
-    for file in files:
+    lines = []
+    for file in sorted((HERE / "results" / "turning").glob("*.json")):
         result = json.loads(file.read_text())
         rows = [row for row in result["rows"] if row["loss"] is not None or row["iteration"] == 0]
         cells = [result["task"], str(result["seed"]), str(chosen(rows))]
@@ -171,18 +182,16 @@ def turning() -> str:
             shown = (values[best], values[chosen(rows)], values[-1])
             first, *others = (f"{value:.{digits}f}" for value in shown)
             cells += [f"{first} ({best})", *others]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "### quality that turns\n\n" + "\n".join(lines) + "\n" if files else ""
+        lines.append(cells)
+    return "### quality that turns\n\n" + markdown(heads, lines) if lines else ""
 
 
 def misspecified() -> str:
     """Of every case of misspecified.py: the effect, and what noticed it."""
-    lines = [
-        "| true | assumed | PSNR of the mean | energy distance | prior: energy distance | ratio, held out | ratio, clean | check | diagnose |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    files = sorted((HERE / "results" / "misspecified").glob("*.json"))
-    for file in files:
+    heads = ["true", "assumed", "PSNR of the mean", "energy distance", "prior: energy distance"]
+    heads += ["ratio, held out", "ratio, clean", "check", "diagnose"]
+    lines = []
+    for file in sorted((HERE / "results" / "misspecified").glob("*.json")):
         result = json.loads(file.read_text())
         numbers = [
             f"{result[n]:.{d}f}" for n, d in (("psnr_mean", 2), ("energy_distance", 4), ("prior_energy_distance", 4))
@@ -193,8 +202,8 @@ def misspecified() -> str:
             for name in ("check", "diagnose")
         ]
         assumed = "the same" if result["assumed"] == result["true"] else result["assumed"]
-        lines.append("| " + " | ".join([result["true"], assumed, *numbers, *(w or "–" for w in found)]) + " |")
-    return "### wrong corruptions\n\n" + "\n".join(lines) + "\n" if files else ""
+        lines.append([result["true"], assumed, *numbers, *(w or "–" for w in found)])
+    return "### wrong corruptions\n\n" + markdown(heads, lines) if lines else ""
 
 
 def compared() -> list[Path]:

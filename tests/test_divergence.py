@@ -14,11 +14,11 @@ from scipy import stats
 from diffem import datasets, metrics
 from diffem.corruptions import BlackBox, Corruption, GaussianBlur, GaussianNoise, RandomMask, RandomProjection
 from diffem.diagnostics import divergence
-from diffem.diagnostics.divergence import classifier_test, energy_test, observation_divergence, sliced_wasserstein_test
+from diffem.diagnostics.divergence import classifier_test, energy_test, sample_divergence, sliced_wasserstein_test
 from diffem.errors import DiffemError
 from diffem.mixtures import Mixture
-from diffem.observations import Observations
-from diffem.posteriors import MixturePosterior, ObservationPosterior
+from diffem.observations import Observations, evenly
+from diffem.posteriors import MixturePosterior, ObservationPosterior, draw_many, sample_many
 
 DISTANCES = ("rows", "entries", "pairs")
 TESTS = {
@@ -34,6 +34,13 @@ def generator(seed: int) -> torch.Generator:
 
 def normal(n: int, d: int, seed: int) -> torch.Tensor:
     return torch.randn(n, d, generator=generator(seed))
+
+
+def observation_divergence(posterior, prior, data, held_out, seed: int, limit: int = 512) -> dict:
+    """That of draws of a posterior and a prior."""
+    rows = evenly(held_out, limit)
+    x, samples = draw_many(posterior, data, rows, 1, seed)[:, 0], prior and sample_many(prior, len(rows), seed)
+    return sample_divergence(x, samples, data, rows, posterior.scaling, seed)
 
 
 def is_uniform(p_values: list[float], step: float, seed: int = 0) -> float:

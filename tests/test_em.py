@@ -301,6 +301,42 @@ def test_gate_refuses_what_is_worse(tmp_path, monkeypatch):
     assert not (tmp_path / "next.npy").exists()
 
 
+def scores_of(monkeypatch, *criteria: tuple[float, float]) -> None:
+    """The start and each iteration get these (CRPS, ratio); what comes after them, the last."""
+    left = list(criteria)
+
+    def score(*arguments):
+        value, ratio = left.pop(0) if len(left) > 1 else left[0]
+        ones = torch.ones(6)
+        return Score("crps", value * ones, ratio * ones, ones, 0 * ones)
+
+    monkeypatch.setattr(em_module, "score", score)
+    monkeypatch.setattr(em_module, "energy_items", lambda *arguments: torch.zeros(6))
+
+
+def test_run_holds_the_best_iteration_not_the_last(tmp_path, monkeypatch):
+    scores_of(monkeypatch, (0.5, 0.9), (0.4, 0.9), (0.39, 0.2))  # then less CRPS, by draws that are too narrow
+    em = DiffEM(settings(em={"guard": True}, e_step={"least_ratio": 0.0}), observations(), tmp_path)
+    kept = []
+    for row in em.iterate():
+        kept.append((tmp_path / "reconstructions.npy").read_bytes())
+        assert row["accepted"]
+    assert [row["best"] for row in em.rows] == [True, True, False, False]
+    assert kept[0] != kept[1] == kept[2] == kept[3]
+    data, rows = observations(), np.arange(60)
+    drawn = from_pretrained(tmp_path / "posterior").sample(*data.batch(rows), seeding.item_seeds(0, 1, "e_step", rows))
+    np.testing.assert_allclose(drawn, np.load(tmp_path / "reconstructions.npy"), rtol=1e-4, atol=1e-5)
+
+
+def test_patience_ends_the_run(tmp_path, monkeypatch):
+    scores_of(monkeypatch, (0.5, 0.9), (0.4, 0.9), (0.4, 0.9))
+    sections = {"em": {"guard": True, "iterations": 9, "patience": 2}, "e_step": {"sharp": 0.0, "least_ratio": 0.0}}
+    em = DiffEM(settings(**sections), observations(), tmp_path)
+    list(em.iterate())
+    assert [row["iteration"] for row in em.rows] == [0, 1, 2, 3]
+    assert em.state.phase == "done"
+
+
 # --- what trains: reconstructions of training observations, and nothing else ----------------------------
 
 

@@ -46,7 +46,7 @@ class EMConfig:
         score_splits: How often each of them is split into a part that is given and one that is predicted; four times
             as often for the calibration.
         score_draws: Draws per split.
-        guard: Whether held-out observations decide which iterations are accepted, saved, and the last (see
+        guard: Whether observations decide which iterations are accepted, saved, and the last (see
             :mod:`diffem.guard`); if not, all are accepted, and the last one of `iterations` is saved.
         gate: So many standard errors of a paired difference count as better or worse.
         patience: So many iterations in a row without an improvement end the sharp part of the run, and after it the run;

@@ -52,7 +52,7 @@ def diagnose(
 
         - `coverage`: `levels` of central intervals, their `shares` of the hidden entries, `errors` (standard errors of
           these over observations), `ranks` of the entries among the draws, and how many `observations`;
-        - `divergence`: of :func:`observation_divergence`;
+        - `divergence`: of :func:`sample_divergence`;
         - `collapse`: of :func:`collapse_watch`;
         - `self_consistency`: of that function, if `full`.
 

@@ -55,13 +55,12 @@ from diffem import seeding
 from diffem.corruptions import Corruption, LinearCorruption, Params
 from diffem.corruptions.diagonal import DiagonalCorruption
 from diffem.errors import DiffemError
-from diffem.observations import Observations, evenly
-from diffem.posteriors import BATCH, PosteriorSampler, draw_many, sample_many
+from diffem.observations import Observations
+from diffem.posteriors import BATCH
 
 PERMUTATIONS = 499
 DIRECTIONS = 128
 CONSTANT = 1e-6  # in model units: what varies less is rounding
-LIMIT = 512  # distances take the square of it
 
 
 @dataclass(frozen=True)
@@ -244,9 +243,9 @@ def energy_items(
     """What each observation adds to the energy distance of re-corrupted reconstructions from the observations, (n,).
 
     Their mean is the distance of :func:`energy_test` in pairs, of rows in which every entry is centred on what the
-    observations show of it, as a share of the mean distance of two observations; their standard deviation over the root of n is its standard error (that of a U-statistic of
-    two items, whose influence is twice an item's share). Equal seeds draw equal parameters and noise, so
-    that two sets of reconstructions can be compared in pairs.
+    observations show of it, as a share of the mean distance of two observations; their standard deviation over the root
+    of n is its standard error (that of a U-statistic of two items, whose influence is twice an item's share). Equal seeds
+    draw equal parameters and noise, so that two sets of reconstructions can be compared in pairs.
 
     Arguments:
         x: Item i was drawn given observation indices[i]: (n, *shape), in the units of y.
@@ -264,34 +263,6 @@ def energy_items(
     return (2 * shares - shares.mean()).float()
 
 
-def observation_divergence(
-    posterior: PosteriorSampler,
-    prior: PosteriorSampler | None,
-    observations: Observations,
-    held_out: np.ndarray,
-    seed: int,
-    limit: int = LIMIT,
-) -> dict[str, dict[str, float]]:
-    """The divergence of a posterior's reconstructions, and of as many samples of a prior, from held-out observations.
-
-    Arguments:
-        posterior: Draws one reconstruction of each observation.
-        prior: Draws the prior samples, or None.
-        observations: The observations.
-        held_out: Indices of the held-out ones; at most `limit` of them, from everywhere, are used.
-        seed: Seed of the run.
-        limit: See `held_out`.
-
-    Returns:
-        Under `reconstructions` and `prior`, ready for JSON: `items`, how many of each were compared; for each
-        comparison of :func:`divergence` NAME and NAME_p_value; and `p_value` of them all, by Bonferroni.
-    """
-    rows, key = evenly(held_out, limit), seeding.fold(seed, *b"items")  # other draws than those that were trained on
-    x = draw_many(posterior, observations, rows, 1, key)[:, 0]
-    samples = None if prior is None else sample_many(prior, len(rows), key)
-    return sample_divergence(x, samples, observations, rows, posterior.scaling, seed)
-
-
 def sample_divergence(
     x: Tensor,
     samples: Tensor | None,
@@ -301,7 +272,21 @@ def sample_divergence(
     seed: int,
     permutations: int = PERMUTATIONS,
 ) -> dict[str, dict[str, float]]:
-    """:func:`observation_divergence` of samples that have been drawn: a reconstruction x of each observation, and the prior's."""
+    """The divergence of a posterior's reconstructions, and of samples of a prior, from held-out observations.
+
+    Arguments:
+        x: A reconstruction of each of the observations `rows`, (n, *shape), in the units of y.
+        samples: Prior samples (n, *shape), or None.
+        observations: The observations.
+        rows: The held-out ones.
+        scaling: (centre, half) of the model units.
+        seed: Of the fresh operator parameters and noise, and of the tests.
+        permutations: Of every test but the classifier's.
+
+    Returns:
+        Under `reconstructions` and `prior`, ready for JSON: `items`, how many of each were compared; for each
+        comparison of :func:`divergence` NAME and NAME_p_value; and `p_value` of them all, by Bonferroni.
+    """
     table = {"reconstructions": divergence(x, observations, rows, scaling, seed, True, permutations)}
     if samples is not None:
         table["prior"] = divergence(samples, observations, rows, scaling, seed + 1, False, permutations)
