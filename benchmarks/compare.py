@@ -137,8 +137,8 @@ class Task:
     settings: dict[str, str] = field(default_factory=dict)
 
 
-def _digits(corruption: str) -> Task:
-    return Task("digits", 1_200_000, {"data.corruption": corruption, "prior.steps": "300"})
+def _digits(corruption: str, budget: int = 1_200_000, **settings: str) -> Task:
+    return Task("digits", budget, {"data.corruption": corruption, "prior.steps": "300", **settings})
 
 
 TASKS: dict[str, Task] = {
@@ -146,6 +146,9 @@ TASKS: dict[str, Task] = {
     "digits-mask50": _digits("{name: RandomMask, rate: 0.5, noise: 0.08}"),
     "digits-mask75": _digits("{name: RandomMask, rate: 0.75, noise: 0.08}"),
     "digits-mask90": _digits("{name: RandomMask, rate: 0.9, noise: 0.08}"),
+    # many iterations: does quality turn?
+    "digits-mask75-long": _digits("{name: RandomMask, rate: 0.75, noise: 0.08}", 2_500_000, **{"m_step.steps": "75"}),
+    "digits-mask90-long": _digits("{name: RandomMask, rate: 0.9, noise: 0.08}", 2_500_000, **{"m_step.steps": "75"}),
     "digits-blur": _digits("{name: GaussianBlur, std: 1.0, noise: 0.08}"),
     "fashion-mask75": Task("fashion-mask75", 600_000, {"data.limit": "8192", "prior.steps": "300"}),
     "cifar10-mask75": Task("cifar10-mask75", 1_500_000, {"data.limit": "8192", "network.channels": "[16, 32, 64]"}),
@@ -188,14 +191,16 @@ def run(task: str, name: str, seed: int, budget: int, runs: Path, root: str | No
     config = load(TASKS[task].preset, list(settings.items()))
     clean = np.load(observed / "clean.npy", mmap_mode="r")
     bar = cli.ProgressBar()
+    judge = Judge(observed, seed, seed)
     began = time.monotonic()
-    arm = method.algorithm(config, observations, folder, progress=bar.update, start=start, reference=clean)
+    arm = method.algorithm(
+        config, observations, folder, progress=bar.update, start=start, reference=clean, features=judge.features
+    )
     for row in arm.iterate():
         bar.clear()
         print(
             f"{task} {name} {seed}: iteration {row['iteration']}, {row['score']:.4f}, ratio {row['ratio']}", flush=True
         )
-    judge = Judge(observed, seed, seed)
     first = None if name == "start" else judge.score(from_pretrained(runs / task / str(seed) / "start" / "posterior"))
     posterior, prior = from_pretrained(folder / "posterior"), from_pretrained(folder / "prior")
     columns = judge.posterior(posterior, first)

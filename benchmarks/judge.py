@@ -160,6 +160,7 @@ def cost(run: Path) -> dict:
     last = json.loads(prior.read_text()) if prior.exists() else {"seconds": 0}
     return {
         "seconds": sum(row["seconds"] for row in rows) + last["seconds"],
+        "guard_seconds": sum(row["guard_seconds"] for row in rows),
         "evaluations": sum(row["network_evaluations"] for row in rows) + 3 * last.get("examples", 0),
         "iterations": len(iterations),
         "accepted": sum(row["accepted"] for row in iterations),

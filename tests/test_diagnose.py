@@ -16,6 +16,7 @@ from diffem.cli import main
 from diffem.corruptions import RandomMask
 from diffem.diagnostics import diagnose, score
 from diffem.diagnostics.diagnose import warnings
+from diffem.diagnostics.divergence import COMPARISONS
 from diffem.errors import DiffemError
 from diffem.mixtures import Mixture
 from diffem.observations import Observations
@@ -73,7 +74,7 @@ def test_models_that_are_too_narrow_or_too_wide(width, said, tmp_path):
     found = diagnose(tmp_path, make(tmp_path, width=width), full=True)
     text = " | ".join(found["warnings"])
     assert said in text
-    assert "re-corrupted prior samples do not look like the observations" in text
+    assert "re-corrupted prior samples can be told from the observations (" in text
     assert ("the prior samples are too much alike" in text) == (width < 1)
     assert ("the posterior draws vary" in text) == (width < 1)
     assert "simulated" not in text  # they fit each other: self-consistency is not truth
@@ -84,10 +85,11 @@ def test_words():
     coverage = {"levels": [0.5, 0.8, 0.95], "shares": [0.45, 0.61, 0.9], "errors": [0.01, 0.02, 0.04]}
     assert warnings({"coverage": coverage}) == ["over-confident: 80% intervals hold 61% of the hidden entries"]
     assert warnings({"coverage": {**coverage, "errors": [0.1] * 3}}) == []  # so few entries do not say so
-    parts = {"reconstructions": {"p_value": 0.005}, "prior": {"p_value": 0.2}}
+    least = {f"{name}_p_value": 0.3 for name in COMPARISONS} | {"entries_p_value": 0.001}
+    parts = {"reconstructions": {**least, "p_value": 0.005}, "prior": {"p_value": 0.2}}
     assert warnings({"divergence": parts}) == [
-        "re-corrupted reconstructions do not look like the observations (p = 0.005): posterior, prior or the assumed"
-        " corruption is wrong"
+        "re-corrupted reconstructions can be told from the observations (energy distance of single entries, p = 0.005):"
+        " posterior, prior or the assumed corruption is not exact"
     ]
     assert warnings({"self_consistency": {"p_value": 1e-9}}) == [
         "on simulated observations the posterior is not that of the learned prior (p < 0.001): one of them is wrong"

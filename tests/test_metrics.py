@@ -80,6 +80,9 @@ def test_compare_is_in_model_units():
         "energy_distance": metrics.energy_distance(u[::2], v[1::2]),
         **metrics.manifold_overlap(u[::2], v[1::2]),
     }
+    features = lambda a: a.flatten(1)[:, :2].square()  # noqa: E731
+    frechet = metrics.frechet_distance(features(u[::2]), features(v[1::2]))
+    assert metrics.compare(x, clean, (127.5, 127.5), features) == {**found, "frechet": frechet}
 
 
 def test_sinkhorn_divergence():

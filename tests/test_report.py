@@ -331,6 +331,11 @@ def test_cost_counts_the_prior_but_not_as_an_iteration(tmp_path):
     assert after["time"] != before["time"]
 
 
+def test_cost_says_what_the_scores_took(tmp_path):
+    run = report._load(make(tmp_path / "run", [{**row, "guard_seconds": 2.5} for row in ROWS]))
+    assert dict(report._cost(run))["of it, scores of the iterations"] == f"{2.5 * len(ROWS):.1f} s"
+
+
 def diagnostics(**more):
     """What `diffem diagnose` writes, of models that are over-confident."""
     numbers = {"value": 0.84, "healthy": 1.0, "error": 0.03, "meaning": "how much draws vary", "warning": None}

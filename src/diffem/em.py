@@ -70,6 +70,7 @@ class State:
     examples: int = 0
     evaluations: int = 0
     seconds: float = 0.0
+    guard_seconds: float = 0.0  # of them, what scores took
     row: dict = field(default_factory=dict)  # of the iteration that waits for its commit
     rows: list[dict] = field(default_factory=list)
 
@@ -85,6 +86,7 @@ class DiffEM:
         progress: Called with what is being done, how much is done, and of how much.
         start: A posterior sampler to start from, instead of the one that the configuration names.
         reference: Clean items, row i for observation i: distances to them are recorded, and decide nothing.
+        features: A map of items in model units to (N, f), where a Frechet distance to the reference is recorded too.
         device: Where networks run; see :func:`diffem.devices.choose`.
         precision: How precisely; likewise.
     """
@@ -101,6 +103,7 @@ class DiffEM:
         progress: Progress = lambda what, done, total: None,
         start: PosteriorSampler | None = None,
         reference: np.ndarray | None = None,
+        features: metrics.Features | None = None,
         device: str = "auto",
         precision: str = "auto",
     ) -> None:
@@ -113,7 +116,7 @@ class DiffEM:
                 f"{observations.source}: mask.npy: no observation shows entry {list(missing[0])}"
                 f"{f' and {len(missing) - 1} more' if len(missing) > 1 else ''}, so it cannot be learned; --allow-unobserved goes on"
             )
-        self.reference = reference
+        self.reference, self.features = reference, features
         if reference is not None and tuple(reference.shape) != (len(observations), *self.shape):
             raise DiffemError(
                 f"reference: shape {tuple(reference.shape)}, but the reconstructions have {(len(observations), *self.shape)}"
@@ -216,10 +219,8 @@ class DiffEM:
             self._measure(sampler)
         x = self.run.array("next", (len(self.observations), *self.shape))
         drawn = self._reconstruct(sampler, x, state.iteration)
-        began = time.monotonic()
         current, divergence = self._score(sampler), self._divergence(x)
         verdict = self.guard.decide(state.iteration, current, divergence)
-        verdict["guard_seconds"] = time.monotonic() - began
         state.row = self._row(current, divergence, verdict, drawn, sampler.dispersion, x)
         self.residual, state.phase = sampler.residual, "commit"
         self._checkpoint()
@@ -490,14 +491,18 @@ class DiffEM:
         return drawn
 
     def _score(self, sampler: PosteriorSampler, closely: int = 1) -> Score:
-        config = self.config.em
+        config, began = self.config.em, time.monotonic()
         rows = evenly(self.held_out, config.score_items)
-        return score(sampler, self.observations, rows, self.seed, config.score_draws, closely * config.score_splits)
+        found = score(sampler, self.observations, rows, self.seed, config.score_draws, closely * config.score_splits)
+        self.state.guard_seconds += time.monotonic() - began
+        return found
 
     def _divergence(self, x: np.ndarray) -> Tensor:
         """What the reconstructions x of training observations add to their divergence."""
-        rows = evenly(self.train, COMPARED)
-        return energy_items(torch.from_numpy(x[rows]), self.observations, rows, self.scaling, self.seed)
+        rows, began = evenly(self.train, COMPARED), time.monotonic()
+        found = energy_items(torch.from_numpy(x[rows]), self.observations, rows, self.scaling, self.seed)
+        self.state.guard_seconds += time.monotonic() - began
+        return found
 
     def _row(
         self, current: Score, divergence: Tensor, verdict: dict, drawn: int, dispersion: float | None, x: np.ndarray
@@ -507,6 +512,7 @@ class DiffEM:
         return {
             "iteration": state.iteration,
             "seconds": self._seconds(),
+            "guard_seconds": state.guard_seconds,
             "examples": state.examples,
             "network_evaluations": state.evaluations + drawn * self.config.sampler.evaluations,
             "loss": state.loss_sum / state.step if state.step else None,
@@ -529,7 +535,7 @@ class DiffEM:
         if self.reference is None:
             return {}
         rows = evenly(np.arange(len(x)), metrics.ITEMS)
-        return {"clean": metrics.compare(x[rows], self.reference[rows], self.scaling)}
+        return {"clean": metrics.compare(x[rows], self.reference[rows], self.scaling, self.features)}
 
     # --- state ---------------------------------------------------------------------------------------
 

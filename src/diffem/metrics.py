@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import Tensor
 
+Features = Callable[[Tensor], Tensor]  # of items (N, *): (N, f)
 ITEMS = 4096  # at most so many are compared: pairwise distances take the square of it
 
 
-def compare(x: np.ndarray, clean: np.ndarray, scaling: tuple[float, float]) -> dict[str, float]:
-    """Distances of items x (N, *) to clean ones of the same rows, in model units (x - centre) / half."""
+def compare(
+    x: np.ndarray, clean: np.ndarray, scaling: tuple[float, float], features: Features | None = None
+) -> dict[str, float]:
+    """Distances of items x (N, *) to clean ones of the same rows, in model units (x - centre) / half; with `features`,
+    which maps such items to (N, f), a Frechet distance there."""
     centre, half = scaling
     u, v = ((torch.from_numpy(np.asarray(a, dtype=np.float32)) - centre) / half for a in (x, clean))
-    u_rows, v_rows = (a.flatten(1) for a in apart(u, v))
-    return {
-        "psnr": psnr(u, v, 2.0),
-        "energy_distance": energy_distance(u_rows, v_rows),
-        **manifold_overlap(u_rows, v_rows),
-    }
+    others = apart(u, v)
+    u_rows, v_rows = (a.flatten(1) for a in others)
+    found = {"psnr": psnr(u, v, 2.0), "energy_distance": energy_distance(u_rows, v_rows)}
+    if features is not None:
+        found["frechet"] = frechet_distance(*(features(a) for a in others))
+    return {**found, **manifold_overlap(u_rows, v_rows)}
 
 
 def apart(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

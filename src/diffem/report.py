@@ -29,18 +29,12 @@ from numpy.typing import NDArray
 
 from diffem import drawing
 from diffem.diagnostics.diagnose import p_words
+from diffem.diagnostics.divergence import COMPARISONS
 from diffem.diagnostics.scores import OVER_CONFIDENT, UNDER_CONFIDENT
 from diffem.drawing import ITEMS, Figure, Pictures, Row, finite, seen_entries, std_limit, uri
 from diffem.errors import DiffemError
 
 SCORES = {"crps": "CRPS", "energy_distance": "energy distance"}
-COMPARISONS = {
-    "energy_distance": "energy distance of whole observations",
-    "entries": "energy distance of single entries",
-    "pairs": "second moments of pairs of entries",
-    "sliced_wasserstein": "sliced Wasserstein distance",
-    "classifier": "accuracy of a classifier that tells them apart",
-}
 SAMPLES_OF = {"reconstructions": "reconstructions, re-corrupted", "prior": "prior samples, re-corrupted"}
 CLEAN = {"psnr": "PSNR of one draw [dB]", "energy_distance": "energy distance of the reconstructions"}
 
@@ -364,7 +358,8 @@ def _images(folder: Path, pictures: Pictures) -> list[Figure]:
 
 def _cost(run: Run, diagnostics: Mapping[str, Any] | None = None) -> list[tuple[str, str]]:
     totals = {
-        key: sum(finite(row, key) or 0.0 for row in run.rows) for key in ("seconds", "examples", "network_evaluations")
+        key: sum(finite(row, key) or 0.0 for row in run.rows)
+        for key in ("seconds", "guard_seconds", "examples", "network_evaluations")
     }
     with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
         prior = json.loads((run.folder / "prior.json").read_text())
@@ -381,6 +376,7 @@ def _cost(run: Run, diagnostics: Mapping[str, Any] | None = None) -> list[tuple[
             + (f", {refused} of them refused" if refused else ""),
         ),
         ("time", _duration(totals["seconds"])),
+        ("of it, scores of the iterations", _duration(totals["guard_seconds"])),
         *checked,
         ("training examples", f"{totals['examples']:,.0f}"),
         ("network evaluations", f"{totals['network_evaluations']:,.0f}"),

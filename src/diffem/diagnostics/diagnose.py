@@ -13,7 +13,7 @@ import yaml
 from diffem import seeding
 from diffem.diagnostics.calibration import self_consistency
 from diffem.diagnostics.collapse import collapse_watch
-from diffem.diagnostics.divergence import sample_divergence
+from diffem.diagnostics.divergence import COMPARISONS, sample_divergence
 from diffem.diagnostics.scores import Coverage, coverage
 from diffem.errors import DiffemError
 from diffem.observations import Observations, evenly
@@ -106,14 +106,15 @@ def warnings(result: dict) -> list[str]:
                 f"{name}: {table['levels'][k]:.0%} intervals hold {table['shares'][k]:.0%} of the hidden entries"
             )
     blame = {
-        "reconstructions": "re-corrupted reconstructions do not look like the observations ({}): posterior, prior or the"
-        " assumed corruption is wrong",
-        "prior": "re-corrupted prior samples do not look like the observations ({}): the prior or the assumed corruption is"
-        " wrong",
+        "reconstructions": "re-corrupted reconstructions can be told from the observations ({}): posterior, prior or the"
+        " assumed corruption is not exact",
+        "prior": "re-corrupted prior samples can be told from the observations ({}): the prior or the assumed corruption is"
+        " not exact",
     }
     for name, table in result.get("divergence", {}).items():
         if table["p_value"] < SIGNIFICANT:
-            found.append(blame[name].format(p_words(table["p_value"])))
+            least = min(COMPARISONS, key=lambda k: table[f"{k}_p_value"])
+            found.append(blame[name].format(f"{COMPARISONS[least]}, {p_words(table['p_value'])}"))
     found += [row["warning"] for row in result.get("collapse", {}).values() if row["warning"]]
     if (table := result.get("self_consistency")) and table["p_value"] < SIGNIFICANT:
         found.append(

@@ -61,6 +61,13 @@ from diffem.posteriors import BATCH
 PERMUTATIONS = 499
 DIRECTIONS = 128
 CONSTANT = 1e-6  # in model units: what varies less is rounding
+COMPARISONS = {  # of :func:`divergence`, in words
+    "energy_distance": "energy distance of whole observations",
+    "entries": "energy distance of single entries",
+    "pairs": "second moments of pairs of entries",
+    "sliced_wasserstein": "sliced Wasserstein distance",
+    "classifier": "accuracy of a classifier that tells them apart",
+}
 
 
 @dataclass(frozen=True)
