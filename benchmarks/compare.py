@@ -137,8 +137,12 @@ class Task:
     settings: dict[str, str] = field(default_factory=dict)
 
 
-def _digits(corruption: str, budget: int = 1_200_000, **settings: str) -> Task:
-    return Task("digits", budget, {"data.corruption": corruption, "prior.steps": "300", **settings})
+def _digits(corruption: str, budget: int = 1_200_000, settings: dict[str, str] | None = None) -> Task:
+    return Task("digits", budget, {"data.corruption": corruption, "prior.steps": "300", **(settings or {})})
+
+
+# some forty iterations of a small network, which nothing ends early: does quality turn?
+LONG = {"network.channels": "[16, 32]", "network.blocks": "[1, 1]", "m_step.steps": "75", "em.patience": "0"}
 
 
 TASKS: dict[str, Task] = {
@@ -146,9 +150,8 @@ TASKS: dict[str, Task] = {
     "digits-mask50": _digits("{name: RandomMask, rate: 0.5, noise: 0.08}"),
     "digits-mask75": _digits("{name: RandomMask, rate: 0.75, noise: 0.08}"),
     "digits-mask90": _digits("{name: RandomMask, rate: 0.9, noise: 0.08}"),
-    # many iterations: does quality turn?
-    "digits-mask75-long": _digits("{name: RandomMask, rate: 0.75, noise: 0.08}", 2_500_000, **{"m_step.steps": "75"}),
-    "digits-mask90-long": _digits("{name: RandomMask, rate: 0.9, noise: 0.08}", 2_500_000, **{"m_step.steps": "75"}),
+    "digits-mask75-long": _digits("{name: RandomMask, rate: 0.75, noise: 0.08}", 2_500_000, LONG),
+    "digits-mask90-long": _digits("{name: RandomMask, rate: 0.9, noise: 0.08}", 2_500_000, LONG),
     "digits-blur": _digits("{name: GaussianBlur, std: 1.0, noise: 0.08}"),
     "fashion-mask75": Task("fashion-mask75", 600_000, {"data.limit": "8192", "prior.steps": "300"}),
     "cifar10-mask75": Task("cifar10-mask75", 1_500_000, {"data.limit": "8192", "network.channels": "[16, 32, 64]"}),

@@ -92,6 +92,26 @@ def test_gain_of_none_and_a_black_box_leave_the_dispersion():
         assert found.width(2) == 0.7
 
 
+def test_a_black_box_is_judged_by_the_divergence_once_its_error_allows():
+    generator = torch.Generator().manual_seed(0)
+
+    def divergence(mean: float) -> torch.Tensor:  # with a standard error of 0.01, 0.014 in a difference
+        noise = torch.randn(400, generator=generator)
+        return mean + 0.2 * (noise - noise.mean())
+
+    def box(mean: float) -> Score:
+        return Score("energy_distance", mean + 0.01 * torch.randn(64, generator=generator))
+
+    em = {"iterations": 20, "patience": 3}
+    found = Guard.begin(configuration.from_dict({"em": em, "e_step": {"sharp": 0}}), box(0.1), divergence(0.5))
+    verdicts = [found.decide(k, box(0.1), divergence(d)) for k, d in enumerate((0.4, 0.36, 0.35, 0.34, 0.38), 1)]
+    assert [v["best"] for v in verdicts] == [True, True, False, False, False]
+    assert found.over
+    found.over, found.stale = False, 0
+    assert found.decide(6, box(0.1), divergence(0.31))["best"]  # small steps add up
+    assert not found.decide(7, box(0.2), divergence(0.2))["accepted"]
+
+
 def test_patience_ends_the_sharp_part_and_then_the_run():
     found = guard(scored(0.5, 0.9), sharp=0.5, sharp_ratio=0.0, dispersion=1.0, gain=0.0)
     widths, over = [], []

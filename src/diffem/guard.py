@@ -6,9 +6,11 @@ best        it is accepted and sound, and its criterion (see :mod:`diffem.diagno
 sound       its criterion is not worse than that of the best; nor is its divergence
             (:func:`diffem.diagnostics.divergence.energy_items` of the reconstructions that train), which looks at the
             prior, worse than the least so far by more than a thousandth, unless its criterion is better
+black box   its score is a divergence too, of held-out observations only, and has many times the error of the divergence: that
+            decides instead of the criterion, and only if it is less than that of the best by more than its error allows
 dispersion  none in the sharp part of the run, which a ratio below `e_step.sharp_ratio` ends; then `e_step.dispersion`, or
             more if the last iteration was over-confident
-stop        `em.patience` iterations in a row improved neither score nor criterion: that ends the sharp part, or else the run
+stop        `em.patience` iterations in a row improved neither score nor criterion (a black box: are not the best): that ends the sharp part, or else the run
 
 Worse and better are by more than `em.gate` standard errors of the paired difference. The first sound iteration takes the
 place of the start even if its criterion is a little larger: draws of two samplers of different make do not pair, so
@@ -39,7 +41,7 @@ class Guard:
         first: The score of the start.
         lowest: The least score of an accepted iteration.
         best: The score of the least criterion.
-        closest: What the reconstructions of the least divergence add to it, item by item.
+        closest: What the reconstructions of the least divergence (a black box: of the best) add to it, item by item.
         dispersion: Of the next E-step after the sharp part.
         sharp: The last iteration of the sharp part.
         trained: Whether the best is an iteration's, not the start's.
@@ -93,18 +95,21 @@ class Guard:
             return sign * found[name] > em.gate * found[f"{name}_se"]
 
         accepted = not em.guard or not worse("delta")
-        better = worse("criterion_delta", -1)
         apart = worse("divergence_delta") and found["divergence_delta"] > TOLERANCE
-        sound = accepted and not worse("criterion_delta") and (better or not apart)
-        best = not em.guard or (sound and (not self.trained or found["criterion_delta"] < 0))
+        if current.ratio is None:
+            sound, improved = accepted and not apart, worse("divergence_delta", -1)
+        else:
+            sound = accepted and not worse("criterion_delta") and (worse("criterion_delta", -1) or not apart)
+            improved = found["criterion_delta"] < 0
+        best = not em.guard or (sound and (improved or not self.trained))
         lower = accepted and found["delta"] < 0
         if lower:
             self.lowest = current
-        if accepted and found["divergence_delta"] < 0:
+        if best if current.ratio is None else accepted and found["divergence_delta"] < 0:
             self.closest = divergence
         if best:
             self.best, self.trained = current, True
-        self.stale = 0 if lower or best else self.stale + 1
+        self.stale = 0 if best or (lower and current.ratio is not None) else self.stale + 1
         if current.ratio is not None:
             if iteration > self.sharp:
                 # Not added to the last one: reconstructions that are too narrow narrow the next iteration's, so that the
