@@ -41,11 +41,11 @@ def test_accepted_within_two_standard_errors_of_the_least():
     assert found.lowest.mean == found.best.mean == pytest.approx(0.4, abs=0.005)
 
 
-def test_the_first_that_is_sound_takes_the_place_of_the_start():
+def test_the_start_is_the_best_until_its_criterion_is_undercut():
     found = guard(scored(0.4))
-    refused, sound, second = (found.decide(k, scored(crps), SAME) for k, crps in enumerate((0.45, 0.4016, 0.402), 1))
-    assert (refused["best"], sound["best"], second["best"]) == (False, True, False)
-    assert sound["criterion_delta"] > 0
+    verdicts = [found.decide(k, scored(crps), SAME) for k, crps in enumerate((0.4016, 0.399, 0.4), 1)]
+    assert [v["accepted"] for v in verdicts] == [True, True, True]
+    assert [v["best"] for v in verdicts] == [False, True, False]
 
 
 def test_narrow_draws_train_but_are_not_the_best_although_their_crps_is_less():
@@ -153,7 +153,7 @@ def test_it_is_rebuilt_from_what_a_checkpoint_holds():
         "first",
         "lowest",
         "best",
-        "closest",
+        "divergence",
     } | {"name"}
 
 
@@ -163,10 +163,19 @@ def test_reconstructions_that_could_not_be_observed_are_not_the_best_unless_the_
     verdict = found.decide(1, scored(0.4), far - 0.2)
     assert verdict["best"]
     assert verdict["divergence_delta"] == pytest.approx(-0.2)
-    found.trained, noise = False, far.flip(0) - 0.3  # as if that had been the start's
-    for shift, score, best in ((0.13, 0.4, False), (0.1, 0.4, True), (0.13, 0.39, True)):
-        verdict = found.decide(2, scored(score), far - 0.2 + shift + noise)
+    noise = far.flip(0) - 0.3
+    for shift, score, best in ((0.13, 0.399, False), (0.1, 0.399, True), (0.13, 0.39, True)):
+        verdict = found.decide(2, scored(score), found.divergence + shift + noise)
         assert verdict["divergence_delta"] == pytest.approx(shift, rel=1e-4)
         assert verdict["divergence_delta_se"] == pytest.approx(0.0586, rel=0.01)
         assert (verdict["accepted"], verdict["best"]) == (True, best)
-    assert torch.equal(found.closest, far - 0.2)  # accepted, but no closer
+
+
+def test_a_better_divergence_decides_a_tie_unless_the_ratio_is_worse():
+    for ratio, best in ((0.85, True), (1.1, True), (0.75, False), (1.3, False)):
+        found = guard(scored(0.5, ratio=0.8))
+        verdict = found.decide(1, scored(0.501, ratio=ratio, noise=0.5), SAME - 0.1)
+        assert abs(verdict["criterion_delta"]) < 2 * verdict["criterion_delta_se"]
+        assert verdict["best"] == best
+    verdict = guard(scored(0.5, ratio=0.8)).decide(1, scored(0.501, ratio=0.85, noise=0.5), SAME)
+    assert verdict["criterion_delta"] > 0 and not verdict["best"]

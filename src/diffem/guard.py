@@ -1,24 +1,25 @@
 """What observations decide: whether an iteration is accepted, which one is the best, how wide the next draws are, and when to stop.
 
 accepted    its score (CRPS) is not worse than the least so far; what is refused trains nothing
-best        it is accepted and sound, and its criterion (see :mod:`diffem.diagnostics.scores`), which looks at the posterior and
-            does not forgive draws that are too narrow, is the least so far: what the run folder holds
-sound       its criterion is not worse than that of the best; nor is its divergence
-            (:func:`diffem.diagnostics.divergence.energy_items` of the reconstructions that train), which looks at the
-            prior, worse than the least so far by more than a thousandth, unless its criterion is better
-black box   its score is a divergence too, of held-out observations only, and has many times the error of the divergence: that
-            decides instead of the criterion, and only if it is less than that of the best by more than its error allows
+best        what the run folder holds, the start at first. Two numbers decide: the criterion (see
+            :mod:`diffem.diagnostics.scores`), which looks at the posterior and does not forgive draws that are too narrow, and
+            the divergence (:func:`diffem.diagnostics.divergence.energy_items` of the reconstructions that train), which
+            looks at the prior and has less noise. The best is accepted, and its criterion better than that of the last best;
+            or neither is worse, and the criterion is less, or the divergence better with a ratio that is no farther from 1
+            (of a wrong corruption, narrow draws may be the closest). A worse divergence is so by a thousandth, too
+black box   its score is a divergence too, but of held-out observations only, and has many times the error: the best is what
+            has a better divergence than the last best
 dispersion  none in the sharp part of the run, which a ratio below `e_step.sharp_ratio` ends; then `e_step.dispersion`, or
             more if the last iteration was over-confident
-stop        `em.patience` iterations in a row improved neither score nor criterion (a black box: are not the best): that ends the sharp part, or else the run
+stop        `em.patience` iterations in a row neither improved the score nor were the best (a black box: were not the best):
+            that ends the sharp part, or else the run
 
-Worse and better are by more than `em.gate` standard errors of the paired difference. The first sound iteration takes the
-place of the start even if its criterion is a little larger: draws of two samplers of different make do not pair, so
-that this difference is the noisiest of all.
+Worse and better are by more than `em.gate` standard errors of the paired difference.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -41,10 +42,9 @@ class Guard:
         first: The score of the start.
         lowest: The least score of an accepted iteration.
         best: The score of the least criterion.
-        closest: What the reconstructions of the least divergence (a black box: of the best) add to it, item by item.
+        divergence: What the reconstructions of the best add to it, item by item.
         dispersion: Of the next E-step after the sharp part.
         sharp: The last iteration of the sharp part.
-        trained: Whether the best is an iteration's, not the start's.
         stale: Iterations since the last improvement.
         over: Whether patience has run out.
     """
@@ -53,10 +53,9 @@ class Guard:
     first: Score
     lowest: Score
     best: Score
-    closest: Tensor
+    divergence: Tensor
     dispersion: float
     sharp: int
-    trained: bool = False
     stale: int = 0
     over: bool = False
 
@@ -70,9 +69,9 @@ class Guard:
         return 0.0 if iteration <= self.sharp else self.dispersion
 
     def compare(self, current: Score, divergence: Tensor) -> dict[str, float]:
-        """Paired differences and their standard errors: `delta` of the score to the least, `criterion_delta` to the best,
-        `divergence_delta` to the least, and `start_delta` of the score to the start's."""
-        apart = divergence - self.closest
+        """Paired differences and their standard errors: `delta` of the score to the least, `criterion_delta` and
+        `divergence_delta` to those of the best, and `start_delta` of the score to the start's."""
+        apart = divergence - self.divergence
         found = {
             "delta": current.difference(self.lowest),
             "criterion_delta": current.criterion_difference(self.best),
@@ -95,20 +94,20 @@ class Guard:
             return sign * found[name] > em.gate * found[f"{name}_se"]
 
         accepted = not em.guard or not worse("delta")
-        apart = worse("divergence_delta") and found["divergence_delta"] > TOLERANCE
-        if current.ratio is None:
-            sound, improved = accepted and not apart, worse("divergence_delta", -1)
+        closer = worse("divergence_delta", -1)
+        if current.ratio is None or self.best.ratio is None:  # a black box
+            improved = closer
         else:
-            sound = accepted and not worse("criterion_delta") and (worse("criterion_delta", -1) or not apart)
-            improved = found["criterion_delta"] < 0
-        best = not em.guard or (sound and (improved or not self.trained))
+            apart = worse("divergence_delta") and found["divergence_delta"] > TOLERANCE
+            honest = _away(current.ratio) <= _away(self.best.ratio)
+            tie = not (worse("criterion_delta") or apart)
+            improved = worse("criterion_delta", -1) or (tie and (found["criterion_delta"] < 0 or (closer and honest)))
+        best = not em.guard or (accepted and improved)
         lower = accepted and found["delta"] < 0
         if lower:
             self.lowest = current
-        if best if current.ratio is None else accepted and found["divergence_delta"] < 0:
-            self.closest = divergence
         if best:
-            self.best, self.trained = current, True
+            self.best, self.divergence = current, divergence
         self.stale = 0 if best or (lower and current.ratio is not None) else self.stale + 1
         if current.ratio is not None:
             if iteration > self.sharp:
@@ -126,13 +125,13 @@ class Guard:
     @property
     def facts(self) -> dict:
         """What a checkpoint holds of it beside :attr:`tensors`."""
-        numbers = {k: getattr(self, k) for k in ("dispersion", "sharp", "trained", "stale", "over")}
+        numbers = {k: getattr(self, k) for k in ("dispersion", "sharp", "stale", "over")}
         return {**numbers, "name": self.first.name}
 
     @property
     def tensors(self) -> dict[str, Tensor]:
         scores = {f"{name}.{k}": v for name in SCORES for k, v in getattr(self, name).tensors.items()}
-        return {**scores, "closest": self.closest}
+        return {**scores, "divergence": self.divergence}
 
     @classmethod
     def load(cls, config: Config, facts: dict, tensors: dict[str, Tensor]) -> Guard:
@@ -141,4 +140,9 @@ class Guard:
             return Score(facts["name"], tensors[f"{which}.items"], *parts)
 
         rest = {k: v for k, v in facts.items() if k != "name"}
-        return cls(config, score("first"), score("lowest"), score("best"), tensors["closest"], **rest)
+        return cls(config, score("first"), score("lowest"), score("best"), tensors["divergence"], **rest)
+
+
+def _away(ratio: float) -> float:
+    """How far a ratio is from 1."""
+    return abs(math.log(max(ratio, 1e-12)))
