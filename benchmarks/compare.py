@@ -238,7 +238,8 @@ def curve(rows: list[dict]) -> list[dict]:
     for row in rows:
         spent, seconds = spent + row["network_evaluations"], seconds + row["seconds"]
         keep = {"iteration": row["iteration"], "evaluations": spent, "seconds": seconds, "crps": row["score"]}
-        points.append({**keep, "ratio": row["ratio"], "accepted": row["accepted"], **row["clean"]})
+        keep |= {k: row[k] for k in ("ratio", "criterion", "divergence", "accepted", "best")}
+        points.append({**keep, "calibrated": row["iteration"] > 0 and row["loss"] is None, **row["clean"]})
     return points
 
 

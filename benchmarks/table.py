@@ -147,6 +147,27 @@ def summary(folder: Path) -> str:
     return f"### {folder.name}\n\n{grid(columns, names, extra)}"
 
 
+def lasting() -> str:
+    """Of every long run: the model that it holds at its end, beside the best that it had on the way."""
+    heads = ["run", "method", "seed", "iterations", "ratio", "CRPS: least (at)", "saved", "energy distance: start", "least (at)"]
+    heads += ["final", "Frechet: start", "least (at)", "final"]
+    lines = []
+    for folder in (f for f in compared() if f.name.endswith("-long")):
+        for method, results in load(folder).items():
+            for result in results if method not in ("start", "clean") else []:
+                points = [p for p in result["curve"] if not p["calibrated"]]
+                saved, final = next(p for p in reversed(points) if p["best"]), result["curve"][-1]
+                final = final if final["calibrated"] else saved
+                cells = [folder.name, method, str(result["seed"]), str(result["iterations"]), f"{final['ratio']:.2f}"]
+                for name, last, digits in (("crps", saved, 4), ("energy_distance", final, 4), ("frechet", final, 1)):
+                    values = [p[name] for p in points]
+                    cells += [] if name == "crps" else [f"{values[0]:.{digits}f}"]
+                    least = f"{min(values):.{digits}f} ({values.index(min(values))})"
+                    cells += [least, f"{last[name]:.{digits}f}"]
+                lines.append(cells)
+    return "### long runs\n\n" + markdown(heads, lines) if lines else ""
+
+
 def chosen(rows: list[dict]) -> int:
     """The iteration that the guard would have saved, patience included."""
     best = 0
@@ -216,7 +237,7 @@ def pages() -> dict[Path, str]:
         HERE / "README.md": [comparison(f) for f in compared()]
         + [single(f) for f in sorted((HERE / "results").glob("*.json"))],
         HERE.parent / "docs" / "which-method.md": [summary(f) for f in compared()],
-        HERE.parent / "docs" / "without-clean-data.md": [turning(), misspecified()],
+        HERE.parent / "docs" / "without-clean-data.md": [turning(), lasting(), misspecified()],
     }
     texts = {}
     for file, parts in tables.items():
