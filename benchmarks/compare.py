@@ -238,7 +238,8 @@ def curve(rows: list[dict]) -> list[dict]:
     for row in rows:
         spent, seconds = spent + row["network_evaluations"], seconds + row["seconds"]
         keep = {"iteration": row["iteration"], "evaluations": spent, "seconds": seconds, "crps": row["score"]}
-        keep |= {k: row[k] for k in ("ratio", "criterion", "divergence", "accepted", "best")}
+        keep |= {k: row[k] for k in ("ratio", "dispersion", "criterion", "divergence", "accepted", "best")}
+        keep["lower"] = row["accepted"] and row.get("delta", -1.0) < 0
         points.append({**keep, "calibrated": row["iteration"] > 0 and row["loss"] is None, **row["clean"]})
     return points
 

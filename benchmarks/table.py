@@ -147,24 +147,41 @@ def summary(folder: Path) -> str:
     return f"### {folder.name}\n\n{grid(columns, names, extra)}"
 
 
+def patient(points: list[dict], patience: int = 5) -> int:
+    """The iteration that a run would have ended with, had `em.patience` been 5 and not 0."""
+    stale = best = 0
+    for point in points[1:]:
+        best = point["iteration"] if point["best"] else best
+        stale = 0 if point["best"] or point["lower"] else stale + 1
+        if stale == patience:
+            if point["dispersion"]:
+                break
+            stale = 0
+    return best
+
+
 def lasting() -> str:
-    """Of every long run: the model that it holds at its end, beside the best that it had on the way."""
-    heads = ["run", "method", "seed", "iterations", "ratio", "CRPS: least (at)", "saved", "energy distance: start", "least (at)"]
-    heads += ["final", "Frechet: start", "least (at)", "final"]
+    """Of every long run: what it ends with, beside the best that it had on the way, and what patience would have saved."""
+    heads = ["run", "method", "seed", "iterations", "ratio"]
+    for name in ("CRPS", "energy distance", "Frechet"):
+        heads += [f"{name}: start", "least (at)", "last"]
+    heads.append("with patience (share of the fall in CRPS)")
     lines = []
     for folder in (f for f in compared() if f.name.endswith("-long")):
         for method, results in load(folder).items():
             for result in results if method not in ("start", "clean") else []:
                 points = [p for p in result["curve"] if not p["calibrated"]]
-                saved, final = next(p for p in reversed(points) if p["best"]), result["curve"][-1]
-                final = final if final["calibrated"] else saved
+                last = next(p for p in reversed(points) if p["best"])
+                final = result["curve"][-1] if result["curve"][-1]["calibrated"] else last
                 cells = [folder.name, method, str(result["seed"]), str(result["iterations"]), f"{final['ratio']:.2f}"]
-                for name, last, digits in (("crps", saved, 4), ("energy_distance", final, 4), ("frechet", final, 1)):
+                # the calibration scores more splits, so that its CRPS is no part of this curve
+                for name, ended, digits in (("crps", last, 4), ("energy_distance", final, 4), ("frechet", final, 1)):
                     values = [p[name] for p in points]
-                    cells += [] if name == "crps" else [f"{values[0]:.{digits}f}"]
-                    least = f"{min(values):.{digits}f} ({values.index(min(values))})"
-                    cells += [least, f"{last[name]:.{digits}f}"]
-                lines.append(cells)
+                    least = values.index(min(values))
+                    cells += [f"{values[0]:.{digits}f}", f"{values[least]:.{digits}f} ({least})", f"{ended[name]:.{digits}f}"]
+                stop, fall = patient(points), points[0]["crps"] - last["crps"]
+                share = f" ({(points[0]['crps'] - points[stop]['crps']) / fall:.0%})" if fall > 0 else ""
+                lines.append([*cells, f"{stop}{share}"])
     return "### long runs\n\n" + markdown(heads, lines) if lines else ""
 
 

@@ -44,7 +44,7 @@ SMALL = {"network.channels": "[16, 32]", "network.blocks": "[1, 1]", "m_step.ste
 
 def coarse(x: Tensor) -> Tensor:
     """Three levels of what has 17, after much noise."""
-    return 8 * torch.round((x + 6 * torch.randn_like(x)) / 8)
+    return 8 * torch.round((x + 4.5 * torch.randn_like(x)) / 8)
 
 
 @dataclass(frozen=True)

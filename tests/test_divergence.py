@@ -406,6 +406,20 @@ def test_energy_items_are_those_of_the_test_in_pairs():
     assert items.mean().item() == pytest.approx(expected / apart, rel=1e-3)
 
 
+def test_energy_items_of_several_corruptions_differ_less():
+    y = normal(100, 3, 0)
+    data = Observations(y.numpy(), GaussianNoise(2.0))
+    wide, narrow = normal(100, 3, 1), 0.5 * normal(100, 3, 1)
+
+    def difference(seed: int, times: int) -> float:
+        a, b = (divergence.energy_items(x, data, np.arange(100), (0.0, 1.0), seed, times) for x in (wide, narrow))
+        return (a - b).mean().item()
+
+    once, often = (np.array([difference(seed, times) for seed in range(60)]) for times in (1, 4))
+    assert often.std() / once.std() == pytest.approx(0.5, rel=0.3)
+    assert often.mean() == pytest.approx(once.mean(), abs=3 * once.std() / 60**0.5)
+
+
 def test_standard_error_of_energy_items_is_that_of_repetitions():
     found = []
     for k in range(60):

@@ -53,7 +53,8 @@ from diffem.posteriors import (
 from diffem.run import Run
 
 Progress = Callable[[str, int, int], None]
-COMPARED = 2048  # reconstructions whose divergence is computed
+COMPARED = 2048  # reconstructions whose divergence is computed,
+CORRUPTED = 4  # each of them so often
 MEASURED = 512  # held-out reconstructions that measure the residual variances
 CLOSELY = 4  # times as many splits as in an iteration: the width of a run's result hangs on this ratio
 
@@ -500,7 +501,7 @@ class DiffEM:
     def _divergence(self, x: np.ndarray) -> Tensor:
         """What the reconstructions x of training observations add to their divergence."""
         rows, began = evenly(self.train, COMPARED), time.monotonic()
-        found = energy_items(torch.from_numpy(x[rows]), self.observations, rows, self.scaling, self.seed)
+        found = energy_items(torch.from_numpy(x[rows]), self.observations, rows, self.scaling, self.seed, CORRUPTED)
         self.state.guard_seconds += time.monotonic() - began
         return found
 

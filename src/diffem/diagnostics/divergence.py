@@ -245,7 +245,12 @@ def divergence(
 
 
 def energy_items(
-    x: Tensor, observations: Observations, indices: np.ndarray, scaling: tuple[float, float], seed: int
+    x: Tensor,
+    observations: Observations,
+    indices: np.ndarray,
+    scaling: tuple[float, float],
+    seed: int,
+    times: int = 1,
 ) -> Tensor:
     """What each observation adds to the energy distance of re-corrupted reconstructions from the observations, (n,).
 
@@ -260,7 +265,11 @@ def energy_items(
         indices: Those that are compared.
         scaling: (centre, half) of the model units.
         seed: Of the parameters and noise.
+        times: Items are corrupted so often, and what they add is averaged: most of its noise is the corruption's.
     """
+    if times > 1:
+        seeds = (seeding.fold(seed, again) for again in range(times))
+        return torch.stack([energy_items(x, observations, indices, scaling, each) for each in seeds]).mean(0)
     (u, shown), (v, seen) = _sides(x, observations, indices, scaling, seeding.fold(seed, *b"energy"))
     centre = (v * seen).sum(0) / seen.sum(0).clamp(min=1)
     u, v = torch.where(shown, u - centre, 0.0), torch.where(seen, v - centre, 0.0)
