@@ -177,8 +177,8 @@ def lasting() -> str:
                 # the calibration scores more splits, so that its CRPS is no part of this curve
                 for name, ended, digits in (("crps", last, 4), ("energy_distance", final, 4), ("frechet", final, 1)):
                     values = [p[name] for p in points]
-                    least = values.index(min(values))
-                    cells += [f"{values[0]:.{digits}f}", f"{values[least]:.{digits}f} ({least})", f"{ended[name]:.{digits}f}"]
+                    first, least, end = (f"{v:.{digits}f}" for v in (values[0], min(values), ended[name]))
+                    cells += [first, f"{least} ({values.index(min(values))})", end]
                 stop, fall = patient(points), points[0]["crps"] - last["crps"]
                 share = f" ({(points[0]['crps'] - points[stop]['crps']) / fall:.0%})" if fall > 0 else ""
                 lines.append([*cells, f"{stop}{share}"])

@@ -178,4 +178,5 @@ def test_a_better_divergence_decides_a_tie_unless_the_ratio_is_worse():
         assert abs(verdict["criterion_delta"]) < 2 * verdict["criterion_delta_se"]
         assert verdict["best"] == best
     verdict = guard(scored(0.5, ratio=0.8)).decide(1, scored(0.501, ratio=0.85, noise=0.5), SAME)
-    assert verdict["criterion_delta"] > 0 and not verdict["best"]
+    assert verdict["criterion_delta"] > 0
+    assert not verdict["best"]
