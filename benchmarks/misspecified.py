@@ -3,7 +3,7 @@
     python benchmarks/misspecified.py --seeds 0          # one JSON a case, in results/misspecified/
     python benchmarks/table.py                           # the table
 
-Digits are observed through one corruption, and a short run (4 iterations) is told another: a mask rate of 0.65 or 0.85 for
+Digits are observed through one corruption, and a short run (3 iterations) is told another: a mask rate of 0.65 or 0.85 for
 0.75, a blur or a noise that is 30 % off. The effect is measured on held-out digits with clean data; `check` and `diagnose` see
 the observations only.
 """
@@ -33,11 +33,11 @@ HERE = Path(__file__).parent
 SETTINGS = {  # of a small network, calibrated from the first iteration
     "network.channels": "[16, 32]",
     "network.blocks": "[1, 1]",
-    "m_step.first_steps": "400",
+    "m_step.first_steps": "300",
     "m_step.steps": "100",
     "e_step.sharp": "0",
-    "em.iterations": "4",
-    "prior.steps": "300",
+    "em.iterations": "3",
+    "prior.steps": "200",
 }
 CASES: dict[str, list[Corruption]] = {  # the first is the truth
     "mask-rate": [RandomMask(0.75, 0.08), RandomMask(0.65, 0.08), RandomMask(0.85, 0.08)],

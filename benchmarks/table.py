@@ -253,7 +253,7 @@ def pages() -> dict[Path, str]:
     tables = {
         HERE / "README.md": [comparison(f) for f in compared()]
         + [single(f) for f in sorted((HERE / "results").glob("*.json"))],
-        HERE.parent / "docs" / "which-method.md": [summary(f) for f in compared()],
+        HERE.parent / "docs" / "which-method.md": [summary(f) for f in compared() if not f.name.endswith("-long")],
         HERE.parent / "docs" / "without-clean-data.md": [turning(), lasting(), misspecified()],
     }
     texts = {}
