@@ -236,7 +236,7 @@ def misspecified() -> str:
         ]
         numbers += ["–" if result[n] is None else f"{result[n]:.2f}" for n in ("ratio", "clean_ratio")]
         found = [
-            "; ".join(w.split(":")[0] if name == "check" else w.split(" (p")[0] for w in result[name])
+            "; ".join(w.split(":")[0] if name == "check" else w.split(" (")[0].split(":")[0] for w in result[name])
             for name in ("check", "diagnose")
         ]
         assumed = "the same" if result["assumed"] == result["true"] else result["assumed"]
