@@ -38,6 +38,7 @@ HEADS = {
     "prior_to_curve": "prior: to curve",
     "prior_from_curve": "prior: from curve",
 }
+PATIENCE = (5, 8)
 FINE = ("crps", "delta", "energy_distance", "to_curve", "from_curve", "sinkhorn", "prior_to_curve", "prior_from_curve")
 # of a comparison: what says most, so that a table can be read
 COMPARED = [n for n in HEADS if n not in ("delta", "residual")]
@@ -147,8 +148,8 @@ def summary(folder: Path) -> str:
     return f"### {folder.name}\n\n{grid(columns, names, extra)}"
 
 
-def patient(points: list[dict], patience: int = 5) -> int:
-    """The iteration that a run would have ended with, had `em.patience` been 5 and not 0."""
+def patient(points: list[dict], patience: int) -> int:
+    """The iteration that a run would have saved, had `em.patience` not been 0."""
     stale = best = 0
     for point in points[1:]:
         best = point["iteration"] if point["best"] else best
@@ -165,7 +166,7 @@ def lasting() -> str:
     heads = ["run", "method", "seed", "iterations", "ratio"]
     for name in ("CRPS", "energy distance", "Frechet"):
         heads += [f"{name}: start", "least (at)", "last"]
-    heads.append("with patience (share of the fall in CRPS)")
+    heads += [f"saved with patience {patience} (share of the fall in CRPS)" for patience in PATIENCE]
     lines = []
     for folder in (f for f in compared() if f.name.endswith("-long")):
         for method, results in load(folder).items():
@@ -179,9 +180,11 @@ def lasting() -> str:
                     values = [p[name] for p in points]
                     first, least, end = (f"{v:.{digits}f}" for v in (values[0], min(values), ended[name]))
                     cells += [first, f"{least} ({values.index(min(values))})", end]
-                stop, fall = patient(points), points[0]["crps"] - last["crps"]
-                share = f" ({(points[0]['crps'] - points[stop]['crps']) / fall:.0%})" if fall > 0 else ""
-                lines.append([*cells, f"{stop}{share}"])
+                fall = points[0]["crps"] - last["crps"]
+                for stop in (patient(points, patience) for patience in PATIENCE):
+                    share = f" ({(points[0]['crps'] - points[stop]['crps']) / fall:.0%})" if fall > 0 else ""
+                    cells.append(f"{stop}{share}")
+                lines.append(cells)
     return "### long runs\n\n" + markdown(heads, lines) if lines else ""
 
 

@@ -62,7 +62,7 @@ class EMConfig:
     score_draws: int = 2
     guard: bool = True
     gate: float = 2.0
-    patience: int = 5
+    patience: int = 8
 
     def __post_init__(self) -> None:
         if self.patience < 0:
