@@ -57,6 +57,13 @@ def classifier(x: Tensor, labels: Tensor, steps: int = 400) -> nn.Sequential:
     return model.eval()
 
 
+def distribution(x: Tensor, clean: Tensor, features: metrics.Features) -> dict[str, float]:
+    """Distances of items (N, *) to clean ones (M, *), of others: in pixels, and in features."""
+    a, b = features(x), features(clean)
+    column = {"frechet": metrics.frechet_distance(a, b), "energy_distance": metrics.energy_distance(x, clean)}
+    return column | metrics.manifold_overlap(a, b)
+
+
 class Judge:
     """Knows the clean items, and their labels where there are any.
 
@@ -96,9 +103,7 @@ class Judge:
 
     def distribution(self, x: Tensor) -> dict[str, float]:
         """Distances of items in model units to the clean ones."""
-        a, b = self.features(x), self.features(self.clean)
-        column = {"frechet": metrics.frechet_distance(a, b), "energy_distance": metrics.energy_distance(x, self.clean)}
-        column |= metrics.manifold_overlap(a, b)
+        column = distribution(x, self.clean, self.features)
         if self.curve is not None:
             centre, half = self.scaling
             points = x * half + centre

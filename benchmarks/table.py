@@ -201,17 +201,9 @@ def chosen(rows: list[dict]) -> int:
 
 def turning() -> str:
     """Of every run of turning.py: clean-data distances of the chosen, the best and the last iteration."""
-    heads = [
-        "run",
-        "seed",
-        "chosen",
-        "energy distance: best (at)",
-        "chosen",
-        "last",
-        "Frechet: best (at)",
-        "chosen",
-        "last",
-    ]
+    heads = ["run", "seed", "chosen"]
+    for name in ("energy distance", "Frechet"):
+        heads += [f"{name}: best (at)", "chosen", "last"]
     lines = []
     for file in sorted((HERE / "results" / "turning").glob("*.json")):
         result = json.loads(file.read_text())

@@ -24,11 +24,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from compare import about
-from judge import classifier
+from judge import classifier, distribution
 from torch import Tensor
 
 from diffem import config as configuration
-from diffem import datasets, metrics
+from diffem import datasets
 from diffem.corruptions import BlackBox, Corruption, GaussianNoise, RandomMask
 from diffem.em import DiffEM
 from diffem.guard import Guard
@@ -71,8 +71,7 @@ class Watched(DiffEM):
     def watch(self, clean: Tensor, labels: Tensor) -> Watched:
         centre, half = self.scaling
         self.others = (clean - centre) / half
-        self.model = classifier(self.others, labels)
-        self.features = self.model[:-1](self.others).detach()
+        self.features = classifier(self.others, labels)[:-1]
         return self
 
     def _row(self, current, divergence, verdict, *rest) -> dict:
@@ -87,14 +86,7 @@ class Watched(DiffEM):
     def _compared(self, x: np.ndarray) -> dict:
         centre, half = self.scaling
         z = (torch.from_numpy(np.asarray(x[self.train])) - centre) / half
-        features = self.model[:-1](z)
-        return {
-            "clean": {
-                "energy_distance": metrics.energy_distance(z, self.others),
-                "frechet": metrics.frechet_distance(features, self.features),
-                **metrics.manifold_overlap(features, self.features),
-            }
-        }
+        return {"clean": distribution(z, self.others, self.features)}
 
 
 def run(task: str, seed: int, settings: dict[str, str], folder: Path) -> list[dict]:

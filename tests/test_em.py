@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -560,6 +561,29 @@ def test_reference_is_only_measured(whole, tmp_path):
         DiffEM(settings(), observations(), tmp_path / "other", reference=x[1:].numpy())
     assert str(caught.value) == "reference: shape (59, 1, 4, 4), but the reconstructions have (60, 1, 4, 4)"
     assert not (tmp_path / "other").exists()
+
+
+def test_features_of_a_reference_add_a_frechet_distance(whole, tmp_path):
+    x, features = clean()[0], lambda a: a.flatten(1)[:, :3]
+    em = DiffEM(settings(), observations(), tmp_path / "run", reference=x.numpy(), features=features)
+    rows = list(em.iterate())
+    assert_same(tmp_path / "run", whole)
+    centre, half = em.scaling
+    last, truth = model_units(tmp_path / "run", em, np.arange(60)), (x - centre) / half
+    expected = metrics.frechet_distance(features(last[::2]), features(truth[1::2]))
+    assert rows[-1]["clean"]["frechet"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_rows_say_what_scores_took(tmp_path, monkeypatch):
+    score = em_module.score
+
+    def slow(*arguments):
+        time.sleep(0.05)
+        return score(*arguments)
+
+    monkeypatch.setattr(em_module, "score", slow)
+    rows = list(DiffEM(settings(), observations(), tmp_path).iterate())
+    assert all(0.05 <= row["guard_seconds"] <= row["seconds"] for row in rows)
 
 
 # --- the start from an earlier run ----------------------------------------------------------------------

@@ -41,7 +41,7 @@ class Guard:
         config: The run's.
         first: The score of the start.
         lowest: The least score of an accepted iteration.
-        best: The score of the least criterion.
+        best: The score of what the run folder holds.
         divergence: What the reconstructions of the best add to it, item by item.
         dispersion: Of the next E-step after the sharp part.
         sharp: The last iteration of the sharp part.

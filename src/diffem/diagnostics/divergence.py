@@ -43,7 +43,7 @@ References:
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -191,7 +191,8 @@ def observe_anew(
     Returns:
         The rows of the items (n, d), those of the observations (m, d), and which entries of both were seen (n + m, d).
     """
-    (u, shown), (v, looked) = _sides(x, observations, indices, scaling, seed)
+    u, shown = _simulated(x, observations.corruption, scaling, seed)
+    v, looked = _observed(observations, indices, scaling)
     rows, seen = torch.cat((u, v)), torch.cat((shown, looked))
     # The mean of both samples, as all moments: see divergence.
     rows = torch.where(seen, rows - (rows * seen).sum(0) / seen.sum(0).clamp(min=1), 0.0)
@@ -267,16 +268,19 @@ def energy_items(
         seed: Of the parameters and noise.
         times: Items are corrupted so often, and what they add is averaged: most of its noise is the corruption's.
     """
-    if times > 1:
-        seeds = (seeding.fold(seed, again) for again in range(times))
-        return torch.stack([energy_items(x, observations, indices, scaling, each) for each in seeds]).mean(0)
-    (u, shown), (v, seen) = _sides(x, observations, indices, scaling, seeding.fold(seed, *b"energy"))
+    v, seen = _observed(observations, indices, scaling)
     centre = (v * seen).sum(0) / seen.sum(0).clamp(min=1)
-    u, v = torch.where(shown, u - centre, 0.0), torch.where(seen, v - centre, 0.0)
-    cross = torch.cdist(u, v).fill_diagonal_(0)  # an item and its own observation are not independent
-    ours, theirs = torch.cdist(u, u).sum(1), torch.cdist(v, v).sum(1)
-    shares = (cross.sum(1) + cross.sum(0) - ours - theirs) / theirs.mean().clamp(min=CONSTANT)
-    return (2 * shares - shares.mean()).float()
+    v = torch.where(seen, v - centre, 0.0)
+    theirs = torch.cdist(v, v).sum(1)
+    found = []
+    for each in [seed] if times == 1 else [seeding.fold(seed, again) for again in range(times)]:
+        u, shown = _simulated(x, observations.corruption, scaling, seeding.fold(each, *b"energy"))
+        u = torch.where(shown, u - centre, 0.0)
+        cross = torch.cdist(u, v).fill_diagonal_(0)  # an item and its own observation are not independent
+        shares = cross.sum(1) + cross.sum(0) - torch.cdist(u, u).sum(1) - theirs
+        shares = shares / theirs.mean().clamp(min=CONSTANT)
+        found.append((2 * shares - shares.mean()).float())
+    return torch.stack(found).mean(0)
 
 
 def sample_divergence(
@@ -315,19 +319,23 @@ def _flat(found: dict[str, Comparison]) -> dict[str, float]:
     return {key: value for pair in pairs for key, value in pair.items()} | {"p_value": min(1.0, len(found) * least)}
 
 
-def _sides(
-    x: Tensor, observations: Observations, indices: np.ndarray, scaling: tuple[float, float], seed: int
-) -> list[tuple[Tensor, Tensor]]:
-    """:func:`_entries` of items, observed anew with a generator of this seed, and of observations."""
-    corruption = observations.corruption
-    simulated = [
+def _observed(observations: Observations, indices: np.ndarray, scaling: tuple[float, float]) -> tuple[Tensor, Tensor]:
+    """:func:`_entries` of observations."""
+    parts = (observations.batch(chunk) for chunk in observations.chunks(indices, BATCH))
+    return _joined(_entries(observations.corruption, *part, scaling) for part in parts)
+
+
+def _simulated(x: Tensor, corruption: Corruption, scaling: tuple[float, float], seed: int) -> tuple[Tensor, Tensor]:
+    """:func:`_entries` of items, observed anew with generators of this seed."""
+    return _joined(
         _entries(corruption, *corruption.observe(chunk, seeding.generator(seed, number, "data")), scaling)
         for number, chunk in enumerate(x.split(BATCH))
-    ]
-    observed = [_entries(corruption, *observations.batch(c), scaling) for c in observations.chunks(indices, BATCH)]
-    return [
-        (torch.cat(rows), torch.cat(seen)) for rows, seen in (zip(*part, strict=True) for part in (simulated, observed))
-    ]
+    )
+
+
+def _joined(parts: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    rows, seen = zip(*parts, strict=True)
+    return torch.cat(rows), torch.cat(seen)
 
 
 def _entries(corruption: Corruption, y: Tensor, params: Params, scaling: tuple[float, float]) -> tuple[Tensor, Tensor]:
