@@ -438,8 +438,8 @@ def test_a_component_without_items_stays_finite(ridge):
     torch.testing.assert_close(updated.mean[0], alone.mean[0])
     torch.testing.assert_close(updated.variance[0], alone.variance[0])
     if ridge:  # pseudo-observations alone decide: the mean of all that was seen, no factors
-        seen = data.precision > 0
-        overall = torch.where(seen, data.z, 0.0).sum(0) / seen.sum(0)
+        weight = (data.precision > 0).sum(0) * (gain := _gain(model, data)[0])
+        overall = gain * torch.where(data.precision > 0, data.z, 0.0).sum(0) / (weight + ridge)
         torch.testing.assert_close(updated.mean[1], overall)
         assert updated.factor[1].abs().max() < 1e-12
     again, log_likelihood = em_step(updated, [data], ridge=ridge)
@@ -447,15 +447,61 @@ def test_a_component_without_items_stays_finite(ridge):
     assert torch.isfinite(again.mean).all()
 
 
+def _gain(model: Mixture, data: Diagonal) -> torch.Tensor:
+    """psi / (psi + 1 / lambda) of every component and entry."""
+    known = model.variance * data.precision.amax(0)
+    return known / (1 + known)
+
+
 def test_ridge_is_that_many_pseudo_observations():
-    """Rank 0, one component: the mean of what was seen is unchanged, the variance is pulled to the pooled one."""
-    data, model = em_data("masks"), mixture(1, 0, seed=300)
+    """The means and factors are least squares: of what was seen, whose variance is psi + 1 / lambda, and of as many
+    entries without noise as ridge says, whose variance is psi, one for each factor and the mean."""
+    data, model, ridge = em_data("masks"), mixture(1, 2, seed=300), 10.0
+    ridged, _ = em_step(model, [data], ridge=ridge)
+    posterior, gain = model.posterior(data), _gain(model, data)[0]
+    seen = (data.precision > 0).to(DOUBLE)
+    z = torch.where(data.precision > 0, data.z, 0.0)
+    overall = gain * z.sum(0) / (gain * seen.sum(0) + ridge)
+    u, spread = posterior.latent[0], torch.cholesky_inverse(posterior.chol[0])
+
+    def cost(factor: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
+        error = (z - mean - u @ factor.T).square() + torch.einsum("di,bij,dj->bd", factor, spread, factor)
+        pseudo = factor.square().sum(1) + (mean - overall).square()
+        return ((seen * error).sum(0) * gain + ridge * pseudo).sum()
+
+    def slope(factor: torch.Tensor, mean: torch.Tensor) -> float:
+        given = factor.clone().requires_grad_(), mean.clone().requires_grad_()
+        return max(g.abs().max().item() for g in torch.autograd.grad(cost(*given), given))
+
     plain, _ = em_step(model, [data])
+    assert slope(ridged.factor[0], ridged.mean[0]) < 1e-9 < 1e-1 < slope(plain.factor[0], plain.mean[0])
+
+
+def test_ridge_pulls_variances_to_the_pooled_one():
+    data, model = em_data("masks"), mixture(1, 0, seed=300)
     ridged, _ = em_step(model, [data], ridge=10.0)
-    torch.testing.assert_close(ridged.mean, plain.mean)
-    seen = (data.precision > 0).sum(0).to(DOUBLE)
-    pooled = (plain.variance * seen).sum() / seen.sum()
-    torch.testing.assert_close(ridged.variance, (plain.variance * seen + 10 * pooled) / (seen + 10))
+    seen, gain = (data.precision > 0).to(DOUBLE), _gain(model, data)[0]
+    error = (seen * (torch.where(data.precision > 0, data.z, 0.0) - ridged.mean[0]).square()).sum(0)
+    total = gain.square() * error + model.variance[0] * (1 - gain) * seen.sum(0)
+    pooled = total.sum() / seen.sum()
+    torch.testing.assert_close(ridged.variance[0], (total + 10 * pooled) / (seen.sum(0) + 10))
+
+
+def test_noise_that_hides_an_entry_makes_no_factors():
+    """Maximum likelihood gives entries under noise what factors and means the noise happens to have."""
+    n, noise = 1000, 100.0
+    x = randn(n, 1, seed=1) * torch.tensor([1.0, 1.0, 1.0, 0.0, 0.0, 0.0]) + 0.3 * randn(n, D, seed=2)
+    std = torch.tensor([0.1, 0.1, 0.1, noise, noise, noise], dtype=DOUBLE)
+    data = Diagonal(x + std * randn(n, D, seed=3), (1 / std.square()).expand(n, D))
+    power, mean = {}, {}
+    for ridge in (0.0, 1.0):
+        model = mixture(1, 2)
+        for _ in range(50):
+            model, _ = em_step(model, [data], ridge=ridge)
+        power[ridge], mean[ridge] = model.factor[0].square().sum(1), model.mean[0].square()
+        assert (power[ridge][:3] - 1).abs().max() < 0.2
+    assert power[1.0][3:].sum() < 0.2 * power[0.0][3:].sum()
+    assert mean[1.0][3:].sum() < 0.2 * mean[0.0][3:].sum()
 
 
 # --- partial E-steps (SCSI) -----------------------------------------------------------------------------

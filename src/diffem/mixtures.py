@@ -456,19 +456,20 @@ class _Statistics:
         _, gram, cross, square, level = self.sums
         K, d, p = cross.shape
         gram = gram.view(K, d, p, p)
-        prior = ridge * torch.eye(p).to(gram)
-        target = cross
-        if ridge:  # pseudo-observations: factors near 0, means near the mean of all that was seen
-            overall = cross[..., -1].sum(0) / gram[..., -1, -1].sum(0).clamp(min=1)
-            target = cross.clone()
+        psi, seen = self.mixture.variance, gram[..., -1, -1].clone()
+        gain = psi * level / (1 + psi * level)
+        if ridge:
+            # Pseudo-observations are of entries without noise, so that real ones weigh `gain` against them: factors near 0,
+            # means near the mean of all that was seen, which is near 0 itself where noise hides it.
+            overall = (gain * cross[..., -1]).sum(0) / ((gain * seen).sum(0) + ridge)
+            target = gain[..., None] * cross
             target[..., -1] += ridge * overall
-        seen = gram[..., -1, -1].clone()
-        solvable = torch.where((seen + ridge > 0)[..., None, None], gram + prior, torch.eye(p).to(gram))
+            solvable = gain[..., None, None] * gram + ridge * torch.eye(p).to(gram)
+        else:
+            target, solvable = cross, torch.where((seen > 0)[..., None, None], gram, torch.eye(p).to(gram))
         weights = torch.linalg.solve(solvable, target)  # (K, d, r+1)
         error = square[..., 0] - 2 * (weights * cross).sum(-1)
         error = error + torch.einsum("kdi,kdij,kdj->kd", weights, gram, weights)
-        psi = self.mixture.variance
-        gain = psi * level / (1 + psi * level)
         total = gain.square() * error.clamp(min=0) + psi * (1 - gain) * seen
         pooled = total.sum(1, keepdim=True) / seen.sum(1, keepdim=True)
         pooled = torch.where(seen.sum(1, keepdim=True) > 0, pooled, psi.mean(1, keepdim=True))  # a dead component

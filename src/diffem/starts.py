@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from diffem import seeding
 from diffem.corruptions import Corruption, LinearCorruption
@@ -22,6 +23,8 @@ from diffem.observations import Observations
 
 VALIDATION = 0.1
 BATCH = 2048
+LEAST = 1e-3  # of a first variance: EM cannot leave 0
+SURE = 5.0  # standard errors by which a variance differs from 0
 
 
 @dataclass(frozen=True)
@@ -152,18 +155,41 @@ def _converge(
 def _single(likelihood: Likelihood, rank: int, features: int, generator: torch.Generator) -> Mixture:
     """A first Gaussian: the mean and the variance of what was seen, random factors."""
     if isinstance(likelihood, Diagonal):
-        seen = likelihood.precision > 0
-        z = torch.where(seen, likelihood.z, 0.0)
-        mean = z.sum(0) / seen.sum(0).clamp(min=1)
-        variance = torch.where(seen, (z - mean).square(), 0.0).sum() / seen.sum().clamp(min=1)
+        mean, variance = _moments(likelihood) if likelihood.basis is None else _spectrum(likelihood)
         basis = likelihood.basis
     else:
         mean = torch.zeros(features).to(likelihood.y)
         variance = likelihood.y.square().mean() * features / likelihood.matrix.square().sum(-1).mean() / features
         basis = None
-    half = 0.5 * variance.clamp(min=1e-3)
-    factor = torch.randn(1, features, rank, generator=generator).to(mean) * (half / max(rank, 1)).sqrt()
-    return Mixture(torch.zeros(1).to(mean), mean[None], factor, half.expand(1, features), basis)
+    half = 0.5 * variance.expand(features)
+    factor = torch.randn(1, features, rank, generator=generator).to(mean) * (half / max(rank, 1)).sqrt()[:, None]
+    return Mixture(torch.zeros(1).to(mean), mean[None], factor, half[None], basis)
+
+
+def _moments(likelihood: Diagonal) -> tuple[Tensor, Tensor]:
+    """The mean of each entry, shape (d,), and one variance for all."""
+    seen = likelihood.precision > 0
+    z = torch.where(seen, likelihood.z, 0.0)
+    mean = z.sum(0) / seen.sum(0).clamp(min=1)
+    variance = torch.where(seen, (z - mean).square(), 0.0).sum() / seen.sum().clamp(min=1)
+    return mean, variance.clamp(min=LEAST)
+
+
+def _spectrum(likelihood: Diagonal) -> tuple[Tensor, Tensor]:
+    """The mean and the variance of each coefficient in the basis, shape (d,), without the noise.
+
+    EM leaves a variance as it was where the noise hides it, and a blur hides many. There it is at most the least
+    that was found among those seen better: the spectra of things that are blurred fall.
+    """
+    z, noise = likelihood.z, (1 / likelihood.precision).mean(0)
+    power = (z - z.mean(0)).square().mean(0)
+    variance, error = power - noise, (2 / len(z)) ** 0.5 * power
+    order = noise.argsort()
+    sure = torch.where(variance > SURE * error, variance, torch.inf)[order]
+    bound = torch.empty_like(sure)
+    bound[order] = sure.cummin(0).values
+    variance = torch.where(variance > SURE * error, variance, bound).clamp(min=LEAST, max=power.max())
+    return z.mean(0) * variance / (variance + noise / len(z)), variance
 
 
 def _spread(single: Mixture, count: int, likelihood: Likelihood, generator: torch.Generator) -> Mixture:
