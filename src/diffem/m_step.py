@@ -81,7 +81,7 @@ class Trainer:
         """Forgets the optimiser's moments."""
         config = self.config
         self.optimizer = torch.optim.AdamW(
-            self.denoiser.network.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
+            self.denoiser.network.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
         )
 
     def restart_from_average(self) -> None:
@@ -101,9 +101,8 @@ class Trainer:
         self.updates += 1
         decay = min(self.config.ema, (1 + self.updates) / (10 + self.updates))  # a young average forgets quickly
         with torch.no_grad():
-            pairs = zip(self.averaged.network.parameters(), self.denoiser.network.parameters(), strict=True)
-            for averaged, parameter in pairs:
-                averaged.lerp_(parameter, 1 - decay)
+            averaged, current = (list(d.network.parameters()) for d in (self.averaged, self.denoiser))
+            torch._foreach_lerp_(averaged, current, 1 - decay)
 
     def state(self) -> dict[str, Tensor]:
         """Weights, average and optimiser, by name."""
@@ -125,8 +124,8 @@ class Trainer:
         self.averaged.network.load_state_dict(part("average."))
         self.updates = int(tensors["updates"])
         slots: dict[int, dict[str, Tensor]] = {}
-        for i, (name, _) in enumerate(self.denoiser.network.named_parameters()):
-            if found := part(f"optimizer.{name}."):
-                slots[i] = found
+        for i, (name, parameter) in enumerate(self.denoiser.network.named_parameters()):
+            if found := part(f"optimizer.{name}."):  # laid out as before: strides change the rounding of the fused update
+                slots[i] = {k: torch.empty_like(parameter).copy_(v) if v.ndim else v for k, v in found.items()}
         if slots:
             self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": slots})
