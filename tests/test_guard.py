@@ -115,9 +115,9 @@ def test_a_black_box_is_judged_by_the_divergence_once_its_error_allows():
 def test_patience_ends_the_sharp_part_and_then_the_run():
     found = guard(scored(0.5, 0.9), sharp=0.5, sharp_ratio=0.0, dispersion=1.0, gain=0.0)
     widths, over = [], []
-    for k in range(1, 9):
+    for k, crps in enumerate((0.45, 0.4, 0.45, 0.44, 0.43, 0.45, 0.45, 0.45), 1):
         widths.append(found.width(k))
-        found.decide(k, scored(0.4 if k == 2 else 0.45, 0.9), SAME)
+        found.decide(k, scored(crps, 0.9), SAME)
         over.append(found.over)
     assert widths == [0.0] * 5 + [1.0] * 3  # the best was the second: 3, 4 and 5 were in vain
     assert over == [False] * 7 + [True]
@@ -126,9 +126,24 @@ def test_patience_ends_the_sharp_part_and_then_the_run():
 def test_no_patience_goes_on():
     found = guard(scored(0.5), em={"patience": 0}, sharp=0.5, sharp_ratio=0.0)
     for k in range(1, 20):
-        found.decide(k, scored(0.9), SAME)
+        found.decide(k, scored(0.9 - k / 1000), SAME)
         assert not found.over
     assert found.sharp == 10
+
+
+def test_a_score_that_does_not_fall_twice_in_a_row_ends_the_sharp_part():
+    found = guard(scored(0.3, 0.9), sharp=1.0, sharp_ratio=0.0)
+    used = []
+    for k, crps in enumerate(
+        (0.5, 0.51, 0.49, 0.5, 0.5, 0.4), 1
+    ):  # worse than the start, which is another kind of draw
+        used.append(found.width(k))
+        found.decide(k, scored(crps, 0.9), SAME)
+    assert (used, found.sharp) == ([0, 0, 0, 0, 0, 1], 5)
+    free = guard(scored(0.3, 0.9), em={"guard": False}, sharp=1.0)
+    for k in range(1, 9):
+        free.decide(k, scored(0.5, 0.9), SAME)
+    assert free.sharp == 20
 
 
 def test_without_a_guard_all_are_accepted_and_the_last_is_the_best():
@@ -171,11 +186,13 @@ def test_reconstructions_that_could_not_be_observed_are_not_the_best_unless_the_
         assert (verdict["accepted"], verdict["best"]) == (True, best)
 
 
-def test_a_better_divergence_decides_a_tie_unless_the_ratio_is_worse():
+@pytest.mark.parametrize(("crps", "closer"), [(0.501, 0.1), (0.499, 0.0)])
+def test_a_better_divergence_or_a_smaller_criterion_decides_a_tie_unless_the_ratio_is_worse(crps, closer):
     for ratio, best in ((0.85, True), (1.1, True), (0.75, False), (1.3, False)):
         found = guard(scored(0.5, ratio=0.8))
-        verdict = found.decide(1, scored(0.501, ratio=ratio, noise=0.5), SAME - 0.1)
+        verdict = found.decide(1, scored(crps, ratio=ratio, noise=0.5), SAME - closer)
         assert abs(verdict["criterion_delta"]) < 2 * verdict["criterion_delta_se"]
+        assert verdict["ratio_delta"] == pytest.approx(abs(math.log(ratio)) - abs(math.log(0.8)), abs=1e-6)
         assert verdict["best"] == best
     verdict = guard(scored(0.5, ratio=0.8)).decide(1, scored(0.501, ratio=0.85, noise=0.5), SAME)
     assert verdict["criterion_delta"] > 0

@@ -83,6 +83,17 @@ def test_ratio_tells_narrow_draws_from_wide_ones():
     assert narrow < 0.75 * right < right < 0.75 * wide
 
 
+@pytest.mark.parametrize("width", [0.7, 1.4])
+def test_difference_of_ratios_is_that_of_their_distances_from_one(width):
+    corruption, rows = CASES["mask"], np.arange(2000)
+    data = observed(corruption, len(rows))
+    wrong, right = (score(sampler(corruption, w), data, rows, 0) for w in (width, 1.0))
+    delta, error = wrong.ratio_difference(right)
+    assert delta == pytest.approx(abs(math.log(wrong.ratio)) - abs(math.log(right.ratio)))
+    assert delta > 3 * error > 0
+    assert right.ratio_difference(wrong) == pytest.approx((-delta, error))
+
+
 def test_standard_errors_are_those_of_repetitions():
     corruption, parts = CASES["mask"], np.arange(6000).reshape(60, 100)
     data = observed(corruption, parts.size)
@@ -91,7 +102,7 @@ def test_standard_errors_are_those_of_repetitions():
     ]
     logs = torch.tensor([a.ratio for a, _ in pairs]).log()
     assert logs.std() == pytest.approx(np.mean([a.ratio_error for a, _ in pairs]), rel=0.3)
-    for compare in (Score.difference, Score.criterion_difference):
+    for compare in (Score.difference, Score.criterion_difference, Score.ratio_difference):
         found = torch.tensor([compare(b, a) for a, b in pairs])
         assert found[:, 0].std() == pytest.approx(found[:, 1].mean().item(), rel=0.3)
 
@@ -116,6 +127,7 @@ def test_black_box_has_no_ratio():
     data = Observations(np.random.default_rng(0).normal(size=(50, 6)).astype(np.float32), box)
     one = score(ObservationPosterior(box, (6,), (0.0, 1.0)), data, np.arange(50), 0)
     assert (one.name, one.ratio, one.ratio_error, one.log_score) == ("energy_distance", None, None, None)
+    assert one.ratio_difference(one) is None
     assert list(one.tensors) == ["items"]
     other = Score(one.name, one.items + torch.linspace(0, 1, 50))
     assert other.criterion_difference(one) == pytest.approx(other.difference(one))

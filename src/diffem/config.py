@@ -80,7 +80,7 @@ class EStepConfig:
     Attributes:
         sharp: The largest fraction of the iterations, at first, that put no residual variance back (plain DDPM): they
             learn fast, and narrow.
-        sharp_ratio: The calibration ratio that ends them sooner.
+        sharp_ratio: The calibration ratio that ends them sooner; two iterations in a row whose score did not fall do, too.
         dispersion: The share of the residual variance that the others put back (1 is calibrated where the prior is
             right).
         ratio: The least calibration ratio of held-out observations that counts as honest.
@@ -92,7 +92,7 @@ class EStepConfig:
     """
 
     sharp: float = 0.5
-    sharp_ratio: float = 0.5
+    sharp_ratio: float = 0.4
     dispersion: float = 1.0
     ratio: float = 0.9
     gain: float = 2.0

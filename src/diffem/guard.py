@@ -5,12 +5,13 @@ best        what the run folder holds, the start at first. Two numbers decide: t
             :mod:`diffem.diagnostics.scores`), which looks at the posterior and does not forgive draws that are too narrow, and
             the divergence (:func:`diffem.diagnostics.divergence.energy_items` of the reconstructions that train), which
             looks at the prior and has less noise. The best is accepted, and its criterion better than that of the last best;
-            or neither is worse, and the criterion is less, or the divergence better with a ratio that is no farther from 1
-            (of a wrong corruption, narrow draws may be the closest). A worse divergence is so by a thousandth, too
+            or it is a tie: neither is worse, nor is the ratio farther from 1 (of a wrong corruption, narrow draws may be
+            the closest), and the criterion is less or the divergence better. A worse divergence is so by a thousandth, too
 black box   its score is a divergence too, but of held-out observations only, and has many times the error: the best is what
             has a better divergence than the last best
-dispersion  none in the sharp part of the run, which a ratio below `e_step.sharp_ratio` ends; then `e_step.dispersion`, or
-            more if the last iteration was over-confident
+dispersion  none in the sharp part of the run; then `e_step.dispersion`, or more if the last iteration was over-confident.
+            The sharp part pays by a score that falls faster: it ends when that has not fallen for two iterations in a row,
+            or the ratio is below `e_step.sharp_ratio`
 stop        `em.patience` iterations in a row neither improved the score nor were the best (a black box: were not the best):
             that ends the sharp part, or else the run
 
@@ -19,7 +20,6 @@ Worse and better are by more than `em.gate` standard errors of the paired differ
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -30,6 +30,7 @@ from diffem.diagnostics.scores import standard_error
 
 TOLERANCE = 1e-3  # of a divergence: many observations find what is too small to matter
 WIDEST = 4.0  # the most that is made of a dispersion
+RISES = 2  # iterations in a row whose score did not fall, which end the sharp part
 SCORES = ("first", "lowest", "best")
 
 
@@ -45,6 +46,8 @@ class Guard:
         divergence: What the reconstructions of the best add to it, item by item.
         dispersion: Of the next E-step after the sharp part.
         sharp: The last iteration of the sharp part.
+        before: The mean score of the iteration before, in the sharp part; None at first.
+        rises: So many iterations in a row it has not fallen there.
         stale: Iterations since the last improvement.
         over: Whether patience has run out.
     """
@@ -56,6 +59,8 @@ class Guard:
     divergence: Tensor
     dispersion: float
     sharp: int
+    before: float | None = None
+    rises: int = 0
     stale: int = 0
     over: bool = False
 
@@ -69,8 +74,9 @@ class Guard:
         return 0.0 if iteration <= self.sharp else self.dispersion
 
     def compare(self, current: Score, divergence: Tensor) -> dict[str, float]:
-        """Paired differences and their standard errors: `delta` of the score to the least, `criterion_delta` and
-        `divergence_delta` to those of the best, and `start_delta` of the score to the start's."""
+        """Paired differences and their standard errors: `delta` of the score to the least, `criterion_delta`,
+        `divergence_delta` and (of the distance from 1, in logarithms) `ratio_delta` to those of the best, and `start_delta`
+        of the score to the start's. A black box has no `ratio_delta`."""
         apart = divergence - self.divergence
         found = {
             "delta": current.difference(self.lowest),
@@ -78,6 +84,8 @@ class Guard:
             "divergence_delta": (apart.mean().item(), standard_error(apart)),
             "start_delta": current.difference(self.first),
         }
+        if (farther := current.ratio_difference(self.best)) is not None:
+            found["ratio_delta"] = farther
         return {k: v for name, pair in found.items() for k, v in zip((name, f"{name}_se"), pair, strict=True)}
 
     def decide(self, iteration: int, current: Score, divergence: Tensor) -> dict[str, float | bool]:
@@ -95,13 +103,12 @@ class Guard:
 
         accepted = not em.guard or not worse("delta")
         closer = worse("divergence_delta", -1)
-        if current.ratio is None or self.best.ratio is None:  # a black box
+        if "ratio_delta" not in found:  # a black box
             improved = closer
         else:
             apart = worse("divergence_delta") and found["divergence_delta"] > TOLERANCE
-            honest = _away(current.ratio) <= _away(self.best.ratio)
-            tie = not (worse("criterion_delta") or apart)
-            improved = worse("criterion_delta", -1) or (tie and (found["criterion_delta"] < 0 or (closer and honest)))
+            tie = not (worse("criterion_delta") or worse("ratio_delta") or apart)
+            improved = worse("criterion_delta", -1) or (tie and (found["criterion_delta"] < 0 or closer))
         best = not em.guard or (accepted and improved)
         lower = accepted and found["delta"] < 0
         if lower:
@@ -115,8 +122,12 @@ class Guard:
                 # loop adds up by itself.
                 self.dispersion = e_step.dispersion + e_step.gain * max(e_step.ratio - current.ratio, 0.0)
                 self.dispersion = min(self.dispersion, WIDEST)
-            elif em.guard and current.ratio < e_step.sharp_ratio:
-                self.sharp = iteration
+            else:
+                fell = self.before is None or current.mean < self.before
+                self.rises = 0 if fell else self.rises + 1
+                self.before = current.mean
+                if em.guard and (current.ratio < e_step.sharp_ratio or self.rises >= RISES):
+                    self.sharp = iteration
         if em.guard and em.patience and self.stale >= em.patience:
             self.over = iteration >= self.sharp
             self.sharp, self.stale = min(self.sharp, iteration), 0
@@ -125,7 +136,7 @@ class Guard:
     @property
     def facts(self) -> dict:
         """What a checkpoint holds of it beside :attr:`tensors`."""
-        numbers = {k: getattr(self, k) for k in ("dispersion", "sharp", "stale", "over")}
+        numbers = {k: getattr(self, k) for k in ("dispersion", "sharp", "before", "rises", "stale", "over")}
         return {**numbers, "name": self.first.name}
 
     @property
@@ -141,8 +152,3 @@ class Guard:
 
         rest = {k: v for k, v in facts.items() if k != "name"}
         return cls(config, score("first"), score("lowest"), score("best"), tensors["divergence"], **rest)
-
-
-def _away(ratio: float) -> float:
-    """How far a ratio is from 1."""
-    return abs(math.log(max(ratio, 1e-12)))

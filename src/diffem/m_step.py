@@ -125,7 +125,9 @@ class Trainer:
         self.updates = int(tensors["updates"])
         slots: dict[int, dict[str, Tensor]] = {}
         for i, (name, parameter) in enumerate(self.denoiser.network.named_parameters()):
-            if found := part(f"optimizer.{name}."):  # laid out as before: strides change the rounding of the fused update
+            if found := part(
+                f"optimizer.{name}."
+            ):  # laid out as before: strides change the rounding of the fused update
                 slots[i] = {k: torch.empty_like(parameter).copy_(v) if v.ndim else v for k, v in found.items()}
         if slots:
             self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": slots})

@@ -92,10 +92,8 @@ class Score:
     @property
     def ratio_error(self) -> float | None:
         """The standard error of the logarithm of the ratio, over observations (the delta method)."""
-        if (moments := self._moments()) is None:
-            return None
-        above, below = moments[0] + moments[2], moments[1]
-        return standard_error(above / above.mean() - below / below.mean())
+        moments = self._moments()
+        return moments and standard_error(_ratio_influence(*moments))
 
     @property
     def log_score(self) -> float | None:
@@ -119,6 +117,17 @@ class Score:
         """That of the criteria, and its standard error (the delta method, in pairs)."""
         return self.criterion - other.criterion, standard_error(self._influence() - other._influence())
 
+    def ratio_difference(self, other: Score) -> tuple[float, float] | None:
+        """How much farther the ratio is from 1, in logarithms, than another's, and its standard error (the delta method,
+        in pairs); None if one of them has no ratio."""
+        distances, influences = [], []
+        for each in (self, other):
+            if (moments := each._moments()) is None or each.ratio is None:
+                return None
+            distances.append(abs(math.log(each.ratio)))
+            influences.append(math.copysign(1.0, math.log(each.ratio)) * _ratio_influence(*moments))
+        return distances[0] - distances[1], standard_error(influences[0] - influences[1])
+
     def _moments(self) -> tuple[Tensor, Tensor, Tensor] | None:
         if self.spread is None or self.error is None or self.excess is None:
             return None
@@ -132,6 +141,12 @@ class Score:
         v, e, c = (m.mean() for m in moments)
         on_log_score = (1 / v - (e - c) / v**2) * moments[0] + (moments[1] - moments[2]) / v
         return self.items / self.items.mean() + on_log_score / 2
+
+
+def _ratio_influence(spread: Tensor, error: Tensor, excess: Tensor) -> Tensor:
+    """How much the logarithm of a ratio changes with each observation."""
+    above = spread + excess
+    return above / above.mean() - error / error.mean()
 
 
 def standard_error(items: Tensor) -> float:
