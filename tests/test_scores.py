@@ -102,9 +102,17 @@ def test_standard_errors_are_those_of_repetitions():
     ]
     logs = torch.tensor([a.ratio for a, _ in pairs]).log()
     assert logs.std() == pytest.approx(np.mean([a.ratio_error for a, _ in pairs]), rel=0.3)
-    for compare in (Score.difference, Score.criterion_difference, Score.ratio_difference):
+    for compare in (Score.difference, Score.criterion_difference):
         found = torch.tensor([compare(b, a) for a, b in pairs])
         assert found[:, 0].std() == pytest.approx(found[:, 1].mean().item(), rel=0.3)
+    # a distance from 1 has a kink there, so that neither is near it
+    farther = torch.tensor(
+        [
+            score(sampler(corruption, 1.5), data, r, 0).ratio_difference(b)
+            for r, (_, b) in zip(parts, pairs, strict=True)
+        ]
+    )
+    assert farther[:, 0].std() == pytest.approx(farther[:, 1].mean().item(), rel=0.3)
 
 
 def test_formulas():

@@ -101,7 +101,8 @@ class Trainer:
         self.updates += 1
         decay = min(self.config.ema, (1 + self.updates) / (10 + self.updates))  # a young average forgets quickly
         with torch.no_grad():
-            averaged, current = (list(d.network.parameters()) for d in (self.averaged, self.denoiser))
+            averaged: list[Tensor] = [*self.averaged.network.parameters()]
+            current: list[Tensor] = [*self.denoiser.network.parameters()]
             torch._foreach_lerp_(averaged, current, 1 - decay)
 
     def state(self) -> dict[str, Tensor]:

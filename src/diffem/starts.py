@@ -188,7 +188,7 @@ def _spectrum(likelihood: Diagonal) -> tuple[Tensor, Tensor]:
     sure = torch.where(variance > SURE * error, variance, torch.inf)[order]
     bound = torch.empty_like(sure)
     bound[order] = sure.cummin(0).values
-    variance = torch.where(variance > SURE * error, variance, bound).clamp(min=LEAST, max=power.max())
+    variance = torch.where(variance > SURE * error, variance, bound).clamp(min=LEAST).clamp(max=power.max())
     return z.mean(0) * variance / (variance + noise / len(z)), variance
 
 
