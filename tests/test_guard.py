@@ -197,3 +197,15 @@ def test_a_better_divergence_or_a_smaller_criterion_decides_a_tie_unless_the_rat
     verdict = guard(scored(0.5, ratio=0.8)).decide(1, scored(0.501, ratio=0.85, noise=0.5), SAME)
     assert verdict["criterion_delta"] > 0
     assert not verdict["best"]
+
+
+def test_a_ratio_that_may_be_farther_from_one_decides_against_a_better_divergence_only():
+    def noisy(ratio: float, crps: float) -> Score:  # its logarithm has an error of 0.1
+        spread = 1 + 0.8 * torch.randn(64, generator=torch.Generator().manual_seed(round(100 * ratio)))
+        return dataclasses.replace(scored(crps), spread=ratio * spread / spread.mean())
+
+    for crps, closer, best in ((0.492, 0.0, True), (0.5, 0.1, False)):
+        verdict = guard(noisy(0.8, 0.5)).decide(1, noisy(0.78, crps), SAME - closer)
+        assert 0 < verdict["ratio_delta"] < verdict["ratio_delta_se"]
+        assert (verdict["criterion_delta"] < 0) == (crps < 0.5)
+        assert (verdict["accepted"], verdict["best"]) == (True, best)

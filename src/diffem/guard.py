@@ -5,8 +5,9 @@ best        what the run folder holds, the start at first. Two numbers decide: t
             :mod:`diffem.diagnostics.scores`), which looks at the posterior and does not forgive draws that are too narrow, and
             the divergence (:func:`diffem.diagnostics.divergence.energy_items` of the reconstructions that train), which
             looks at the prior and has less noise. The best is accepted, and its criterion better than that of the last best;
-            or it is a tie: neither is worse, nor is the ratio farther from 1 (of a wrong corruption, narrow draws may be
-            the closest), and the criterion is less or the divergence better. A worse divergence is so by a thousandth, too
+            or it is a tie: neither is worse, nor is the ratio farther from 1, and the criterion is less, or the divergence
+            better with a ratio that is not even a little farther (of a wrong corruption, narrow draws may be the closest).
+            A worse divergence is so by a thousandth, too
 black box   its score is a divergence too, but of held-out observations only, and has many times the error: the best is what
             has a better divergence than the last best
 dispersion  none in the sharp part of the run; then `e_step.dispersion`, or more if the last iteration was over-confident.
@@ -108,6 +109,7 @@ class Guard:
         else:
             apart = worse("divergence_delta") and found["divergence_delta"] > TOLERANCE
             tie = not (worse("criterion_delta") or worse("ratio_delta") or apart)
+            closer = closer and found["ratio_delta"] <= 0
             improved = worse("criterion_delta", -1) or (tie and (found["criterion_delta"] < 0 or closer))
         best = not em.guard or (accepted and improved)
         lower = accepted and found["delta"] < 0
