@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from diffem import seeding
-from diffem.corruptions import BlackBox, Corruption, GaussianNoise, RandomMask, RandomProjection
+from diffem.corruptions import BlackBox, Corruption, GaussianBlur, GaussianNoise, RandomMask, RandomProjection
 from diffem.diagnostics import score
 from diffem.diagnostics.collapse import NUMBERS, collapse_watch
 from diffem.mixtures import Mixture
 from diffem.observations import Observations
-from diffem.posteriors import MixturePosterior, draw_many, sample_many
+from diffem.posteriors import MixturePosterior, draw_many, likelihood_basis, sample_many
 
 FEATURES, N, SCALING = 8, 180, (1.0, 2.0)
 CASES = {"mask": RandomMask(0.5, 0.2), "projection": RandomProjection(3, 0.2), "noise": GaussianNoise(0.8)}
@@ -122,4 +122,29 @@ def test_a_prior_of_one_item_and_a_black_box():
     assert table["duplicates"]["warning"] == (
         "the prior repeats itself: 100% of its samples nearly repeat another one, where 5% would"
     )
-    assert set(table) == set(NUMBERS) - {"spread", "nearest"}
+    assert set(table) == set(NUMBERS) - {"spread", "nearest", "outside"}
+
+
+@pytest.mark.parametrize("assumed", [1.0, 1.3])
+def test_a_blur_that_is_taken_for_a_wider_one(assumed):
+    """The exact posterior of a wide prior: what it draws predicts the observations, and leaves the range."""
+    n, shape, scaling = 200, (1, 16, 16), (8.0, 8.0)
+    clean = (8 + 3 * torch.randn(n, *shape, generator=torch.Generator().manual_seed(0))).clamp(0, 16)
+    y, _ = GaussianBlur(1.0, 0.005).observe(clean, torch.Generator().manual_seed(1))
+    corruption = GaussianBlur(assumed, 0.005)
+    data = Observations(y.numpy(), corruption, range=(0, 16))
+    white = torch.full((1, 256), (3 / 8) ** 2)
+    prior = Mixture(
+        torch.zeros(1), torch.zeros(1, 256), torch.zeros(1, 256, 0), white, likelihood_basis(corruption, shape)
+    )
+    x = draw_many(MixturePosterior(corruption, shape, scaling, prior), data, np.arange(n), 1, 0)[:, 0]
+    row = collapse_watch(x, None, x, data, np.arange(n), scaling, 0)["outside"]
+    beyond = (x - 8).abs().sub(8).clamp(min=0) / 8
+    assert row["value"] == pytest.approx(beyond.square().mean().sqrt().item(), rel=1e-5)
+    assert row["error"] < 0.1 * row["value"]
+    assert (row["warning"] is not None) == (assumed == 1.3)
+    if row["warning"]:
+        assert row["warning"] == (
+            f"the reconstructions lie outside the stated range of the data, by {row['value']:.2f} of half of it: "
+            "the corruption may be a wrong one"
+        )

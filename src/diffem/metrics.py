@@ -20,12 +20,10 @@ def compare(
     which maps such items to (N, f), a Frechet distance there."""
     centre, half = scaling
     u, v = ((torch.from_numpy(np.asarray(a, dtype=np.float32)) - centre) / half for a in (x, clean))
-    others = apart(u, v)
-    u_rows, v_rows = (a.flatten(1) for a in others)
-    found = {"psnr": psnr(u, v, 2.0), "energy_distance": energy_distance(u_rows, v_rows)}
+    found = {"psnr": psnr(u, v, 2.0), "energy_distance": energy_distance(u, v, of_one_row=True)}
     if features is not None:
-        found["frechet"] = frechet_distance(*(features(a) for a in others))
-    return {**found, **manifold_overlap(u_rows, v_rows)}
+        found["frechet"] = frechet_distance(features(u), features(v))
+    return {**found, **manifold_overlap(*apart(u.flatten(1), v.flatten(1)))}
 
 
 def apart(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -38,12 +36,15 @@ def psnr(x: Tensor, clean: Tensor, width: float) -> float:
     return (-10 * torch.log10((x - clean).square().mean() / width**2)).item()
 
 
-def energy_distance(u: Tensor, v: Tensor) -> float:
-    """2 E|u - v| - E|u - u'| - E|v - v'| without bias, of two samples (N, *) and (M, *); 0 if equal in law."""
+def energy_distance(u: Tensor, v: Tensor, of_one_row: bool = False) -> float:
+    """2 E|u - v| - E|u - u'| - E|v - v'| without bias, of two samples (N, *) and (M, *); 0 if equal in law. `of_one_row`:
+    row i of u is an estimate of row i of v, and what is expected does not count their distance."""
     u, v = u.flatten(1), v.flatten(1)
     n, m = len(u), len(v)
     within = torch.cdist(u, u).sum() / (n * (n - 1)) + torch.cdist(v, v).sum() / (m * (m - 1))
-    return (2 * torch.cdist(u, v).mean() - within).item()
+    across = torch.cdist(u, v)
+    between = (across.sum() - across.trace()) / (n * (n - 1)) if of_one_row else across.mean()
+    return (2 * between - within).item()
 
 
 def frechet_distance(u: Tensor, v: Tensor) -> float:

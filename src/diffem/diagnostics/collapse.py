@@ -1,4 +1,4 @@
-r"""Collapse watch: whether reconstructions or prior samples have become too narrow, too few, or copies.
+r"""Collapse watch: whether reconstructions or prior samples have become too narrow, too few, copies, or impossible.
 
 EM with an imperfect sampler goes wrong by losing variance: draws narrow, kinds of items die out, and the next model
 learns from what is left. Every number here compares two things whose laws are equal while all is well, so that its
@@ -19,6 +19,9 @@ many prior samples:
 * **nearest**: how far :math:`y_i` is from the nearest :math:`A_i x_j`, :math:`j \neq i`, over how far :math:`y'_i` is
   from the nearest :math:`A'_i x_j`: root mean squares over the entries that are seen. Above 1, there are observations
   unlike any reconstruction of another. It needs a forward operator: a black box has none.
+* **outside**: how far the :math:`x_i` lie outside the stated range of the data, root mean square, in halves of that range;
+  about 0. A blur that is taken for a wider one explains its observations as well as the true one does, but by what no clean
+  item can be. Where no range is stated it is not there.
 
 A number has a warning if it is beyond its limit, by more than three standard errors from what is healthy.
 """
@@ -95,6 +98,12 @@ NUMBERS = {
         "how far an observation is from the nearest reconstruction of another, over how far a re-corrupted one is",
         "some observations are unlike all reconstructions of others: {value:.2f} times as far from the nearest as they should be",
     ),
+    "outside": Number(
+        0.0,
+        0.5,
+        "how far reconstructions lie outside the stated range of the data, in halves of it",
+        "the reconstructions lie outside the stated range of the data, by {value:.2f} of half of it: the corruption may be a wrong one",
+    ),
 }
 
 
@@ -139,6 +148,8 @@ def collapse_watch(
         found["memorised"] = _share(torch.cdist(theirs, learned).amin(1), torch.cdist(ours, learned).amin(1))
     if isinstance(observations.corruption, LinearCorruption):
         found["nearest"] = _nearest(x, observations, rows, scaling, seed + 2)
+    if observations.range is not None:
+        found["outside"] = _outside(x, *observations.range)
     return {name: _told(NUMBERS[name], *pair) for name, pair in found.items()}
 
 
@@ -163,6 +174,14 @@ def _share(theirs: Tensor, ours: Tensor) -> tuple[float, float]:
     share = (theirs < ours.quantile(CLOSE)).double().mean().item()
     # The quantile is as uncertain as the share is, and neighbours come in pairs.
     return share, (2 * CLOSE * (1 - CLOSE) * (1 / len(theirs) + 1 / len(ours))) ** 0.5
+
+
+def _outside(x: Tensor, low: float, high: float) -> tuple[float, float]:
+    """How far the items lie outside the range, root mean square, in halves of it, and its standard error."""
+    beyond = (x - x.clamp(low, high)).flatten(1).double() / ((high - low) / 2)
+    squares = beyond.square().mean(1)
+    value = squares.mean().sqrt().item()
+    return value, squares.std().item() / len(x) ** 0.5 / max(2 * value, TINY)
 
 
 def _mean_distances(rows: Tensor) -> Tensor:
