@@ -2,7 +2,7 @@
 
     python benchmarks/digits75.py prepare runs/digits75
     diffem train digits --observations runs/digits75 --out runs/digits75-run
-    python benchmarks/digits75.py bound runs/digits75-bound --observations runs/digits75
+    python benchmarks/bound.py digits runs/digits75 runs/digits75-bound
     python benchmarks/digits75.py judge runs/digits75-run --bound runs/digits75-bound --out benchmarks/results/digits75.json
 
 1,400 shuffled digits train, 397 are held out, and of these the same 30 % of the observed pixels are hidden for every model: the
@@ -19,12 +19,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from compare import BOUND, Fixed
 from judge import classifier, cost
 from sklearn.datasets import load_digits
 
 from diffem import metrics, seeding
-from diffem.config import load
 from diffem.corruptions import RandomMask
 from diffem.diagnostics import crps
 from diffem.observations import Observations
@@ -54,13 +52,6 @@ def observations() -> Observations:
     held_out = np.arange(len(clean)) >= TRAIN
     raw = ((y + 1) * 8).numpy()
     return Observations(raw, RandomMask(0.75, 8 * NOISE), {"mask": mask.numpy()}, (0, 16), held_out=held_out)
-
-
-def train_bound(out: Path, folder: Path, steps: int = 4000) -> None:
-    """The upper bound: the preset's network trained on the clean digits."""
-    settings = {**BOUND, "em.iterations": "1", "m_step.first_steps": str(steps)}
-    for row in Fixed(load("digits", list(settings.items())), Observations.load(folder), out).iterate():
-        print(f"iteration {row['iteration']}: {row['score']:.4f}, ratio {row['ratio']:.2f}", flush=True)
 
 
 def judge(run: Path, bound: Path | None) -> dict:
@@ -103,10 +94,9 @@ def judge(run: Path, bound: Path | None) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", choices=("prepare", "bound", "judge"))
+    parser.add_argument("action", choices=("prepare", "judge"))
     parser.add_argument("folder", type=Path, help="of the observations to prepare, or of the run")
-    parser.add_argument("--observations", type=Path, help="the prepared ones, for `bound`")
-    parser.add_argument("--bound", type=Path, help="the run of `bound`, for `judge`")
+    parser.add_argument("--bound", type=Path, help="a run of `bound.py`, for `judge`")
     parser.add_argument("--out", type=Path, help="a JSON file; printed otherwise")
     arguments = parser.parse_args()
     if arguments.action == "prepare":
@@ -115,8 +105,6 @@ def main() -> None:
         np.save(arguments.folder / "clean.npy", ((clean + 1) * 8).numpy())
         np.save(arguments.folder / "labels.npy", labels.numpy())
         return
-    if arguments.action == "bound":
-        return train_bound(arguments.folder, arguments.observations)
     text = json.dumps(judge(arguments.folder, arguments.bound), indent=2)
     if arguments.out:
         arguments.out.write_text(text + "\n")

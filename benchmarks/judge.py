@@ -175,7 +175,7 @@ def cost(run: Path) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
-    parser.add_argument("--bound", type=Path, help="a run of `compare.py --methods clean` on the same preset")
+    parser.add_argument("--bound", type=Path, help="a run of `bound.py` on the same observations")
     parser.add_argument("--out", type=Path, help="a JSON file; printed otherwise")
     arguments = parser.parse_args()
     if not (arguments.run / "config.yaml").exists():
