@@ -181,6 +181,10 @@ def lasting() -> str:
                     first, least, end = (f"{v:.{digits}f}" for v in (values[0], min(values), ended[name]))
                     cells += [first, f"{least} ({values.index(min(values))})", end]
                 fall = points[0]["crps"] - last["crps"]
+                if result["settings"].get("em.guard") == "false":
+                    cells += ["–"] * len(PATIENCE)
+                    lines.append(cells)
+                    continue
                 for stop in (patient(points, patience) for patience in PATIENCE):
                     share = f" ({(points[0]['crps'] - points[stop]['crps']) / fall:.0%})" if fall > 0 else ""
                     cells.append(f"{stop}{share}")
