@@ -371,7 +371,7 @@ def test_black_box(here, capsys, monkeypatch):
     assert np.load("rec/draws.npy").shape == (200, 2, *SHAPE)
     found = json.loads((here / "run" / "diagnostics.json").read_text())
     assert found["items"] == 20
-    assert set(found["collapse"]) == {"diversity"}  # nothing beat the start, which has no prior
+    assert set(found["collapse"]) == {"diversity", "outside"}  # nothing beat the start, which has no prior
     assert "coverage" not in found  # it cannot be split
     diagnose = ["diagnose", "run", "--observations", "obs"]
     assert "give it as MODULE:FUNCTION" in refused(here, capsys, *diagnose)
