@@ -181,14 +181,11 @@ def lasting() -> str:
                     first, least, end = (f"{v:.{digits}f}" for v in (values[0], min(values), ended[name]))
                     cells += [first, f"{least} ({values.index(min(values))})", end]
                 fall = points[0]["crps"] - last["crps"]
-                if result["settings"].get("em.guard") == "false":
-                    cells += ["–"] * len(PATIENCE)
-                    lines.append(cells)
-                    continue
-                for stop in (patient(points, patience) for patience in PATIENCE):
+                guarded = result["settings"].get("em.guard") != "false"
+                for stop in (patient(points, patience) for patience in PATIENCE) if guarded else ():
                     share = f" ({(points[0]['crps'] - points[stop]['crps']) / fall:.0%})" if fall > 0 else ""
                     cells.append(f"{stop}{share}")
-                lines.append(cells)
+                lines.append(cells + ["–"] * (len(heads) - len(cells)))
     return "### long runs\n\n" + markdown(heads, lines) if lines else ""
 
 
