@@ -240,7 +240,9 @@ def curve(rows: list[dict]) -> list[dict]:
         keep = {"iteration": row["iteration"], "evaluations": spent, "seconds": seconds, "crps": row["score"]}
         keep |= {k: row[k] for k in ("ratio", "dispersion", "criterion", "divergence", "accepted", "best")}
         keep["lower"] = row["accepted"] and row.get("delta", -1.0) < 0
-        points.append({**keep, "calibrated": row["iteration"] > 0 and row["loss"] is None, **row["clean"]})
+        if "of" in row:
+            keep["start_delta"] = row["start_delta"]
+        points.append({**keep, "calibrated": "of" in row, **row["clean"]})
     return points
 
 

@@ -180,10 +180,11 @@ def lasting() -> str:
                     values = [p[name] for p in points]
                     first, least, end = (f"{v:.{digits}f}" for v in (values[0], min(values), ended[name]))
                     cells += [first, f"{least} ({values.index(min(values))})", end]
-                fall = points[0]["crps"] - last["crps"]
+                fall = -(result["curve"][-1].get("start_delta") or 0.0)  # scored closely
                 guarded = result["settings"].get("em.guard") != "false"
                 for stop in (patient(points, patience) for patience in PATIENCE) if guarded else ():
-                    share = f" ({(points[0]['crps'] - points[stop]['crps']) / fall:.0%})" if fall > 0 else ""
+                    missed = fall if stop == 0 else points[stop]["crps"] - last["crps"]
+                    share = f" ({1 - missed / fall:.0%})" if fall > 0 else ""
                     cells.append(f"{stop}{share}")
                 lines.append(cells + ["–"] * (len(heads) - len(cells)))
     return "### long runs\n\n" + markdown(heads, lines) if lines else ""
@@ -192,12 +193,12 @@ def lasting() -> str:
 def chosen(rows: list[dict]) -> int:
     """The iteration that the guard would have saved, patience included."""
     best = 0
-    for row in rows:
+    for row in rows[1:]:
         if row["guard"]["best"]:
             best = row["iteration"]
         if row["guard"]["over"]:
             break
-    return best
+    return best if best and rows[best]["guard"]["outdoes"] else 0
 
 
 def turning() -> str:
@@ -208,7 +209,7 @@ def turning() -> str:
     lines = []
     for file in sorted((HERE / "results" / "turning").glob("*.json")):
         result = json.loads(file.read_text())
-        rows = [row for row in result["rows"] if row["loss"] is not None or row["iteration"] == 0]
+        rows = [row for row in result["rows"] if "of" not in row]
         cells = [result["task"], str(result["seed"]), str(chosen(rows))]
         for name, digits in (("energy_distance", 4), ("frechet", 1)):
             values = [row["clean"][name] for row in rows]

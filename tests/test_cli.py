@@ -275,7 +275,7 @@ def test_device_precision_and_reference(here, capsys):
     assert main([*train, "--device", "cpu", "--precision", "float32", "--reference", "clean.npy"]) == 0
     rows = [json.loads(line) for line in (here / "run" / "metrics.jsonl").read_text().splitlines()]
     columns = {"psnr", "energy_distance", "precision", "recall", "density", "coverage"}
-    assert [row["clean"].keys() for row in rows] == [columns] * 2
+    assert [row["clean"].keys() for row in rows] == [columns] * 3
 
     cpu = ["--device", "cpu", "--precision", "float32"]
     assert main(["sample", "run", "--n", "5", "--out", "x.npy", *cpu]) == 0

@@ -40,7 +40,7 @@ from diffem.posteriors import (
 SETTINGS = {
     "em": {"iterations": 3, "guard": False, "score_draws": 2},
     "m_step": {"steps": 5, "first_steps": 5, "batch": 16, "checkpoint": 2},
-    "e_step": {"batch": 16},
+    "e_step": {"batch": 16, "least_ratio": 0.0},
     "sampler": {"steps": 3},
     "start": {"components": [1], "ranks": [2], "iterations": 20},
     "network": {"kind": "mlp", "width": 16, "depth": 1, "embedding": 16},
@@ -149,7 +149,7 @@ def assert_same(out: Path, whole: Path) -> None:
 def test_kill_nine(where, whole, tmp_path):
     out = tmp_path / "run"
     start_and_die(out, where)
-    assert len(bare(out)) == (4 if where == "prior" else 2)  # the start and the iterations that were finished
+    assert len(bare(out)) == (5 if where == "prior" else 2)  # the start, finished iterations, what the run ends with
     assert (out / "next.npy").exists() == (where == "e_step")
     train(out)
     assert_same(out, whole)
@@ -174,7 +174,7 @@ def test_calibration_widens_the_saved_posterior(tmp_path):
     assert [row["iteration"] for row in em.rows] == [0, 1, 2, 3, 4]
     last = em.rows[-1]
     assert (last["dispersion"], last["loss"], last["examples"]) == (4.0, None, 0)
-    assert last["ratio"] > em.rows[-2]["ratio"]
+    assert last["of"] == 3
     wide, data = from_pretrained(tmp_path / "whole" / "posterior"), observations()
     assert wide.dispersion == 4.0
     rows = np.arange(len(data))
@@ -189,9 +189,11 @@ def test_calibration_widens_the_saved_posterior(tmp_path):
 
 def test_metrics_rows(whole):
     rows = bare(whole)
-    assert [row["iteration"] for row in rows] == [0, 1, 2, 3]
+    assert [row["iteration"] for row in rows] == [0, 1, 2, 3, 4]
     assert all(row["accepted"] for row in rows)
-    assert [row["examples"] for row in rows] == [0, 80, 80, 80]
+    assert [row["examples"] for row in rows] == [0, 80, 80, 80, 0]
+    assert [row.get("of") for row in rows] == [None] * 4 + [3]  # the last row is what the run ends with, scored closely
+    assert [row["network_evaluations"] for row in rows[::4]] == [0, 0]
     assert all(math.isfinite(row["score"]) and row["ratio"] > 0 for row in rows)
 
 
@@ -316,25 +318,51 @@ def scores_of(monkeypatch, *criteria: tuple[float, float]) -> None:
 
 
 def test_run_holds_the_best_iteration_not_the_last(tmp_path, monkeypatch):
-    scores_of(monkeypatch, (0.5, 0.9), (0.4, 0.9), (0.39, 0.2))  # then less CRPS, by draws that are too narrow
-    em = DiffEM(settings(em={"guard": True}, e_step={"least_ratio": 0.0}), observations(), tmp_path)
+    narrow = (0.39, 0.2)  # less CRPS, by draws that are too narrow
+    scores_of(monkeypatch, (0.5, 0.9), (0.4, 0.9), narrow, narrow, (0.5, 0.9), (0.4, 0.9))
+    em = DiffEM(settings(em={"guard": True}), observations(), tmp_path)
     kept = []
     for row in em.iterate():
         kept.append((tmp_path / "reconstructions.npy").read_bytes())
         assert row["accepted"]
-    assert [row["best"] for row in em.rows] == [True, True, False, False]
-    assert kept[0] != kept[1] == kept[2] == kept[3]
+    assert [row["best"] for row in em.rows] == [True, True, False, False, True]
+    assert em.rows[-1]["of"] == 1
+    assert kept[0] != kept[1] == kept[2] == kept[3] == kept[4]
     data, rows = observations(), np.arange(60)
     drawn = from_pretrained(tmp_path / "posterior").sample(*data.batch(rows), seeding.item_seeds(0, 1, "e_step", rows))
     np.testing.assert_allclose(drawn, np.load(tmp_path / "reconstructions.npy"), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("prior", ["unconditional", "joint"])
+def test_run_ends_with_the_start_if_a_close_look_says_so(prior, tmp_path, monkeypatch):
+    scores_of(monkeypatch, (0.5, 0.9), (0.4, 0.9), (0.39, 0.9), (0.38, 0.9), (0.37, 0.9), (0.38, 0.9))
+    em = DiffEM(settings(em={"guard": True}, prior={"kind": prior}), observations(), tmp_path)
+    kinds, before, drawn = [], {}, None
+    for row in em.iterate():
+        kinds.append(json.loads((tmp_path / "posterior" / "config.json").read_text())["kind"])
+        if row["iteration"] == 0:
+            before = {p: p.read_bytes() for f in ("posterior/*", "prior/*") for p in tmp_path.glob(f)}
+            drawn = np.load(tmp_path / "reconstructions.npy")
+    assert kinds == ["mixture", "diffusion", "diffusion", "diffusion", "mixture"]
+    last = em.rows[-1]
+    assert (last["of"], last["best"], last["dispersion"], last["network_evaluations"]) == (0, True, None, 0)
+    assert last["score"] == last["start_score"] == pytest.approx(0.37)
+    assert last["start_delta"] == pytest.approx(0.01)  # the iteration's, which lost
+    np.testing.assert_allclose(np.load(tmp_path / "reconstructions.npy"), drawn, rtol=1e-5, atol=1e-6)
+    assert len(before) > 3
+    for path, content in before.items():
+        assert path.read_bytes() == content, path
+    assert em.state.phase == "done"
+    assert not (tmp_path / "prior.json").exists()
+
+
 def test_patience_ends_the_run(tmp_path, monkeypatch):
-    scores_of(monkeypatch, (0.5, 0.9), (0.4, 0.9), (0.4, 0.9))
+    scores_of(monkeypatch, (0.5, 0.9), (0.4, 0.9), (0.4, 0.9), (0.4, 0.9), (0.5, 0.9), (0.4, 0.9))
     sections = {"em": {"guard": True, "iterations": 9, "patience": 2}, "e_step": {"sharp": 0.0, "least_ratio": 0.0}}
     em = DiffEM(settings(**sections), observations(), tmp_path)
     list(em.iterate())
-    assert [row["iteration"] for row in em.rows] == [0, 1, 2, 3]
+    assert [row["iteration"] for row in em.rows] == [0, 1, 2, 3, 4]
+    assert [row.get("of") for row in em.rows] == [None] * 4 + [1]
     assert em.state.phase == "done"
 
 
@@ -490,7 +518,7 @@ def test_reinitialised_iterations_begin_with_the_initial_weights(last, tmp_path,
         assert torch.equal(weights, begun[0][0]) == torch.equal(averaged, begun[0][0]) == fresh
         assert (not moments) == (updates == 0) == fresh
         assert target == (7 if fresh else 5)
-    assert [row["examples"] for row in em.rows] == [0, *(16 * (7 if fresh else 5) for fresh in anew)]
+    assert [row["examples"] for row in em.rows] == [0, *(16 * (7 if fresh else 5) for fresh in anew), 0]
 
 
 @pytest.mark.parametrize("where", ["m_step", "e_step"])

@@ -10,7 +10,7 @@ import torch
 
 from diffem import config as configuration
 from diffem.diagnostics import Score
-from diffem.guard import WIDEST, Guard
+from diffem.guard import WIDEST, Guard, compare
 
 SAME = torch.zeros(100)
 
@@ -41,11 +41,39 @@ def test_accepted_within_two_standard_errors_of_the_least():
     assert found.lowest.mean == found.best.mean == pytest.approx(0.4, abs=0.005)
 
 
-def test_the_start_is_the_best_until_its_criterion_is_undercut():
+def test_the_start_is_the_best_until_an_iteration_is_no_worse():
     found = guard(scored(0.4))
-    verdicts = [found.decide(k, scored(crps), SAME) for k, crps in enumerate((0.4016, 0.399, 0.4), 1)]
-    assert [v["accepted"] for v in verdicts] == [True, True, True]
-    assert [v["best"] for v in verdicts] == [False, True, False]
+    # twice worse than it, then within the error, then a smaller criterion, and one that is not smaller
+    verdicts = [found.decide(k, scored(crps), SAME) for k, crps in enumerate((0.405, 0.404, 0.4006, 0.399, 0.4), 1)]
+    assert [v["accepted"] for v in verdicts] == [False, False, True, True, True]
+    assert [v["best"] for v in verdicts] == [False, False, True, True, False]
+
+
+def of_mean(crps: float, spread: float) -> Score:
+    """A score of that mean exactly, with an error of spread / 8."""
+    noise = torch.randn(64, generator=torch.Generator().manual_seed(0))
+    return dataclasses.replace(scored(crps, 0.9), items=crps + spread * (noise - noise.mean()))
+
+
+def test_patience_counts_what_iterations_gain_on_each_other_not_on_the_start():
+    found = guard(of_mean(0.4, spread=0.8), em={"patience": 2}, sharp=0.0)
+    for k in range(1, 9):  # none undercuts the start, whose difference from them has an error of 0.1
+        verdict = found.decide(k, of_mean(0.5 - k / 100, spread=0.0), SAME)
+        assert (verdict["accepted"], verdict["best"], found.over) == (True, True, False)
+        assert verdict["delta"] == pytest.approx(-0.01 if k > 1 else 0.09, abs=1e-6)
+    for k in (9, 10):
+        assert not found.decide(k, of_mean(0.42, spread=0.0), SAME)["best"]
+    assert found.over
+
+
+def test_against_the_start_the_best_iteration_needs_a_smaller_criterion():
+    found, start = guard(scored(0.4)), of_mean(0.4, spread=0.02)
+    for crps, better in ((0.39, True), (0.399, True), (0.401, False), (0.41, False)):
+        assert found.outdoes(compare(of_mean(crps, spread=0.01), SAME, start, SAME)) == better
+    far = torch.linspace(0.1, 0.2, 100)
+    assert not found.outdoes(compare(of_mean(0.399, spread=0.01), far, start, SAME))
+    free = guard(scored(0.4), em={"guard": False})
+    assert free.outdoes(compare(of_mean(0.41, spread=0.01), SAME, start, SAME))
 
 
 def test_narrow_draws_train_but_are_not_the_best_although_their_crps_is_less():
@@ -162,10 +190,12 @@ def test_it_is_rebuilt_from_what_a_checkpoint_holds():
     assert again.facts == found.facts
     assert again.decide(3, scored(0.43), SAME) == found.decide(3, scored(0.43), SAME)
     box = Guard.begin(found.config, Score("energy_distance", torch.ones(3)), SAME)
-    assert Guard.load(box.config, dict(box.facts), box.tensors).best.spread is None
+    again = Guard.load(box.config, dict(box.facts), box.tensors)
+    assert (again.first.spread, again.lowest, again.best) == (None, None, None)
     assert set(found.facts) == {f.name for f in dataclasses.fields(Guard)} - {
         "config",
         "first",
+        "first_divergence",
         "lowest",
         "best",
         "divergence",
@@ -188,13 +218,17 @@ def test_reconstructions_that_could_not_be_observed_are_not_the_best_unless_the_
 
 @pytest.mark.parametrize(("crps", "closer"), [(0.501, 0.1), (0.492, 0.0)])
 def test_a_better_divergence_or_a_smaller_criterion_decides_a_tie_unless_the_ratio_is_worse(crps, closer):
-    for ratio, best in ((0.85, True), (1.1, True), (0.75, False), (1.3, False)):
+    def second(current: Score, closer: float) -> dict:
         found = guard(scored(0.5, ratio=0.8))
-        verdict = found.decide(1, scored(crps, ratio=ratio, noise=0.5), SAME - closer)
+        assert found.decide(1, scored(0.5, ratio=0.8), SAME)["best"]
+        return found.decide(2, current, SAME - closer)
+
+    for ratio, best in ((0.85, True), (1.1, True), (0.75, False), (1.3, False)):
+        verdict = second(scored(crps, ratio=ratio, noise=0.5), closer)
         assert abs(verdict["criterion_delta"]) < 2 * verdict["criterion_delta_se"]
         assert verdict["ratio_delta"] == pytest.approx(abs(math.log(ratio)) - abs(math.log(0.8)), abs=1e-6)
         assert verdict["best"] == best
-    verdict = guard(scored(0.5, ratio=0.8)).decide(1, scored(0.501, ratio=0.85, noise=0.5), SAME)
+    verdict = second(scored(0.501, ratio=0.85, noise=0.5), 0.0)
     assert verdict["criterion_delta"] > 0
     assert not verdict["best"]
 
@@ -205,7 +239,9 @@ def test_a_ratio_that_may_be_farther_from_one_decides_against_a_better_divergenc
         return dataclasses.replace(scored(crps), spread=ratio * spread / spread.mean())
 
     for crps, closer, best in ((0.492, 0.0, True), (0.5, 0.1, False)):
-        verdict = guard(noisy(0.8, 0.5)).decide(1, noisy(0.78, crps), SAME - closer)
+        found = guard(noisy(0.8, 0.5))
+        found.decide(1, noisy(0.8, 0.5), SAME)
+        verdict = found.decide(2, noisy(0.78, crps), SAME - closer)
         assert 0 < verdict["ratio_delta"] < verdict["ratio_delta_se"]
         assert (verdict["criterion_delta"] < 0) == (crps < 0.5)
         assert (verdict["accepted"], verdict["best"]) == (True, best)

@@ -43,9 +43,8 @@ class EMConfig:
         seed: Seed of everything that is drawn.
         refresh: The fraction of the reconstructions that an E-step replaces; the last one replaces all.
         score_items: Held-out observations that score an iteration.
-        score_splits: How often each of them is split into a part that is given and one that is predicted; four times
-            as often for the calibration. Scores take little of a run, but of one on less than some 5,000 observations;
-            there 1 keeps them near a twentieth.
+        score_splits: How often each of them is split into a part that is given and one that is predicted. Scores take
+            little of a run, but of one on less than some 5,000 observations; there 1 keeps them near a twentieth.
         score_draws: Draws per split.
         guard: Whether observations decide which iterations are accepted, saved, and the last (see
             :mod:`diffem.guard`); if not, all are accepted, and the last one of `iterations` is saved.

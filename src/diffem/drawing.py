@@ -336,8 +336,8 @@ def _themed(plot: Callable[[Any, Theme], None], width: float, height: float) -> 
     return versions
 
 
-def curves(rows: Sequence[Row], final: Row, score_name: str) -> list[Figure]:
-    """A curve over the iterations for each quantity that the rows have; `final` is the one that was chosen."""
+def curves(rows: Sequence[Row], chosen: int, score_name: str) -> list[Figure]:
+    """A curve over the iterations for each quantity that the rows have; `chosen` is the one whose model is saved."""
     name = f"{score_name[:1].upper()}{score_name[1:]}"
     wanted = [
         ("score", score_name, f"{name} of held-out observations, lower is better; band: ± one standard error"),
@@ -365,15 +365,15 @@ def curves(rows: Sequence[Row], final: Row, score_name: str) -> list[Figure]:
         known = [row for row in rows if finite(row, key) is not None]
         if not known or (key == "criterion" and finite(known[0], "ratio") is None):  # of a black box it is the score
             continue
-        versions = _themed(lambda figure, theme: _curve(figure, theme, known, key, label, final), 4.2, 2.9)  # noqa: B023
+        versions = _themed(lambda figure, theme: _curve(figure, theme, known, key, label, chosen), 4.2, 2.9)  # noqa: B023
         ends = [f"{known[k][key]:.4g} at iteration {known[k]['iteration']}" for k in (0, -1)]
-        chosen = f"; iteration {final['iteration']} was chosen" if final in known else ""
-        alt = f"Curve of the {label} from {ends[0]} to {ends[1]}{chosen}"
+        marked = f"; iteration {chosen} was chosen" if any(row["iteration"] == chosen for row in known) else ""
+        alt = f"Curve of the {label} from {ends[0]} to {ends[1]}{marked}"
         drawn.append({"caption": caption, "alt": alt, "versions": versions})
     return drawn
 
 
-def _curve(figure: Any, theme: Theme, rows: Sequence[Row], key: str, label: str, final: Row) -> None:
+def _curve(figure: Any, theme: Theme, rows: Sequence[Row], key: str, label: str, saved: int) -> None:
     axes = figure.subplots()
     x, y = (np.array([finite(row, name) for row in rows], dtype=float) for name in ("iteration", key))
     error = np.array([finite(row, f"{key}_se") or 0.0 for row in rows])
@@ -387,7 +387,7 @@ def _curve(figure: Any, theme: Theme, rows: Sequence[Row], key: str, label: str,
         axes.axhline(1, color=theme.muted, linewidth=0.8, linestyle="--")
         axes.set_ylim(max(0, min(0.5, low.min() - 0.1)), max(1.5, high.max() + 0.1))
     axes.plot(x, y, color=theme.main, linewidth=1, alpha=0.6, zorder=2)
-    chosen = np.array([row is final for row in rows])
+    chosen = np.array([row["iteration"] == saved for row in rows])
     accepted = np.array([bool(row.get("accepted")) for row in rows])
     refused = {"color": theme.refused, "markerfacecolor": theme.page}
     marks = (

@@ -5,7 +5,8 @@
         M-step: train the denoiser d(x_t, t, y) on (x_i, y'), with y' ~ Q(. | x_i) drawn anew at every step
         E-step: draw x_i ~ q_k(. | y_i) for every observation
         guard:  refuse the iteration if observations say that it is worse; save it if it is the best; stop in time
-    calibration: widen the best q_k until held-out observations no longer call it over-confident, and draw again
+    calibration: widen the best q_k until held-out observations no longer call it over-confident, and draw again; if q_0
+        turns out to be better, it is what the run ends with
     prior: train the denoiser without an observation, d(x_t, t), on the best reconstructions
 
 Held-out observations are reconstructed and scored, never trained on. A refused iteration leaves the reconstructions
@@ -37,7 +38,7 @@ from diffem.diagnostics import Score, score
 from diffem.diagnostics.divergence import energy_items
 from diffem.diagnostics.scores import standard_error
 from diffem.errors import DiffemError
-from diffem.guard import WIDEST, Guard
+from diffem.guard import WIDEST, Guard, compare
 from diffem.m_step import Trainer
 from diffem.mixtures import Mixture
 from diffem.observations import Observations, evenly, open_array
@@ -56,7 +57,8 @@ Progress = Callable[[str, int, int], None]
 COMPARED = 2048  # reconstructions whose divergence is computed,
 CORRUPTED = 4  # each of them so often
 MEASURED = 512  # held-out reconstructions that measure the residual variances
-CLOSELY = 4  # times as many splits as in an iteration: the width of a run's result hangs on this ratio
+CLOSELY = 1536  # predictions of a close score, on which the width of a run's result hangs, and whether it is the start:
+AGAIN = 32  # held-out observations are split anew for them, at most so often
 
 
 @dataclass
@@ -111,6 +113,7 @@ class DiffEM:
         self.config, self.observations, self.progress = config, observations, progress
         self.corruption, self.shape, self.seed = observations.corruption, observations.shape, config.em.seed
         self.device, self.precision = devices.choose(device, precision)
+        self.place = device, precision
         missing = [] if allow_unobserved else observations.unobserved()
         if missing:
             raise DiffemError(
@@ -179,16 +182,10 @@ class DiffEM:
         self._clock = time.monotonic()
         for name in ("prior.json", "pictures.npz", "diagnostics.json"):  # of a run that was here before
             (self.run.folder / name).unlink(missing_ok=True)
-        shutil.rmtree(self.run.folder / "prior", ignore_errors=True)
         sampler, about = self._initial_prior()
         self._build(sampler)
         sampler.save_pretrained(self.run.folder / "start")
-        sampler.save_pretrained(self.run.folder / "posterior")
-        earlier = Path(self.config.start.run) / "prior"
-        if self.config.start.run and earlier.exists():
-            from_pretrained(earlier, self.corruption).save_pretrained(self.run.folder / "prior")
-        elif not isinstance(sampler, ObservationPosterior):
-            sampler.save_pretrained(self.run.folder / "prior")
+        self._save_start(sampler)
         self.run.write("start.json", json.dumps(about, indent=2).encode())
         x = self.run.array("next", (len(self.observations), *self.shape))
         self._reconstruct(sampler, x, iteration=0)
@@ -198,6 +195,19 @@ class DiffEM:
         self.state.iteration = 0
         self.state.rows.append(self._row(self.guard.first, divergence, {"accepted": True, "best": True}, 0, None, x))
         self._next("m_step" if self.config.em.iterations else "done", 1)
+
+    def _save_start(self, sampler: PosteriorSampler) -> None:
+        """Makes the start what the run folder holds."""
+        sampler.save_pretrained(self.run.folder / "posterior")
+        shutil.rmtree(self.run.folder / "prior", ignore_errors=True)
+        earlier = Path(self.config.start.run) / "prior"
+        if self.config.start.run and earlier.exists():
+            from_pretrained(earlier, self.corruption).save_pretrained(self.run.folder / "prior")
+        elif not isinstance(sampler, ObservationPosterior):
+            sampler.save_pretrained(self.run.folder / "prior")
+
+    def _start_sampler(self) -> PosteriorSampler:
+        return from_pretrained(self.run.folder / "start", self.corruption, *self.place)
 
     def _m_step(self) -> None:
         state, config = self.state, self.config.m_step
@@ -231,14 +241,18 @@ class DiffEM:
         state = self.state
         if state.row["accepted"]:
             self._keep_reconstructions(state.row["best"])
-        if state.row["best"]:
+        if state.row.get("of") == 0:
+            self._save_start(self._start_sampler())
+        elif state.row["best"]:
             sampler = self._sampler(state.row["dispersion"])
             sampler.save_pretrained(self.run.folder / "posterior")
             if self.config.prior.kind == "joint":
                 sampler.save_pretrained(self.run.folder / "prior")
         (self.run.folder / "next.npy").unlink(missing_ok=True)
         state.rows.append(state.row)
-        if state.row["loss"] is None:  # it was the calibration's
+        if state.row.get("of") == 0:
+            self._next("done")
+        elif "of" in state.row:  # it was the calibration's
             self._finish()
         elif self.guard.over or state.iteration == self.config.em.iterations:
             self._next("calibration", state.iteration + 1)
@@ -254,40 +268,56 @@ class DiffEM:
             files.link(folder / "current.npy", folder / "reconstructions.npy")
 
     def _calibration(self) -> None:
-        """Widens a saved posterior that held-out observations call over-confident, and draws all reconstructions from it."""
-        state, wanted = self.state, self.config.e_step.least_ratio
-        if not any(row["best"] for row in state.rows[1:]):
+        """What the run ends with, scored closely: the best iteration, widened if held-out observations call it
+        over-confident, with reconstructions that are all drawn from it; or the start."""
+        state, wanted, folder = self.state, self.config.e_step.least_ratio, self.run.folder
+        last = next(row for row in reversed(state.rows) if row["best"])
+        if last["iteration"] == 0:
             return self._next("done")
-        saved = from_pretrained(self.run.folder / "posterior", self.corruption)
+        saved = from_pretrained(folder / "posterior", self.corruption)
         assert isinstance(saved, DiffusionPosterior)
-        files.link(self.run.folder / "reconstructions.npy", self.run.folder / "current.npy")
+        files.link(folder / "reconstructions.npy", folder / "current.npy")
         self.trainer.averaged.network.load_state_dict(saved.denoiser.network.state_dict())
         self.residual = saved.residual
-        last = next(row for row in reversed(state.rows) if row["best"])
         sampler = self._sampler(last["dispersion"])
-        current = narrow = self._score(sampler, CLOSELY)
+        start = self._start_sampler()
+        first, current = self._score(start, True), self._score(sampler, True)
         can_widen = self.config.sampler.kind == "ddpm" and self.config.sampler.guidance == "none"
-        if can_widen and narrow.ratio is not None and narrow.ratio < wanted:  # it is nearly linear in the dispersion
-            if not sampler.dispersion:
-                self._measure(sampler)
-            sampler.dispersion = WIDEST
-            widest = self._score(sampler, CLOSELY).ratio
-            assert widest is not None
-            share = (wanted - narrow.ratio) / max(widest - narrow.ratio, 1e-6)
-            sampler.dispersion = last["dispersion"] + min(max(share, 0.0), 1.0) * (WIDEST - last["dispersion"])
-            current = self._score(sampler, CLOSELY)
-            worse, error = current.difference(self.guard.first)
-            if worse > self.config.em.gate * error:  # the fault is not in the width
-                sampler.dispersion, current = last["dispersion"], narrow
-        elif self.config.em.refresh == 1:
-            return self._finish()
-        x = self.run.array("next", (len(self.observations), *self.shape))
-        drawn = self._reconstruct(sampler, x, state.iteration)
-        divergence = self._divergence(x)
-        verdict = {"accepted": True, "best": True, **self.guard.compare(current, divergence)}
-        state.row = self._row(current, divergence, verdict, drawn, sampler.dispersion, x)
+        if can_widen and current.ratio is not None and current.ratio < wanted:
+            sampler, current = self._widened(sampler, current, first)
+        width, x, drawn = sampler.dispersion, self.run.array("current"), 0
+        if width != last["dispersion"] or self.config.em.refresh < 1:
+            x = self.run.array("next", (len(self.observations), *self.shape))
+            drawn = self._reconstruct(sampler, x, state.iteration)
+        divergence, of = self._divergence(x), last["iteration"]
+        found = compare(current, divergence, first, self.guard.first_divergence)
+        if not self.guard.outdoes(found):
+            x = self.run.array("next", (len(self.observations), *self.shape))
+            self._reconstruct(start, x, iteration=0)
+            current, divergence, width, of = first, self.guard.first_divergence, None, 0
+        about = {"start_score": first.mean, "start_score_se": first.standard_error, "start_ratio": first.ratio}
+        about |= {f"start_{name}": value for name, value in found.items()}
+        verdict = {"accepted": True, "best": True, "of": of, **about}
+        state.row = self._row(current, divergence, verdict, drawn, width, x)
         self.residual, state.phase = sampler.residual, "commit"
         self._checkpoint()
+
+    def _widened(self, sampler: DiffusionPosterior, narrow: Score, first: Score) -> tuple[DiffusionPosterior, Score]:
+        """A sampler that is no longer over-confident, and its score, unless that makes it worse than the start."""
+        if not sampler.dispersion:
+            self._measure(sampler)
+        dispersion, sampler.dispersion = sampler.dispersion, WIDEST
+        widest = self._score(sampler, True).ratio
+        assert widest is not None
+        assert narrow.ratio is not None
+        # The ratio is nearly linear in the dispersion.
+        share = (self.config.e_step.least_ratio - narrow.ratio) / max(widest - narrow.ratio, 1e-6)
+        sampler.dispersion = dispersion + min(max(share, 0.0), 1.0) * (WIDEST - dispersion)
+        current = self._score(sampler, True)
+        worse, error = current.difference(first)
+        if worse > self.config.em.gate * error:  # the fault is not in the width
+            sampler.dispersion, current = dispersion, narrow
+        return sampler, current
 
     def _finish(self) -> None:
         if self.config.prior.kind == "unconditional":
@@ -491,10 +521,12 @@ class DiffEM:
         out.flush()  # the memory map is complete before a checkpoint says so
         return drawn
 
-    def _score(self, sampler: PosteriorSampler, closely: int = 1) -> Score:
+    def _score(self, sampler: PosteriorSampler, closely: bool = False) -> Score:
         config, began = self.config.em, time.monotonic()
-        rows = evenly(self.held_out, config.score_items)
-        found = score(sampler, self.observations, rows, self.seed, config.score_draws, closely * config.score_splits)
+        rows, splits = evenly(self.held_out, CLOSELY if closely else config.score_items), config.score_splits
+        if closely:
+            splits = max(splits, min(CLOSELY // len(rows), AGAIN))
+        found = score(sampler, self.observations, rows, self.seed, config.score_draws, splits)
         self.state.guard_seconds += time.monotonic() - began
         return found
 

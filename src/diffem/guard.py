@@ -1,13 +1,15 @@
 """What observations decide: whether an iteration is accepted, which one is the best, how wide the next draws are, and when to stop.
 
-accepted    its score (CRPS) is not worse than the least so far; what is refused trains nothing
+accepted    its score (CRPS) is not worse than the start's, nor than the least so far; what is refused trains nothing
 best        what the run folder holds, the start at first. Two numbers decide: the criterion (see
             :mod:`diffem.diagnostics.scores`), which looks at the posterior and does not forgive draws that are too narrow, and
             the divergence (:func:`diffem.diagnostics.divergence.energy_items` of the reconstructions that train), which
-            looks at the prior and has less noise. The best is accepted, and its criterion better than that of the last best;
-            or it is a tie: neither is worse, nor is the ratio farther from 1, and the criterion is less, or the divergence
-            better with a ratio that is not even a little farther (of a wrong corruption, narrow draws may be the closest).
-            A worse divergence is so by a thousandth, too
+            looks at the prior and has less noise. The best is accepted, neither number is worse than the start's, and its
+            criterion is better than that of the last best; or it is a tie: neither is worse, nor is the ratio farther from 1,
+            and the criterion is less, or the divergence better with a ratio that is not even a little farther (of a wrong
+            corruption, narrow draws may be the closest). A worse divergence is so by a thousandth, too
+last        the best iteration against the start, by the same rule. Common random numbers compare two iterations closely,
+            but not a network with what it started from: both are scored once more, with many draws
 black box   its score is a divergence too, but of held-out observations only, and has many times the error: the best is what
             has a better divergence than the last best
 dispersion  none in the sharp part of the run; then `e_step.dispersion`, or more if the last iteration was over-confident.
@@ -35,6 +37,27 @@ RISES = 2  # iterations in a row whose score did not fall, which end the sharp p
 SCORES = ("first", "lowest", "best")
 
 
+def compare(current: Score, divergence: Tensor, other: Score, others: Tensor) -> dict[str, float]:
+    """Paired differences to another model, and their standard errors (NAME_se): `delta` of the score, `criterion_delta`,
+    `divergence_delta` and (of the distance from 1, in logarithms) `ratio_delta`, which a black box does not have.
+
+    Arguments:
+        current: A score.
+        divergence: What the model's reconstructions add to their divergence, item by item.
+        other: The score of the other model.
+        others: The other one's divergence, of the same observations in the same order.
+    """
+    apart = divergence - others
+    found = {
+        "delta": current.difference(other),
+        "criterion_delta": current.criterion_difference(other),
+        "divergence_delta": (apart.mean().item(), standard_error(apart)),
+    }
+    if (farther := current.ratio_difference(other)) is not None:
+        found["ratio_delta"] = farther
+    return {k: v for name, pair in found.items() for k, v in zip((name, f"{name}_se"), pair, strict=True)}
+
+
 @dataclass
 class Guard:
     """The decisions of a run so far; see the module.
@@ -42,9 +65,10 @@ class Guard:
     Attributes:
         config: The run's.
         first: The score of the start.
-        lowest: The least score of an accepted iteration.
-        best: The score of what the run folder holds.
-        divergence: What the reconstructions of the best add to it, item by item.
+        first_divergence: What the reconstructions of the start add to it, item by item.
+        lowest: The least score of an accepted iteration; None at first.
+        best: The score of the best iteration; None at first.
+        divergence: What its reconstructions add to their divergence; at first the start's.
         dispersion: Of the next E-step after the sharp part.
         sharp: The last iteration of the sharp part.
         before: The mean score of the iteration before, in the sharp part; None at first.
@@ -55,8 +79,9 @@ class Guard:
 
     config: Config
     first: Score
-    lowest: Score
-    best: Score
+    first_divergence: Tensor
+    lowest: Score | None
+    best: Score | None
     divergence: Tensor
     dispersion: float
     sharp: int
@@ -68,51 +93,32 @@ class Guard:
     @classmethod
     def begin(cls, config: Config, start: Score, divergence: Tensor) -> Guard:
         sharp = round(config.e_step.sharp * config.em.iterations)
-        return cls(config, start, start, start, divergence, config.e_step.dispersion, sharp)
+        return cls(config, start, divergence, None, None, divergence, config.e_step.dispersion, sharp)
 
     def width(self, iteration: int) -> float:
         """The dispersion of an iteration's draws."""
         return 0.0 if iteration <= self.sharp else self.dispersion
 
-    def compare(self, current: Score, divergence: Tensor) -> dict[str, float]:
-        """Paired differences and their standard errors: `delta` of the score to the least, `criterion_delta`,
-        `divergence_delta` and (of the distance from 1, in logarithms) `ratio_delta` to those of the best, and `start_delta`
-        of the score to the start's. A black box has no `ratio_delta`."""
-        apart = divergence - self.divergence
-        found = {
-            "delta": current.difference(self.lowest),
-            "criterion_delta": current.criterion_difference(self.best),
-            "divergence_delta": (apart.mean().item(), standard_error(apart)),
-            "start_delta": current.difference(self.first),
-        }
-        if (farther := current.ratio_difference(self.best)) is not None:
-            found["ratio_delta"] = farther
-        return {k: v for name, pair in found.items() for k, v in zip((name, f"{name}_se"), pair, strict=True)}
-
     def decide(self, iteration: int, current: Score, divergence: Tensor) -> dict[str, float | bool]:
-        """Takes note of an iteration: whether it is `accepted`, and `best`, and :meth:`compare`.
+        """Takes note of an iteration: whether it is `accepted`, and `best`, and the numbers that decide it.
+
+        They are those of :func:`compare`: `start_NAME` to the start, `delta` to the least score so far, the others to the
+        best iteration so far; to the start where there is none.
 
         Arguments:
             iteration: Its number, from 1.
             current: Its score.
             divergence: What its reconstructions add to their divergence, in the order of those of the start.
         """
-        em, e_step, found = self.config.em, self.config.e_step, self.compare(current, divergence)
-
-        def worse(name: str, sign: int = 1) -> bool:
-            return sign * found[name] > em.gate * found[f"{name}_se"]
-
-        accepted = not em.guard or not worse("delta")
-        closer = worse("divergence_delta", -1)
-        if "ratio_delta" not in found:  # a black box
-            improved = closer
-        else:
-            apart = worse("divergence_delta") and found["divergence_delta"] > TOLERANCE
-            tie = not (worse("criterion_delta") or worse("ratio_delta") or apart)
-            closer = closer and found["ratio_delta"] <= 0
-            improved = worse("criterion_delta", -1) or (tie and (found["criterion_delta"] < 0 or closer))
+        em, e_step = self.config.em, self.config.e_step
+        to_start = compare(current, divergence, self.first, self.first_divergence)
+        to_best = compare(current, divergence, self.best or self.first, self.divergence)
+        to_best |= dict(zip(("delta", "delta_se"), current.difference(self.lowest or self.first), strict=True))
+        accepted = not em.guard or not (self._worse(to_best, "delta") or self._worse(to_start, "delta"))
+        sound = not (self._worse(to_start, "criterion_delta") or self._apart(to_start))
+        improved = sound and (self.best is None or self._better(to_best))
         best = not em.guard or (accepted and improved)
-        lower = accepted and found["delta"] < 0
+        lower = accepted and (self.lowest is None or to_best["delta"] < 0)
         if lower:
             self.lowest = current
         if best:
@@ -133,7 +139,26 @@ class Guard:
         if em.guard and em.patience and self.stale >= em.patience:
             self.over = iteration >= self.sharp
             self.sharp, self.stale = min(self.sharp, iteration), 0
-        return {"accepted": accepted, "best": best, **found}
+        starts = {f"start_{name}": value for name, value in to_start.items()}
+        return {"accepted": accepted, "best": best, **to_best, **starts}
+
+    def outdoes(self, found: dict[str, float]) -> bool:
+        """Whether the best iteration is better than the start, by what :func:`compare` found of the two."""
+        return not self.config.em.guard or self._better(found)
+
+    def _worse(self, found: dict[str, float], name: str, sign: int = 1) -> bool:
+        return sign * found[name] > self.config.em.gate * found[f"{name}_se"]
+
+    def _apart(self, found: dict[str, float]) -> bool:
+        return self._worse(found, "divergence_delta") and found["divergence_delta"] > TOLERANCE
+
+    def _better(self, found: dict[str, float]) -> bool:
+        closer = self._worse(found, "divergence_delta", -1)
+        if "ratio_delta" not in found:  # a black box
+            return closer
+        tie = not (self._worse(found, "criterion_delta") or self._worse(found, "ratio_delta") or self._apart(found))
+        closer = closer and found["ratio_delta"] <= 0
+        return self._worse(found, "criterion_delta", -1) or (tie and (found["criterion_delta"] < 0 or closer))
 
     @property
     def facts(self) -> dict:
@@ -143,14 +168,19 @@ class Guard:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        scores = {f"{name}.{k}": v for name in SCORES for k, v in getattr(self, name).tensors.items()}
-        return {**scores, "divergence": self.divergence}
+        scores = {name: score for name in SCORES if (score := getattr(self, name)) is not None}
+        found = {f"{name}.{k}": v for name, score in scores.items() for k, v in score.tensors.items()}
+        return {**found, "divergence": self.divergence, "first_divergence": self.first_divergence}
 
     @classmethod
     def load(cls, config: Config, facts: dict, tensors: dict[str, Tensor]) -> Guard:
-        def score(which: str) -> Score:
+        def score(which: str) -> Score | None:
+            if f"{which}.items" not in tensors:
+                return None
             parts = (tensors.get(f"{which}.{k}") for k in ("spread", "error", "excess"))
             return Score(facts["name"], tensors[f"{which}.items"], *parts)
 
+        first, lowest, best = (score(name) for name in SCORES)
+        assert first is not None
         rest = {k: v for k, v in facts.items() if k != "name"}
-        return cls(config, score("first"), score("lowest"), score("best"), tensors["divergence"], **rest)
+        return cls(config, first, tensors["first_divergence"], lowest, best, tensors["divergence"], **rest)

@@ -51,12 +51,23 @@ class Run:
 
     @property
     def start(self) -> Row:
-        return self.rows[0]
+        """The start, scored as closely as the final model."""
+        return {name: self.final.get(f"start_{name}", value) for name, value in self.rows[0].items()}
 
     @property
     def final(self) -> Row:
         """The model that the run ends with: the last row that was the best, or else the start."""
-        return next((row for row in reversed(self.rows) if row.get("best")), self.start)
+        return next((row for row in reversed(self.rows) if row.get("best")), self.rows[0])
+
+    @property
+    def chosen(self) -> int:
+        """The iteration whose model that is."""
+        return self.final.get("of", self.final["iteration"])
+
+    @property
+    def iterations(self) -> list[Row]:
+        """The rows that can be compared with each other: the last one, of a finished run, is scored on more."""
+        return [row for row in self.rows if "of" not in row]
 
     @property
     def score_name(self) -> str:
@@ -204,7 +215,7 @@ def _verdict(run: Run, diagnostics: Mapping[str, Any] | None = None) -> str:
     delta, error = finite(final, "start_delta"), finite(final, "start_delta_se")
     if len(run.rows) == 1:
         text = "Only the start has been scored so far; the start is saved."
-    elif final is start:
+    elif run.chosen == 0:
         text = "Nothing beat the start; the start is saved."
     else:
         if delta is None and score is not None and start_score is not None:
@@ -218,7 +229,7 @@ def _verdict(run: Run, diagnostics: Mapping[str, Any] | None = None) -> str:
         else:
             relation = "is no better than the start on held-out observations"
         scores = f"{_fixed(score, decimals)} against {_fixed(start_score, decimals)}"
-        text = f"Iteration {final['iteration']} {relation}: {run.score_name} {scores}"
+        text = f"Iteration {run.chosen} {relation}: {run.score_name} {scores}"
         text += f" (difference {_fixed(delta, decimals, error)})." if delta is not None else "."
     if diagnostics is not None:
         count = len(diagnostics["warnings"])
@@ -234,15 +245,15 @@ def _verdict(run: Run, diagnostics: Mapping[str, Any] | None = None) -> str:
 def _table(run: Run) -> tuple[list[str], list[list[str]], list[list[str]]]:
     """Column headings; rows from observations alone; rows that needed clean data."""
     start, final, decimals = run.start, run.final, _decimals(run)
-    models = [start] if final is start else [start, final]
-    heads = ["start"] if final is start else ["start", f"iteration {final['iteration']}"]
+    models = [start, final] if run.chosen else [start]
+    heads = ["start", f"iteration {run.chosen}"] if run.chosen else ["start"]
     rows = [
         [
             f"{run.score_name}, held out",
             *(_fixed(finite(m, "score"), decimals, finite(m, "score_se")) for m in models),
         ]
     ]
-    if final is not start:
+    if run.chosen:
         difference = _fixed(finite(final, "start_delta"), decimals, finite(final, "start_delta_se"))
         rows.append(["paired difference to the start", "–", difference])
     rows.append(["calibration ratio", *(_fixed(finite(m, "ratio"), 2) for m in models)])
@@ -415,12 +426,12 @@ def write(run: str | Path) -> Path:
         name=folder.resolve().name,
         verdict=_verdict(loaded, diagnostics),
         warnings=warnings,
-        good=loaded.final is not loaded.start and honest and not warnings,
+        good=loaded.chosen > 0 and honest and not warnings,
         heads=heads,
         rows=rows,
         clean_rows=clean_rows,
         start=_start_words(folder),
-        curves=drawing.curves(loaded.rows, loaded.final, loaded.score_name),
+        curves=drawing.curves(loaded.iterations, loaded.chosen, loaded.score_name),
         calibration=drawing.calibration(diagnostics or {}),
         divergence=_divergence_table(diagnostics or {}),
         consistency=None if consistency is None else p_words(consistency["p_value"]),

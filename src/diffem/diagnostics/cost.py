@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from diffem.config import Config
-from diffem.em import CLOSELY, MEASURED, DiffEM
+from diffem.em import AGAIN, CLOSELY, MEASURED, DiffEM
 from diffem.observations import Observations
 
 FIT = 30
@@ -54,7 +54,8 @@ def forecast(observations: Observations, config: Config) -> str:
     measured = 2 * min(MEASURED, len(em.held_out))
     draws = em_config.iterations * (em_config.refresh * n + scored + measured)
     if em_config.iterations:
-        draws += n + 3 * CLOSELY * scored  # the calibration, should it widen
+        closely = em_config.score_draws * min(CLOSELY, AGAIN * len(em.held_out))
+        draws += n + 3 * max(closely, scored)  # the calibration, should it widen
         updates += config.prior.steps * (config.prior.kind == "unconditional")
     whole, parts = fit + updates * update + draws * draw, (fit, updates * update, draws * draw)
     first, second, third = (_duration(seconds) for seconds in parts)
