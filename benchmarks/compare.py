@@ -239,9 +239,6 @@ def curve(rows: list[dict]) -> list[dict]:
         spent, seconds = spent + row["network_evaluations"], seconds + row["seconds"]
         keep = {"iteration": row["iteration"], "evaluations": spent, "seconds": seconds, "crps": row["score"]}
         keep |= {k: row[k] for k in ("ratio", "dispersion", "criterion", "divergence", "accepted", "best")}
-        keep["lower"] = row["accepted"] and row.get("delta", -1.0) < 0
-        if "of" in row:
-            keep["start_delta"] = row["start_delta"]
         points.append({**keep, "calibrated": "of" in row, **row["clean"]})
     return points
 

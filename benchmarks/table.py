@@ -149,11 +149,14 @@ def summary(folder: Path) -> str:
 
 
 def patient(points: list[dict], patience: int) -> int:
-    """The iteration that a run would have saved, had `em.patience` not been 0."""
+    """The iteration that a run would have ended with, had `em.patience` not been 0: the least criterion until none of so many
+    iterations in a row had a smaller criterion or CRPS than all before. (The guard asks for standard errors, too.)"""
     stale = best = 0
     for point in points[1:]:
-        best = point["iteration"] if point["best"] else best
-        stale = 0 if point["best"] or point["lower"] else stale + 1
+        before = points[1 : point["iteration"]]
+        improved = all(point["criterion"] < p["criterion"] for p in before)
+        best = point["iteration"] if improved else best
+        stale = 0 if improved or all(point["crps"] < p["crps"] for p in before) else stale + 1
         if stale == patience:
             if point["dispersion"]:
                 break
@@ -180,11 +183,12 @@ def lasting() -> str:
                     values = [p[name] for p in points]
                     first, least, end = (f"{v:.{digits}f}" for v in (values[0], min(values), ended[name]))
                     cells += [first, f"{least} ({values.index(min(values))})", end]
-                fall = -(result["curve"][-1].get("start_delta") or 0.0)  # scored closely
+                origin = next(r for r in load(folder)["start"] if r["seed"] == result["seed"])
+                fall = origin["metrics"]["crps"] - result["metrics"]["crps"]  # of all held-out digits, several splits
+                whole = points[patient(points, len(points))]["crps"]
                 guarded = result["settings"].get("em.guard") != "false"
                 for stop in (patient(points, patience) for patience in PATIENCE) if guarded else ():
-                    missed = fall if stop == 0 else points[stop]["crps"] - last["crps"]
-                    share = f" ({1 - missed / fall:.0%})" if fall > 0 else ""
+                    share = f" ({1 - (points[stop]['crps'] - whole) / fall:.0%})" if fall > 0 else ""
                     cells.append(f"{stop}{share}")
                 lines.append(cells + ["–"] * (len(heads) - len(cells)))
     return "### long runs\n\n" + markdown(heads, lines) if lines else ""
@@ -198,7 +202,7 @@ def chosen(rows: list[dict]) -> int:
             best = row["iteration"]
         if row["guard"]["over"]:
             break
-    return best if best and rows[best]["guard"]["outdoes"] else 0
+    return best if best and rows[best]["guard"].get("outdoes", True) else 0
 
 
 def turning() -> str:
