@@ -340,7 +340,11 @@ def curves(rows: Sequence[Row], chosen: int, score_name: str) -> list[Figure]:
     """A curve over the iterations for each quantity that the rows have; `chosen` is the one whose model is saved."""
     name = f"{score_name[:1].upper()}{score_name[1:]}"
     wanted = [
-        ("score", score_name, f"{name} of held-out observations, lower is better; band: ± one standard error"),
+        (
+            "score",
+            score_name,
+            f"{name} of held-out observations, lower is better; band: ± one standard error. Of fewer predictions than in the table: enough to compare iterations",
+        ),
         (
             "divergence",
             "divergence",
