@@ -57,7 +57,7 @@ Progress = Callable[[str, int, int], None]
 COMPARED = 2048  # reconstructions whose divergence is computed,
 CORRUPTED = 4  # each of them so often
 MEASURED = 512  # held-out reconstructions that measure the residual variances
-CLOSELY = 1536  # predictions of a close score, on which the width of a run's result hangs, and whether it is the start:
+CLOSELY = 1024  # predictions of a close score, on which the width of a run's result hangs, and whether it is the start:
 AGAIN = 32  # held-out observations are split anew for them, at most so often
 
 
