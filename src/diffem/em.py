@@ -31,7 +31,7 @@ import yaml
 from torch import Tensor
 
 from diffem import devices, files, metrics, seeding, starts
-from diffem.config import Config
+from diffem.config import Config, EMConfig
 from diffem.corruptions import LinearCorruption, Params
 from diffem.denoisers import Denoiser
 from diffem.diagnostics import Score, score
@@ -59,6 +59,14 @@ CORRUPTED = 4  # each of them so often
 MEASURED = 512  # held-out reconstructions that measure the residual variances
 CLOSELY = 1024  # predictions of a close score, on which the width of a run's result hangs, and whether it is the start:
 AGAIN = 32  # held-out observations are split anew for them, at most so often
+
+
+def scored(config: EMConfig, held_out: int, closely: bool = False) -> tuple[int, int]:
+    """How many of the held-out observations a score takes, and how often each of them is split."""
+    if not closely:
+        return min(config.score_items, held_out), config.score_splits
+    items = min(CLOSELY, held_out)
+    return items, max(config.score_splits, min(CLOSELY // items, AGAIN))
 
 
 @dataclass
@@ -523,9 +531,8 @@ class DiffEM:
 
     def _score(self, sampler: PosteriorSampler, closely: bool = False) -> Score:
         config, began = self.config.em, time.monotonic()
-        rows, splits = evenly(self.held_out, CLOSELY if closely else config.score_items), config.score_splits
-        if closely:
-            splits = max(splits, min(CLOSELY // len(rows), AGAIN))
+        items, splits = scored(config, len(self.held_out), closely)
+        rows = evenly(self.held_out, items)
         found = score(sampler, self.observations, rows, self.seed, config.score_draws, splits)
         self.state.guard_seconds += time.monotonic() - began
         return found

@@ -7,6 +7,7 @@ widen, and the first iteration may end earlier. Other work on the machine length
 
 from __future__ import annotations
 
+import math
 import statistics
 import tempfile
 import time
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 
 from diffem.config import Config
-from diffem.em import AGAIN, CLOSELY, MEASURED, DiffEM
+from diffem.em import MEASURED, DiffEM, scored
 from diffem.observations import Observations
 
 FIT = 30
@@ -50,12 +51,11 @@ def forecast(observations: Observations, config: Config) -> str:
     draw *= config.sampler.evaluations / sampler.sampler.evaluations
     firsts = min(em_config.iterations, 1 + m_step.reinitialise)
     updates = firsts * m_step.first_steps + (em_config.iterations - firsts) * m_step.steps
-    scored = min(em_config.score_items, len(em.held_out)) * em_config.score_splits * em_config.score_draws
+    often, closely = (math.prod(scored(em_config, len(em.held_out), c)) * em_config.score_draws for c in (False, True))
     measured = 2 * min(MEASURED, len(em.held_out))
-    draws = em_config.iterations * (em_config.refresh * n + scored + measured)
+    draws = em_config.iterations * (em_config.refresh * n + often + measured)
     if em_config.iterations:
-        closely = em_config.score_draws * min(CLOSELY, AGAIN * len(em.held_out))
-        draws += n + 3 * max(closely, scored)  # the calibration, should it widen
+        draws += n + 3 * closely  # the calibration, should it widen
         updates += config.prior.steps * (config.prior.kind == "unconditional")
     whole, parts = fit + updates * update + draws * draw, (fit, updates * update, draws * draw)
     first, second, third = (_duration(seconds) for seconds in parts)
