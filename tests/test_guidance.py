@@ -357,7 +357,7 @@ def test_a_guided_run(settings, derivatives, tmp_path):
     assert (rows[2]["network_evaluations"] > 0) == (not settings)
     loaded = from_pretrained(tmp_path / "posterior")
     assert loaded.sampler.guidance == settings.get("guidance", "none")
-    x = loaded.sample(*data.batch(np.arange(40)), seeding.item_seeds(0, len(rows) - 1, "e_step", np.arange(40)))
+    x = loaded.sample(*data.batch(np.arange(40)), seeding.item_seeds(0, 1 if settings else 2, "e_step", np.arange(40)))
     np.testing.assert_allclose(x, np.load(tmp_path / "reconstructions.npy"), rtol=1e-4, atol=1e-4)
 
 
