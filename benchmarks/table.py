@@ -172,7 +172,8 @@ def lasting() -> str:
     heads += [f"saved with patience {patience} (share of the fall in CRPS)" for patience in PATIENCE]
     lines = []
     for folder in (f for f in compared() if f.name.endswith("-long")):
-        for method, results in load(folder).items():
+        runs = load(folder)
+        for method, results in runs.items():
             for result in results if method not in ("start", "clean") else []:
                 points = [p for p in result["curve"] if not p["calibrated"]]
                 last = next(p for p in reversed(points) if p["best"])
@@ -183,7 +184,7 @@ def lasting() -> str:
                     values = [p[name] for p in points]
                     first, least, end = (f"{v:.{digits}f}" for v in (values[0], min(values), ended[name]))
                     cells += [first, f"{least} ({values.index(min(values))})", end]
-                origin = next(r for r in load(folder)["start"] if r["seed"] == result["seed"])
+                origin = next(r for r in runs["start"] if r["seed"] == result["seed"])
                 fall = origin["metrics"]["crps"] - result["metrics"]["crps"]  # of all held-out digits, several splits
                 whole = points[patient(points, len(points))]["crps"]
                 guarded = result["settings"].get("em.guard") != "false"

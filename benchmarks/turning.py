@@ -96,20 +96,21 @@ class Watched(DiffEM):
         row = super()._row(current, divergence, verdict, *rest)
         if "of" in verdict:
             return row
-        sampler = self.sampler
         if row["iteration"] == 0:
             guarded = dataclasses.replace(self.config, em=dataclasses.replace(self.config.em, guard=True))
             self.shadow, self.first, would = (
                 Guard.begin(guarded, current, divergence),
-                super()._score(sampler, True),
+                super()._score(self.sampler, True),
                 {},
             )
         else:
             would = self.shadow.decide(row["iteration"], current, divergence)
             if would["best"]:
-                found = compare(super()._score(sampler, True), divergence, self.first, self.shadow.first_divergence)
+                found = compare(
+                    super()._score(self.sampler, True), divergence, self.first, self.shadow.first_divergence
+                )
                 would |= {"outdoes": self.shadow.outdoes(found), "closely": found}
-        return {**row, "guard": {**would, "over": self.shadow.over}, "clean": self._distances(sampler)}
+        return {**row, "guard": {**would, "over": self.shadow.over}, "clean": self._distances(self.sampler)}
 
     @torch.no_grad()
     def _distances(self, sampler: PosteriorSampler) -> dict[str, float]:

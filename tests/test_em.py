@@ -175,6 +175,7 @@ def test_calibration_widens_the_saved_posterior(tmp_path):
     last = em.rows[-1]
     assert (last["dispersion"], last["loss"], last["examples"]) == (4.0, None, 0)
     assert last["of"] == 3
+    assert last["ratio"] > em.rows[-2]["ratio"]
     wide, data = from_pretrained(tmp_path / "whole" / "posterior"), observations()
     assert wide.dispersion == 4.0
     rows = np.arange(len(data))
@@ -185,6 +186,18 @@ def test_calibration_widens_the_saved_posterior(tmp_path):
     train(tmp_path / "run", **WIDE)
     assert_same(tmp_path / "run", tmp_path / "whole")
     assert bare(tmp_path / "run") == bare(tmp_path / "whole")
+
+
+def test_a_close_score_splits_few_observations_often():
+    config = configuration.EMConfig(score_items=128, score_splits=2)
+    assert em_module.scored(config, 6) == (6, 2)
+    assert em_module.scored(config, 5000) == (128, 2)
+    assert [em_module.scored(config, n, closely=True) for n in (6, 180, 1000, 5000)] == [
+        (6, 32),
+        (180, 5),
+        (1000, 2),
+        (1024, 2),
+    ]
 
 
 def test_metrics_rows(whole):

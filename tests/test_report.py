@@ -246,6 +246,20 @@ def test_the_report_is_the_same_twice(tmp_path):
     assert report.write(run).read_bytes() == report.write(run).read_bytes()
 
 
+def test_a_finished_run_shows_the_close_scores_of_both_and_the_iteration_that_is_kept(tmp_path):
+    last = row(4, 0.18, loss=None, of=2, start_score=0.21, start_score_se=0.001, start_ratio=0.97, start_delta=-0.03)
+    run = make(tmp_path / "kept", [row(0, 0.208), row(1, 0.2), row(2, 0.19), row(3, 0.2, accepted=False), last])
+    lines = report.summary_table(run).splitlines()
+    assert lines[0].split("  ")[-1] == "iteration 2"
+    assert re.split("  +", lines[1]) == ["CRPS, held out", "0.210 ± 0.001", "0.180 ± 0.003"]
+    page = report.write(run).read_text()
+    assert "Iteration 2 is better than the start on held-out observations: CRPS 0.180 against 0.210" in page
+    assert "Curve of the CRPS from 0.208 at iteration 0 to 0.2 at iteration 3; iteration 2 was chosen" in page
+    run = make(tmp_path / "start", [row(0, 0.208), row(1, 0.2), {**last, "of": 0}])
+    assert "Nothing beat the start; the start is saved." in report.write(run).read_text()
+    assert "iteration" not in report.summary_table(run)
+
+
 def test_summary_table(tmp_path):
     run = make(tmp_path / "run", [{**ROWS[0], "clean": {"psnr": 14}}, {**ROWS[3], "clean": {"psnr": 17.25}}])
     assert report.summary_table(run).splitlines() == [

@@ -136,7 +136,7 @@ class DiffEM:
         self.train, self.held_out = observations.split(self.seed)
         self.examples = self._clean_examples()
         if start is None and config.start.kind == "run":
-            start = self._earlier_posterior(device, precision)
+            start = self._earlier_posterior()
         config.sampler.check(self.corruption)
         self.given_start = start
         self.scaling = observations.scaling(self.train) if start is None else start.scaling
@@ -297,7 +297,7 @@ class DiffEM:
         if width != last["dispersion"] or self.config.em.refresh < 1:
             x = self.run.array("next", (len(self.observations), *self.shape))
             drawn = self._reconstruct(sampler, x, state.iteration)
-        divergence, of = self._divergence(x), last["iteration"]
+        divergence, of = self._divergence(x) if drawn else self.guard.divergence, last["iteration"]
         found = compare(current, divergence, first, self.guard.first_divergence)
         if not self.guard.outdoes(found):
             x = self.run.array("next", (len(self.observations), *self.shape))
@@ -378,9 +378,9 @@ class DiffEM:
             )
         return examples
 
-    def _earlier_posterior(self, device: str, precision: str) -> PosteriorSampler:
+    def _earlier_posterior(self) -> PosteriorSampler:
         folder = Path(self.config.start.run)
-        earlier = from_pretrained(folder / "posterior", self.corruption, device, precision)
+        earlier = from_pretrained(folder / "posterior", self.corruption, *self.place)
         config = yaml.safe_load((folder / "config.yaml").read_text())
         if config["facts"]["digest"] == self.observations.digest() and config["em"]["seed"] != self.seed:
             raise DiffemError(
