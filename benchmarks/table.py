@@ -149,14 +149,14 @@ def summary(folder: Path) -> str:
 
 
 def patient(points: list[dict], patience: int) -> int:
-    """The iteration that a run would have ended with, had `em.patience` not been 0: the least criterion until none of so many
-    iterations in a row had a smaller criterion or CRPS than all before. (The guard asks for standard errors, too.)"""
+    """The iteration that a run would have ended with, had `em.patience` not been 0; :class:`diffem.guard.Guard`'s rule."""
     stale = best = 0
+    accepted = False
     for point in points[1:]:
-        before = points[1 : point["iteration"]]
-        improved = all(point["criterion"] < p["criterion"] for p in before)
-        best = point["iteration"] if improved else best
-        stale = 0 if improved or all(point["crps"] < p["crps"] for p in before) else stale + 1
+        improved = point["best"] or (point["accepted"] and (not accepted or point["delta"] < 0))
+        accepted |= point["accepted"]
+        best = point["iteration"] if point["best"] else best
+        stale = 0 if improved else stale + 1
         if stale == patience:
             if point["dispersion"]:
                 break
@@ -179,11 +179,14 @@ def lasting() -> str:
                 last = next(p for p in reversed(points) if p["best"])
                 final = result["curve"][-1] if result["curve"][-1]["calibrated"] else last
                 cells = [folder.name, method, str(result["seed"]), str(result["iterations"]), f"{final['ratio']:.2f}"]
-                # the calibration scores more splits, so that its CRPS is no part of this curve
-                for name, ended, digits in (("crps", last, 4), ("energy_distance", final, 4), ("frechet", final, 1)):
-                    values = [p[name] for p in points]
-                    first, least, end = (f"{v:.{digits}f}" for v in (values[0], min(values), ended[name]))
-                    cells += [first, f"{least} ({values.index(min(values))})", end]
+                # only a watched run has scores of the same splits and draws from its start to what it ends with
+                watched = "close_crps" in final
+                score = ("close_crps", final, 4) if watched else ("crps", last, 4)
+                for name, ended, digits in (score, ("energy_distance", final, 4), ("frechet", final, 1)):
+                    values = {p["iteration"]: p[name] for p in points if name in p}
+                    at = min(values, key=values.__getitem__)
+                    cells += [f"{value:.{digits}f}" for value in (values[0], values[at], ended[name])]
+                    cells[-2] += f" ({at})"
                 origin = next(r for r in runs["start"] if r["seed"] == result["seed"])
                 fall = origin["metrics"]["crps"] - result["metrics"]["crps"]  # of all held-out digits, several splits
                 whole = points[patient(points, len(points))]["crps"]

@@ -12,6 +12,8 @@ import torch
 
 from diffem.config import load
 from diffem.corruptions import GaussianBlur
+from diffem.diagnostics import Score
+from diffem.guard import Guard
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -51,6 +53,28 @@ def test_methods_come_after_those_that_they_go_on_from(module):
     compare = module("compare")
     assert compare._order(["em-mmps+diffem"]) == ["start", "em-mmps", "em-mmps+diffem"]
     assert compare._order(["diffem", "clean"]) == ["start", "clean", "diffem"]
+
+
+def test_the_replay_of_patience_ends_where_the_guard_does(module):
+    noise, ones, same = torch.randn(64, generator=torch.Generator().manual_seed(0)), torch.ones(64), torch.zeros(100)
+    score = lambda crps, ratio: Score("crps", crps + 0.001 * noise, ratio * ones, ones, 0 * ones)  # noqa: E731
+    ends = set()
+    for seed in range(30):  # falls until some iteration, with steps up between
+        crps = 0.4 + 0.05 * torch.rand(30, generator=torch.Generator().manual_seed(seed))
+        crps = crps - 0.01 * torch.arange(30).clamp(max=seed)
+        for patience in (2, 5):
+            config = load(overrides=[("em.patience", str(patience)), ("e_step.sharp", "0")])
+            endless = load(overrides=[("em.patience", "0"), ("e_step.sharp", "0")])
+            start, points, best = score(0.45, 0.9), [{}], 0
+            live, free = Guard.begin(config, start, same), Guard.begin(endless, start, same)
+            for k, mean in enumerate(crps.tolist(), 1):
+                current = score(mean, 0.7 + 0.2 * (k % 3 == 0))
+                points.append({"iteration": k, "dispersion": 1.0, **free.decide(k, current, same)})
+                if not live.over:
+                    best = k if live.decide(k, current, same)["best"] else best
+            assert module("table").patient(points, patience) == best
+            ends.add(best)
+    assert len(ends) > 10
 
 
 def test_richardson_lucy_deblurs(module):

@@ -201,7 +201,7 @@ class DiffEM:
         divergence = self._divergence(x)
         self.guard = Guard.begin(self.config, self._score(sampler), divergence)
         self.state.iteration = 0
-        self.state.rows.append(self._row(self.guard.first, divergence, {"accepted": True, "best": True}, 0, None, x))
+        self.state.rows.append(self._row(self.guard.first, divergence, {"accepted": True, "best": True}, 0, sampler, x))
         self._next("m_step" if self.config.em.iterations else "done", 1)
 
     def _save_start(self, sampler: PosteriorSampler) -> None:
@@ -240,7 +240,7 @@ class DiffEM:
         drawn = self._reconstruct(sampler, x, state.iteration)
         current, divergence = self._score(sampler), self._divergence(x)
         verdict = self.guard.decide(state.iteration, current, divergence)
-        state.row = self._row(current, divergence, verdict, drawn, sampler.dispersion, x)
+        state.row = self._row(current, divergence, verdict, drawn, sampler, x)
         self.residual, state.phase = sampler.residual, "commit"
         self._checkpoint()
 
@@ -293,8 +293,9 @@ class DiffEM:
         can_widen = self.config.sampler.kind == "ddpm" and self.config.sampler.guidance == "none"
         if can_widen and current.ratio is not None and current.ratio < wanted:
             sampler, current = self._widened(sampler, current, first)
-        width, x, drawn = sampler.dispersion, self.run.array("current"), 0
-        if width != last["dispersion"] or self.config.em.refresh < 1:
+        self.residual, x, drawn = sampler.residual, self.run.array("current"), 0
+        kept: PosteriorSampler = sampler
+        if sampler.dispersion != last["dispersion"] or self.config.em.refresh < 1:
             x = self.run.array("next", (len(self.observations), *self.shape))
             drawn = self._reconstruct(sampler, x, state.iteration)
         divergence, of = self._divergence(x) if drawn else self.guard.divergence, last["iteration"]
@@ -302,12 +303,11 @@ class DiffEM:
         if not self.guard.outdoes(found):
             x = self.run.array("next", (len(self.observations), *self.shape))
             self._reconstruct(start, x, iteration=0)
-            current, divergence, width, of = first, self.guard.first_divergence, None, 0
+            kept, current, divergence, of = start, first, self.guard.first_divergence, 0
         about = {"start_score": first.mean, "start_score_se": first.standard_error, "start_ratio": first.ratio}
         about |= {f"start_{name}": value for name, value in found.items()}
         verdict = {"accepted": True, "best": True, "of": of, **about}
-        state.row = self._row(current, divergence, verdict, drawn, width, x)
-        self.residual, state.phase = sampler.residual, "commit"
+        state.row, state.phase = self._row(current, divergence, verdict, drawn, kept, x), "commit"
         self._checkpoint()
 
     def _widened(self, sampler: DiffusionPosterior, narrow: Score, first: Score) -> tuple[DiffusionPosterior, Score]:
@@ -545,9 +545,9 @@ class DiffEM:
         return found
 
     def _row(
-        self, current: Score, divergence: Tensor, verdict: dict, drawn: int, dispersion: float | None, x: np.ndarray
+        self, current: Score, divergence: Tensor, verdict: dict, drawn: int, sampler: PosteriorSampler, x: np.ndarray
     ) -> dict:
-        """A row of metrics: `verdict` is the guard's, `drawn` the items that a network drew into x."""
+        """A row of metrics: `verdict` is the guard's, `drawn` the items that the sampler's network drew into x."""
         state = self.state
         return {
             "iteration": state.iteration,
@@ -565,13 +565,13 @@ class DiffEM:
             "divergence_se": standard_error(divergence),
             "ratio": current.ratio,
             "ratio_se": current.ratio_error,
-            "dispersion": dispersion,
+            "dispersion": getattr(sampler, "dispersion", None),
             **verdict,
-            **self._compared(x),
+            **self._compared(sampler, x),
         }
 
-    def _compared(self, x: np.ndarray) -> dict:
-        """Distances to the clean reference, if one was given."""
+    def _compared(self, sampler: PosteriorSampler, x: np.ndarray) -> dict:
+        """Distances of the sampler's reconstructions x to the clean reference, if one was given."""
         if self.reference is None:
             return {}
         rows = evenly(np.arange(len(x)), metrics.ITEMS)
