@@ -210,7 +210,7 @@ class DiffEM:
         shutil.rmtree(self.run.folder / "prior", ignore_errors=True)
         earlier = Path(self.config.start.run) / "prior"
         if self.config.start.run and earlier.exists():
-            from_pretrained(earlier, self.corruption).save_pretrained(self.run.folder / "prior")
+            from_pretrained(earlier, self.corruption, *self.place).save_pretrained(self.run.folder / "prior")
         elif not isinstance(sampler, ObservationPosterior):
             sampler.save_pretrained(self.run.folder / "prior")
 
@@ -247,9 +247,10 @@ class DiffEM:
     def _commit(self) -> None:
         # Every action here can be done twice: a run killed between two of them repeats the first.
         state = self.state
+        of = state.row.get("of")  # the calibration's rows have it
         if state.row["accepted"]:
             self._keep_reconstructions(state.row["best"])
-        if state.row.get("of") == 0:
+        if of == 0:
             self._save_start(self._start_sampler())
         elif state.row["best"]:
             sampler = self._sampler(state.row["dispersion"])
@@ -258,9 +259,9 @@ class DiffEM:
                 sampler.save_pretrained(self.run.folder / "prior")
         (self.run.folder / "next.npy").unlink(missing_ok=True)
         state.rows.append(state.row)
-        if state.row.get("of") == 0:
+        if of == 0:
             self._next("done")
-        elif "of" in state.row:  # it was the calibration's
+        elif of is not None:
             self._finish()
         elif self.guard.over or state.iteration == self.config.em.iterations:
             self._next("calibration", state.iteration + 1)
@@ -282,7 +283,7 @@ class DiffEM:
         last = next(row for row in reversed(state.rows) if row["best"])
         if last["iteration"] == 0:
             return self._next("done")
-        saved = from_pretrained(folder / "posterior", self.corruption)
+        saved = from_pretrained(folder / "posterior", self.corruption, *self.place)
         assert isinstance(saved, DiffusionPosterior)
         files.link(folder / "reconstructions.npy", folder / "current.npy")
         self.trainer.averaged.network.load_state_dict(saved.denoiser.network.state_dict())
