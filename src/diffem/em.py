@@ -250,6 +250,8 @@ class DiffEM:
         of = state.row.get("of")  # the calibration's rows have it
         if state.row["accepted"]:
             self._keep_reconstructions(state.row["best"])
+        if state.row.get("undone"):
+            files.link(self.run.folder / "reconstructions.npy", self.run.folder / "current.npy")
         if of == 0:
             self._save_start(self._start_sampler())
         elif state.row["best"]:

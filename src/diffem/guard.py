@@ -8,8 +8,9 @@ best        what the run folder holds, the start at first. Two numbers decide: t
             criterion is better than that of the last best; or it is a tie: neither is worse, nor is the ratio farther from 1,
             and the criterion is less, or the divergence better with a ratio that is not even a little farther (of a wrong
             corruption, narrow draws may be the closest). A worse divergence is so by a thousandth, too
-last        the best iteration against the start, by the same rule. Common random numbers compare two iterations closely,
-            but not a network with what it started from: both are scored once more, with many draws
+last        the best iteration against the start, by the same rule; but the ratio has no say of its own there, because what is
+            too narrow has been widened first, and the criterion has it. Common random numbers compare two iterations
+            closely, but not a network with what it started from: both are scored once more, with many draws
 black box   its score is a divergence too, but of held-out observations only, and has many times the error: the best is what
             has a better divergence than the last best
 dispersion  none in the sharp part of the run; then `e_step.dispersion`, or more if the last iteration was over-confident.
@@ -124,6 +125,7 @@ class Guard:
         if best:
             self.best, self.divergence = current, divergence
         self.stale = 0 if best or (lower and current.ratio is not None) else self.stale + 1
+        undone = False
         if current.ratio is not None:
             if iteration > self.sharp:
                 # Not added to the last one: reconstructions that are too narrow narrow the next iteration's, so that the
@@ -136,15 +138,16 @@ class Guard:
                 self.before = current.mean
                 if em.guard and (current.ratio < e_step.sharp_ratio or self.rises >= RISES):
                     self.sharp = iteration
+                    undone = self.rises >= RISES and self.best is None
         if em.guard and em.patience and self.stale >= em.patience:
             self.over = iteration >= self.sharp
             self.sharp, self.stale = min(self.sharp, iteration), 0
         starts = {f"start_{name}": value for name, value in to_start.items()}
-        return {"accepted": accepted, "best": best, **to_best, **starts}
+        return {"accepted": accepted, "best": best, "undone": undone, **to_best, **starts}
 
     def outdoes(self, found: dict[str, float]) -> bool:
         """Whether the best iteration is better than the start, by what :func:`compare` found of the two."""
-        return not self.config.em.guard or self._better(found)
+        return not self.config.em.guard or self._better(found, widened=True)
 
     def _worse(self, found: dict[str, float], name: str, sign: int = 1) -> bool:
         return sign * found[name] > self.config.em.gate * found[f"{name}_se"]
@@ -152,11 +155,12 @@ class Guard:
     def _apart(self, found: dict[str, float]) -> bool:
         return self._worse(found, "divergence_delta") and found["divergence_delta"] > TOLERANCE
 
-    def _better(self, found: dict[str, float]) -> bool:
+    def _better(self, found: dict[str, float], widened: bool = False) -> bool:
         closer = self._worse(found, "divergence_delta", -1)
         if "ratio_delta" not in found:  # a black box
             return closer
-        tie = not (self._worse(found, "criterion_delta") or self._worse(found, "ratio_delta") or self._apart(found))
+        farther = self._worse(found, "ratio_delta") and not widened
+        tie = not (self._worse(found, "criterion_delta") or farther or self._apart(found))
         closer = closer and found["ratio_delta"] <= 0
         return self._worse(found, "criterion_delta", -1) or (tie and (found["criterion_delta"] < 0 or closer))
 
