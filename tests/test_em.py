@@ -346,6 +346,22 @@ def test_run_holds_the_best_iteration_not_the_last(tmp_path, monkeypatch):
     np.testing.assert_allclose(drawn, np.load(tmp_path / "reconstructions.npy"), rtol=1e-4, atol=1e-5)
 
 
+def test_a_sharp_part_that_did_not_pay_trains_no_more(tmp_path, monkeypatch):
+    narrow = (0.4, 0.3)
+    scores_of(monkeypatch, (0.5, 0.9), narrow, narrow, narrow, (0.39, 0.3))
+    sections = {"em": {"guard": True, "iterations": 4, "patience": 0}, "e_step": {"sharp": 1.0, "sharp_ratio": 0.0}}
+    em, trains = DiffEM(settings(**sections), observations(), tmp_path), []
+    for row in em.iterate():
+        trains.append((tmp_path / "current.npy").read_bytes())
+        assert row["accepted"]
+        if row["iteration"] == 4:
+            break
+    start = (tmp_path / "reconstructions.npy").read_bytes()
+    assert [row["best"] for row in em.rows[:5]] == [True, False, False, False, False]
+    assert [bool(row.get("undone")) for row in em.rows[:5]] == [False, False, False, True, False]
+    assert [x == start for x in trains] == [True, False, False, True, False]
+
+
 @pytest.mark.parametrize("prior", ["unconditional", "joint"])
 def test_run_ends_with_the_start_if_a_close_look_says_so(prior, tmp_path, monkeypatch):
     scores_of(monkeypatch, (0.5, 0.9), (0.4, 0.9), (0.39, 0.9), (0.38, 0.9), (0.37, 0.9), (0.38, 0.9))

@@ -189,6 +189,18 @@ def test_a_score_that_does_not_fall_twice_in_a_row_ends_the_sharp_part():
     assert free.sharp == 20
 
 
+def test_a_sharp_part_that_ends_no_better_than_it_began_is_undone():
+    def undone(*scores: float, **sections) -> list[bool]:
+        found = guard(scored(0.3, 0.9), em={"patience": 0}, **{"sharp": 1.0, "sharp_ratio": 0.0, **sections})
+        return [found.decide(k, scored(crps, 0.5), SAME)["undone"] for k, crps in enumerate(scores, 1)]
+
+    assert undone(0.5, 0.51, 0.52, 0.4, 0.53) == [False, False, True, False, False]
+    assert undone(0.5, 0.48, 0.49, 0.51) == [False, False, False, True]
+    assert undone(0.5, 0.4, 0.41, 0.42) == [False] * 4  # it paid
+    assert undone(0.5, 0.51, 0.52, sharp_ratio=0.6) == [True, False, False]
+    assert not any(undone(0.5, 0.51, 0.52, sharp=0.0))
+
+
 def test_without_a_guard_all_are_accepted_and_the_last_is_the_best():
     found = guard(scored(0.4, 0.9), em={"guard": False, "patience": 1})
     for k in range(1, 20):

@@ -15,7 +15,8 @@ black box   its score is a divergence too, but of held-out observations only, an
             has a better divergence than the last best
 dispersion  none in the sharp part of the run; then `e_step.dispersion`, or more if the last iteration was over-confident.
             The sharp part pays by a score that falls faster: it ends when that has not fallen for two iterations in a row,
-            or the ratio is below `e_step.sharp_ratio`
+            or the ratio is below `e_step.sharp_ratio`. If the score is not below that of the first iteration then, it is
+            `undone`: training goes on from the reconstructions of the best iteration, or the start's
 stop        `em.patience` iterations in a row neither improved the score nor were the best (a black box: were not the best):
             that ends the sharp part, or else the run
 
@@ -73,6 +74,7 @@ class Guard:
         dispersion: Of the next E-step after the sharp part.
         sharp: The last iteration of the sharp part.
         before: The mean score of the iteration before, in the sharp part; None at first.
+        opening: That of the first iteration, if it was sharp; None at first.
         rises: So many iterations in a row it has not fallen there.
         stale: Iterations since the last improvement.
         over: Whether patience has run out.
@@ -87,6 +89,7 @@ class Guard:
     dispersion: float
     sharp: int
     before: float | None = None
+    opening: float | None = None
     rises: int = 0
     stale: int = 0
     over: bool = False
@@ -101,7 +104,8 @@ class Guard:
         return 0.0 if iteration <= self.sharp else self.dispersion
 
     def decide(self, iteration: int, current: Score, divergence: Tensor) -> dict[str, float | bool]:
-        """Takes note of an iteration: whether it is `accepted`, and `best`, and the numbers that decide it.
+        """Takes note of an iteration: whether it is `accepted`, and `best`, ends a sharp part that is `undone`, and the
+        numbers that decide it.
 
         They are those of :func:`compare`: `start_NAME` to the start, `delta` to the least score so far, the others to the
         best iteration so far; to the start where there is none.
@@ -134,11 +138,12 @@ class Guard:
                 self.dispersion = min(self.dispersion, WIDEST)
             else:
                 fell = self.before is None or current.mean < self.before
+                self.opening = current.mean if self.opening is None else self.opening
                 self.rises = 0 if fell else self.rises + 1
                 self.before = current.mean
                 if em.guard and (current.ratio < e_step.sharp_ratio or self.rises >= RISES):
                     self.sharp = iteration
-                    undone = self.rises >= RISES and self.best is None
+                    undone = current.mean >= self.opening
         if em.guard and em.patience and self.stale >= em.patience:
             self.over = iteration >= self.sharp
             self.sharp, self.stale = min(self.sharp, iteration), 0
@@ -167,7 +172,7 @@ class Guard:
     @property
     def facts(self) -> dict:
         """What a checkpoint holds of it beside :attr:`tensors`."""
-        numbers = {k: getattr(self, k) for k in ("dispersion", "sharp", "before", "rises", "stale", "over")}
+        numbers = {k: getattr(self, k) for k in ("dispersion", "sharp", "before", "opening", "rises", "stale", "over")}
         return {**numbers, "name": self.first.name}
 
     @property
