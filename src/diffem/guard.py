@@ -8,9 +8,10 @@ best        what the run folder holds, the start at first. Two numbers decide: t
             criterion is better than that of the last best; or it is a tie: neither is worse, nor is the ratio farther from 1,
             and the criterion is less, or the divergence better with a ratio that is not even a little farther (of a wrong
             corruption, narrow draws may be the closest). A worse divergence is so by a thousandth, too
-last        the best iteration against the start, by the same rule; but the ratio has no say of its own there, because what is
-            too narrow has been widened first, and the criterion has it. Common random numbers compare two iterations
-            closely, but not a network with what it started from: both are scored once more, with many draws
+last        the best iteration against the start. Common random numbers compare two iterations closely, but not a network
+            with what it started from: both are scored once more, with many draws. The rule is the same, but the ratio has
+            less of a say: what is too narrow has been widened first, and the criterion sees it, so that in a tie it
+            decides (by two standard errors, for it has noise here) against a better divergence only
 black box   its score is a divergence too, but of held-out observations only, and has many times the error: the best is what
             has a better divergence than the last best
 dispersion  none in the sharp part of the run; then `e_step.dispersion`, or more if the last iteration was over-confident.
@@ -152,7 +153,7 @@ class Guard:
 
     def outdoes(self, found: dict[str, float]) -> bool:
         """Whether the best iteration is better than the start, by what :func:`compare` found of the two."""
-        return not self.config.em.guard or self._better(found, widened=True)
+        return not self.config.em.guard or self._better(found, last=True)
 
     def _worse(self, found: dict[str, float], name: str, sign: int = 1) -> bool:
         return sign * found[name] > self.config.em.gate * found[f"{name}_se"]
@@ -160,13 +161,13 @@ class Guard:
     def _apart(self, found: dict[str, float]) -> bool:
         return self._worse(found, "divergence_delta") and found["divergence_delta"] > TOLERANCE
 
-    def _better(self, found: dict[str, float], widened: bool = False) -> bool:
+    def _better(self, found: dict[str, float], last: bool = False) -> bool:
         closer = self._worse(found, "divergence_delta", -1)
         if "ratio_delta" not in found:  # a black box
             return closer
-        farther = self._worse(found, "ratio_delta") and not widened
-        tie = not (self._worse(found, "criterion_delta") or farther or self._apart(found))
-        closer = closer and found["ratio_delta"] <= 0
+        farther = self._worse(found, "ratio_delta")
+        tie = not (self._worse(found, "criterion_delta") or self._apart(found) or (farther and not last))
+        closer = closer and not (farther if last else found["ratio_delta"] > 0)
         return self._worse(found, "criterion_delta", -1) or (tie and (found["criterion_delta"] < 0 or closer))
 
     @property
