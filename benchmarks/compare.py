@@ -23,7 +23,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
-import torch
 from judge import Judge, cost
 
 from diffem import cli
@@ -69,21 +68,6 @@ class Observed(Fixed):
     """The lower bound."""
 
     clean = False
-
-
-class Twice(DiffEM):
-    """Two draws of every observation; a batch of the M-step is of the one or the other."""
-
-    draws = 2
-
-    def _reconstruct(self, sampler, out, iteration):
-        others = self.run.array("others", out.shape)
-        drawn = super()._reconstruct(sampler, others, iteration + 10_000)  # seeds of its own
-        return drawn + super()._reconstruct(sampler, out, iteration)
-
-    def _loss(self, x, generator, dropout):
-        other = torch.rand((), generator=generator) < 0.5
-        return super()._loss(self.run.array("others") if other else x, generator, dropout)
 
 
 class Watched(DiffEM):
@@ -157,9 +141,6 @@ METHODS: dict[str, Method] = {
     "diffem-short": Method({"m_step.steps": "75"}),
     "diffem-pool": Method({"m_step.steps": "30", "em.refresh": "0.2", "em.score_items": "64"}),
     "diffem-long": Method({"m_step.steps": "300"}),
-    "diffem-draws": Method(algorithm=Twice),
-    "diffem-decay": Method({"m_step.weight_decay": "0.1"}),
-    "diffem-anew": Method({"m_step.reinitialise": "1", "m_step.first_steps": "600"}),
 }
 MAIN = ["start", "observed", "clean", "diffem", "em-mmps", "emdiffusion", "ambient", "scsi"]
 
@@ -196,7 +177,7 @@ TASKS: dict[str, Task] = {
 
 def plan(config: Config, method: Method, n: int, budget: int) -> dict[str, str]:
     """The settings that spend the budget: the number of iterations, or of steps of the only one."""
-    draw, item = config.sampler.evaluations * n * getattr(method.algorithm, "draws", 1), 3 * config.m_step.batch
+    draw, item = config.sampler.evaluations * n, 3 * config.m_step.batch
     if method.single:
         return {"em.iterations": "1", "m_step.first_steps": str(max(1, (budget - draw) // item))}
     if not config.em.iterations:

@@ -39,7 +39,7 @@ def test_budgets_are_spent_and_not_exceeded(module):
         config = load("digits", settings)
         planned = load("digits", [*settings, *compare.plan(config, method, n, budget).items()])
         # what EM does: the first M-step, the others, an E-step each, and perhaps a last one over everything
-        draw = planned.sampler.evaluations * n * getattr(method.algorithm, "draws", 1)
+        draw = planned.sampler.evaluations * n
         k, steps, first = planned.em.iterations, planned.m_step.steps, planned.m_step.first_steps
         anew = planned.m_step.reinitialise
         spent = 3 * planned.m_step.batch * ((1 + anew) * first + (k - 1 - anew) * steps) + k * planned.em.refresh * draw
