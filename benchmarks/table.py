@@ -192,7 +192,7 @@ def lasting() -> str:
                 whole = points[patient(points, len(points))]["crps"]
                 guarded = result["settings"].get("em.guard") != "false"
                 for stop in (patient(points, patience) for patience in PATIENCE) if guarded else ():
-                    share = f" ({1 - (points[stop]['crps'] - whole) / fall:.0%})" if fall > 0 else ""
+                    share = f" ({1 - (points[stop]['crps'] - whole) / fall:.0%})" if fall > 1e-3 else ""
                     cells.append(f"{stop}{share}")
                 lines.append(cells + ["–"] * (len(heads) - len(cells)))
     return "### long runs\n\n" + markdown(heads, lines) if lines else ""
