@@ -23,7 +23,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
-from judge import Judge, cost
+from judge import Judge, cost, means
 
 from diffem import cli
 from diffem.ambient import Ambient
@@ -81,8 +81,7 @@ class Watched(DiffEM):
         rows = evenly(np.arange(len(x)), ITEMS)
         drawn = draw_many(sampler, self.observations, rows, DRAWS, self.seed).numpy()
         each = [compare(drawn[:, j], self.reference[rows], self.scaling, self.features) for j in range(DRAWS)]
-        found = {name: float(np.mean([one[name] for one in each])) for name in each[0]}
-        return {"clean": {**found, "close_crps": self._score(sampler, True).mean}}
+        return {"clean": {**means(each), "close_crps": self._score(sampler, True).mean}}
 
 
 @dataclass(frozen=True)
@@ -257,7 +256,7 @@ def curve(rows: list[dict]) -> list[dict]:
         spent, seconds = spent + row["network_evaluations"], seconds + row["seconds"]
         keep = {"iteration": row["iteration"], "evaluations": spent, "seconds": seconds, "crps": row["score"]}
         keep |= {k: row[k] for k in ("ratio", "dispersion", "criterion", "divergence", "accepted", "best")}
-        keep |= {"delta": row.get("delta")}  # to the least score before
+        keep["delta"] = row.get("delta")  # to the least score before
         points.append({**keep, "calibrated": "of" in row, **row.get("clean", {})})
     return points
 

@@ -64,6 +64,11 @@ def distribution(x: Tensor, clean: Tensor, features: metrics.Features) -> dict[s
     return column | metrics.manifold_overlap(a, b)
 
 
+def means(each: list[dict[str, float]]) -> dict[str, float]:
+    """The mean of each distance, of several draws."""
+    return {name: float(np.mean([found[name] for found in each])) for name in each[0]}
+
+
 class Judge:
     """Knows the clean items, and their labels where there are any.
 

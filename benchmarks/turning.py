@@ -26,13 +26,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from compare import about
-from judge import classifier, distribution
+from judge import classifier, distribution, means
 from torch import Tensor
 
 from diffem import config as configuration
 from diffem import datasets
 from diffem.corruptions import BlackBox, Corruption, GaussianNoise, Params, RandomMask
-from diffem.diagnostics import Score
 from diffem.em import DiffEM
 from diffem.guard import Guard, compare
 from diffem.observations import Observations
@@ -88,29 +87,20 @@ class Watched(DiffEM):
         self.features = classifier(self.others, labels)[:-1]
         return self
 
-    def _score(self, sampler, closely=False) -> Score:
-        self.sampler = sampler
-        return super()._score(sampler, closely)
-
-    def _row(self, current, divergence, verdict, *rest) -> dict:
-        row = super()._row(current, divergence, verdict, *rest)
+    def _row(self, current, divergence, verdict, drawn, sampler, x) -> dict:
+        row = super()._row(current, divergence, verdict, drawn, sampler, x)
         if "of" in verdict:
             return row
         if row["iteration"] == 0:
             guarded = dataclasses.replace(self.config, em=dataclasses.replace(self.config.em, guard=True))
-            self.shadow, self.first, would = (
-                Guard.begin(guarded, current, divergence),
-                super()._score(self.sampler, True),
-                {},
-            )
+            self.shadow, self.first, would = Guard.begin(guarded, current, divergence), self._score(sampler, True), {}
         else:
             would = self.shadow.decide(row["iteration"], current, divergence)
             if would["best"]:
-                found = compare(
-                    super()._score(self.sampler, True), divergence, self.first, self.shadow.first_divergence
-                )
+                closely = self._score(sampler, True)
+                found = compare(closely, divergence, self.first, self.shadow.first_divergence)
                 would |= {"outdoes": self.shadow.outdoes(found), "closely": found}
-        return {**row, "guard": {**would, "over": self.shadow.over}, "clean": self._distances(self.sampler)}
+        return {**row, "guard": {**would, "over": self.shadow.over}, "clean": self._distances(sampler)}
 
     @torch.no_grad()
     def _distances(self, sampler: PosteriorSampler) -> dict[str, float]:
@@ -118,7 +108,7 @@ class Watched(DiffEM):
         x = draw_many(sampler, self.observations, self.train, DRAWS, self.seed)
         centre, half = self.scaling
         each = [distribution((x[:, j] - centre) / half, self.others, self.features) for j in range(DRAWS)]
-        return {name: float(np.mean([found[name] for found in each])) for name in each[0]}
+        return means(each)
 
 
 def run(task: str, seed: int, settings: dict[str, str], folder: Path) -> list[dict]:

@@ -76,7 +76,7 @@ def test_against_the_start_the_best_iteration_needs_a_smaller_criterion():
     assert free.outdoes(compare(of_mean(0.41, spread=0.01), SAME, start, SAME))
 
 
-def test_against_the_start_a_ratio_counts_by_the_criterion_only():
+def test_against_the_start_a_ratio_counts_by_the_criterion_and_against_a_better_divergence():
     # of digits at 75 %, 43 iterations: CRPS 0.199 and ratio 0.82, the start's 0.212 and 0.93
     found = {"criterion_delta": -0.068, "criterion_delta_se": 0.059, "divergence_delta": 1.5e-4}
     found |= {"divergence_delta_se": 1.2e-4, "ratio_delta": 0.125, "ratio_delta_se": 0.055}
