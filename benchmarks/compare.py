@@ -29,13 +29,14 @@ from diffem import cli
 from diffem.ambient import Ambient
 from diffem.config import Config, load
 from diffem.corruptions import LinearCorruption
-from diffem.em import DiffEM
+from diffem.diagnostics import score
+from diffem.em import START_REPEATS, DiffEM
 from diffem.metrics import ITEMS, compare
 from diffem.observations import Observations, evenly
-from diffem.posteriors import draw_many, from_pretrained, sample_many
+from diffem.posteriors import DiffusionPosterior, draw_many, from_pretrained, sample_many
 
 HERE = Path(__file__).parent
-WATCHED, DRAWS = 5, 3  # iterations from one comparison to the next in a long run of diffem, and draws that it takes
+WATCHED, DRAWS, SPLITS = 5, 3, 8  # iterations from one comparison to the next in a long run of diffem, draws and splits
 EXAMPLES = 50  # clean ones, where a method is given some
 
 
@@ -81,7 +82,9 @@ class Watched(DiffEM):
         rows = evenly(np.arange(len(x)), ITEMS)
         drawn = draw_many(sampler, self.observations, rows, DRAWS, self.seed).numpy()
         each = [compare(drawn[:, j], self.reference[rows], self.scaling, self.features) for j in range(DRAWS)]
-        return {"clean": {**means(each), "close_crps": self._score(sampler, True).mean}}
+        repeats = 1 if isinstance(sampler, DiffusionPosterior) else START_REPEATS
+        crps = score(sampler, self.observations, self.held_out, self.seed, 2, SPLITS, repeats)
+        return {"clean": {**means(each), "close_crps": crps.mean}}
 
 
 @dataclass(frozen=True)

@@ -68,6 +68,21 @@ def test_scores_are_least_at_the_truth(case):
         assert other.log_score > right.log_score + 0.02, wrong
 
 
+def test_repeats_are_other_draws_of_the_same_hidden_parts():
+    corruption, rows = CASES["mask"], np.arange(300)
+    data, right, narrow = observed(corruption, len(rows)), sampler(corruption), sampler(corruption, 0.8)
+    arguments = {"draws": 2, "splits": 2}
+    once, often = (score(right, data, rows, 0, **arguments, repeats=n) for n in (1, 64))
+    many = score(right, data, rows, 0, draws=128, splits=2)  # the limit: as many draws at once
+    assert (often.items - many.items).abs().mean() < 0.15 * (once.items - many.items).abs().mean()
+    assert often.ratio == pytest.approx(
+        np.mean([score(right, data, rows, k, **arguments).ratio for k in range(40)]), rel=0.05
+    )
+    # the hidden parts are shared, whatever the draws are: most of the error of a difference is the draws'
+    errors = [score(narrow, data, rows, 0, **arguments, repeats=n).difference(often)[1] for n in (1, 64)]
+    assert errors[1] < 0.5 * errors[0]
+
+
 def test_log_score_of_few_draws_does_not_reward_narrow_ones():
     # Were it that of the mean of two draws, the least would be where the variance is 2 / 3 of the right one.
     corruption, rows = CASES["noise"], np.arange(20_000)

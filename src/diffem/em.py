@@ -31,7 +31,7 @@ import yaml
 from torch import Tensor
 
 from diffem import devices, files, metrics, seeding, starts
-from diffem.config import Config, EMConfig
+from diffem.config import Config
 from diffem.corruptions import LinearCorruption, Params
 from diffem.denoisers import Denoiser
 from diffem.diagnostics import Score, score
@@ -57,16 +57,29 @@ Progress = Callable[[str, int, int], None]
 COMPARED = 2048  # reconstructions whose divergence is computed,
 CORRUPTED = 4  # each of them so often
 MEASURED = 512  # held-out reconstructions that measure the residual variances
-CLOSELY = 1024  # predictions of a close score, on which the width of a run's result hangs, and whether it is the start:
-AGAIN = 32  # held-out observations are split anew for them, at most so often
+CLOSELY = (
+    0.025  # of a run's evaluations go into a close score, on which its width hangs, and whether the start is better:
+)
+PREDICTIONS = 1024, 16_384  # at least and at most so many splits of held-out observations are predicted for it,
+AGAIN = 32  # each observation split at most so often
+START_REPEATS = 16  # of every split that a start predicts: nearly free, and half of a difference's error
 
 
-def scored(config: EMConfig, held_out: int, closely: bool = False) -> tuple[int, int]:
-    """How many of the held-out observations a score takes, and how often each of them is split."""
-    if not closely:
-        return min(config.score_items, held_out), config.score_splits
-    items = min(CLOSELY, held_out)
-    return items, max(config.score_splits, min(CLOSELY // items, AGAIN))
+def scored(config: Config, held_out: int, spent: float | None = None) -> tuple[int, int]:
+    """How many of the held-out observations a score takes, and how often each of them is split.
+
+    Arguments:
+        config: The configuration.
+        held_out: How many there are.
+        spent: Evaluations of the network by a run that is to be scored closely; None for the score of an iteration.
+    """
+    em = config.em
+    if spent is None:
+        return min(em.score_items, held_out), em.score_splits
+    least, most = PREDICTIONS
+    predictions = round(min(max(CLOSELY * spent / (em.score_draws * config.sampler.evaluations), least), most))
+    items = min(predictions, held_out)
+    return items, max(em.score_splits, min(predictions // items, AGAIN))
 
 
 @dataclass
@@ -318,7 +331,7 @@ class DiffEM:
         if not sampler.dispersion:
             self._measure(sampler)
         dispersion, sampler.dispersion = sampler.dispersion, WIDEST
-        widest = self._score(sampler, True).ratio
+        widest = self._score(sampler).ratio  # as far off as this is, it need not be known closely
         assert widest is not None
         assert narrow.ratio is not None
         # The ratio is nearly linear in the dispersion.
@@ -534,9 +547,11 @@ class DiffEM:
 
     def _score(self, sampler: PosteriorSampler, closely: bool = False) -> Score:
         config, began = self.config.em, time.monotonic()
-        items, splits = scored(config, len(self.held_out), closely)
+        spent = sum(row["network_evaluations"] for row in self.state.rows) if closely else None
+        items, splits = scored(self.config, len(self.held_out), spent)
+        repeats = 1 if isinstance(sampler, DiffusionPosterior) else START_REPEATS
         rows = evenly(self.held_out, items)
-        found = score(sampler, self.observations, rows, self.seed, config.score_draws, splits)
+        found = score(sampler, self.observations, rows, self.seed, config.score_draws, splits, repeats)
         self.state.guard_seconds += time.monotonic() - began
         return found
 

@@ -51,11 +51,12 @@ def forecast(observations: Observations, config: Config) -> str:
     draw *= config.sampler.evaluations / sampler.sampler.evaluations
     firsts = min(em_config.iterations, 1 + m_step.reinitialise)
     updates = firsts * m_step.first_steps + (em_config.iterations - firsts) * m_step.steps
-    often, closely = (math.prod(scored(em_config, len(em.held_out), c)) * em_config.score_draws for c in (False, True))
+    spent = 3 * m_step.batch * updates + em_config.iterations * em_config.refresh * n * config.sampler.evaluations
+    often, closely = (math.prod(scored(config, len(em.held_out), s)) * em_config.score_draws for s in (None, spent))
     measured = 2 * min(MEASURED, len(em.held_out))
     draws = em_config.iterations * (em_config.refresh * n + often + measured)
     if em_config.iterations:
-        draws += n + 3 * closely  # the calibration, should it widen
+        draws += n + 2 * closely + often  # the calibration, should it widen
         updates += config.prior.steps * (config.prior.kind == "unconditional")
     whole, parts = fit + updates * update + draws * draw, (fit, updates * update, draws * draw)
     first, second, third = (_duration(seconds) for seconds in parts)

@@ -45,7 +45,7 @@ from diffem.corruptions import LinearCorruption
 from diffem.diagnostics.calibration import ranks
 from diffem.diagnostics.divergence import energy_items
 from diffem.observations import Observations
-from diffem.posteriors import PosteriorSampler, draw_many
+from diffem.posteriors import BATCH, PosteriorSampler, draw_many
 
 SMALLEST = 1e-12  # of a CRPS: few draws estimate it without bias, so that it may be 0
 
@@ -169,11 +169,13 @@ def score(
     seed: int,
     draws: int = 4,
     splits: int = 1,
+    repeats: int = 1,
     batch: int = 256,
 ) -> Score:
-    """Scores a sampler on observations, with random numbers that depend on (seed, index) only.
+    """Scores a sampler on observations, with random numbers that depend on the arguments only.
 
-    Which part of an observation is hidden matters more than the draws do: to score closely, raise `splits` first.
+    Most of the error of a difference is that of the draws: to score closely, raise `splits` first, which adds draws and
+    other hidden parts.
 
     Arguments:
         sampler: What is scored.
@@ -182,6 +184,8 @@ def score(
         seed: Seed of the run: equal seeds give scores that can be compared in pairs.
         draws: Number M of draws per split, at least 2.
         splits: How often each observation is split anew; its value is the mean.
+        repeats: How often every split is predicted anew: less error at the same splits, so that scores of different
+            `repeats` can be compared in pairs.
         batch: Observations at a time.
     """
     if not isinstance(sampler.model_corruption, LinearCorruption):
@@ -189,9 +193,10 @@ def score(
         return Score("energy_distance", energy_items(x, observations, indices, sampler.scaling, seed))
     values, variance, error, count = torch.zeros(4, len(indices))
     noise = sampler.model_corruption.noise
-    for rows, hidden in _hidden(sampler, observations, indices, seed, draws, splits, batch):
+    for rows, hidden in _hidden(sampler, observations, indices, seed, draws, splits, repeats, batch):
         seen, d = hidden.seen, hidden.draws
-        values[rows] += (crps(hidden.noisy, hidden.target) * seen).sum(1) / seen.sum(1).clamp(min=1) / splits
+        each = (crps(hidden.noisy, hidden.target) * seen).sum(1) / seen.sum(1).clamp(min=1)
+        values[rows] += each / (splits * repeats)
         variance[rows] += (d.var(0) * seen).sum(1)
         error[rows] += ((d.mean(0) - hidden.target).square() * seen).sum(1)
         count[rows] += seen.sum(1)
@@ -254,7 +259,7 @@ def coverage(
         return None
     counts = torch.zeros(len(indices), draws + 1, dtype=torch.long)
     generator = seeding.generator(seed, 0, "score", 1)
-    for rows, hidden in _hidden(sampler, observations, indices, seed, draws, 1, batch):
+    for rows, hidden in _hidden(sampler, observations, indices, seed, draws, 1, 1, batch):
         found = ranks(hidden.noisy, hidden.target, generator)
         counts[rows].scatter_add_(1, found, hidden.seen.long())
     return Coverage(counts.numpy())
@@ -277,26 +282,35 @@ def _hidden(
     seed: int,
     draws: int,
     splits: int,
+    repeats: int,
     batch: int,
 ) -> Iterator[tuple[slice, _Hidden]]:
     """Splits observations, and predicts what was hidden; yields which of the indices, and the predictions."""
     corruption, (centre, half) = sampler.model_corruption, sampler.scaling
     assert isinstance(corruption, LinearCorruption)
-    for repeat, start in itertools.product(range(splits), range(0, len(indices), batch)):
+    for again, start in itertools.product(range(splits), range(0, len(indices), batch)):
         chunk = indices[start : start + batch]
         y, params = observations.batch(chunk)
-        split = sampler.corruption.thin(y, params, seeding.generator(seed, start // batch, "score", repeat))
+        split = sampler.corruption.thin(y, params, seeding.generator(seed, start // batch, "score", again))
         assert split is not None
-        (given, given_params), (hidden, hidden_params) = split
-        predictions, noisy = [], []
-        for j in range(repeat * draws, (repeat + 1) * draws):
-            seeds = seeding.item_seeds(seed, j, "score", chunk)
-            x = sampler.sample(given, given_params, seeds)
-            predicted = corruption.forward((x - centre) / half, hidden_params)
-            noise = seeding.normal(seeds, tuple(predicted.shape[1:]), stream=10_000)
-            predictions.append(corruption.compared(predicted))
-            noisy.append(predictions[-1] + corruption.noise * noise)
+        given, (hidden, hidden_params) = split
         target = corruption.compared(corruption.scale_y(hidden, hidden_params, centre, half))
         seen = corruption.seen(hidden, hidden_params).expand_as(target).float()
-        flat = [a.flatten(2).cpu() for a in (torch.stack(predictions), torch.stack(noisy))]
-        yield slice(start, start + len(chunk)), _Hidden(*flat, *(a.flatten(1).cpu() for a in (target, seen)))
+        for repeat in range(again * repeats, (again + 1) * repeats):
+            predictions, noisy = [], []
+            for some in torch.arange(repeat * draws, (repeat + 1) * draws).split(max(1, BATCH // len(chunk))):
+                n = len(some)  # draws at once, of each observation
+                seeds = torch.cat([seeding.item_seeds(seed, int(j), "score", chunk) for j in some])
+                x = sampler.sample(_tiled(given[0], n), {k: _tiled(v, n) for k, v in given[1].items()}, seeds)
+                predicted = corruption.forward((x - centre) / half, {k: _tiled(v, n) for k, v in hidden_params.items()})
+                noise = corruption.noise * seeding.normal(seeds, tuple(predicted.shape[1:]), stream=10_000)
+                predicted = corruption.compared(predicted)
+                predictions.append(predicted.reshape(n, len(chunk), -1).cpu())
+                noisy.append((predicted + noise).reshape(n, len(chunk), -1).cpu())
+            flat = [torch.cat(predictions), torch.cat(noisy), target.flatten(1).cpu(), seen.flatten(1).cpu()]
+            yield slice(start, start + len(chunk)), _Hidden(*flat)
+
+
+def _tiled(a: Tensor, n: int) -> Tensor:
+    """All rows of a, and all of them again, n times."""
+    return a.repeat(n, *(1,) * (a.ndim - 1))
