@@ -105,11 +105,11 @@ class Method:
 
 
 # EM without what diffem adds to it: dispersion, calibration, guard
-BARE = {"e_step.sharp": "1", "e_step.least_ratio": "0", "em.guard": "false"}
+BARE = {"e_step.sharp": "1", "e_step.ratio": "0", "em.guard": "false"}
 MMPS = {**BARE, "sampler.guidance": "mmps", "denoiser.observation_dropout": "1"}
 # the strengths of DPS are the best of 0.1, 0.3, 1, 3, 10 on held-out observations of digits-mask75, at 16 steps
 DPS = {**BARE, "sampler.guidance": "dps", "denoiser.observation_dropout": "1", "sampler.guidance_strength": "3"}
-BOUND = {"em.guard": "false", "e_step.sharp": "0", "em.refresh": "1", "e_step.gain": "0", "e_step.least_ratio": "0"}
+BOUND = {"em.guard": "false", "e_step.sharp": "0", "em.refresh": "1", "e_step.ratio": "0"}
 # an M-step of a few updates on a pool of which a small part is new: SCSI with a replay of 0.9
 SCSI = {**BARE, "m_step.steps": "15", "em.refresh": "0.1", "em.score_items": "64"}
 
@@ -188,7 +188,7 @@ def plan(config: Config, method: Method, n: int, budget: int) -> dict[str, str]:
     partial = round(config.em.refresh * draw) + item * config.m_step.steps
     left = budget - item * first - round(config.em.refresh * draw)
     left -= item * (config.m_step.first_steps - config.m_step.steps) * config.m_step.reinitialise
-    left -= draw if config.e_step.least_ratio or config.em.refresh < 1 else 0  # the last E-step
+    left -= draw if config.e_step.ratio or config.em.refresh < 1 else 0  # the last E-step
     return {"em.iterations": str(1 + max(0, left // partial)), "m_step.first_steps": str(first)}
 
 

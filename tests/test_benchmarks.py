@@ -43,7 +43,7 @@ def test_budgets_are_spent_and_not_exceeded(module):
         k, steps, first = planned.em.iterations, planned.m_step.steps, planned.m_step.first_steps
         anew = planned.m_step.reinitialise
         spent = 3 * planned.m_step.batch * ((1 + anew) * first + (k - 1 - anew) * steps) + k * planned.em.refresh * draw
-        more = planned.e_step.least_ratio or planned.em.refresh < 1
+        more = planned.e_step.ratio or planned.em.refresh < 1
         spent += draw if more and not method.single else 0
         another = planned.em.refresh * draw + 3 * planned.m_step.batch * (1 if method.single else steps)
         assert spent <= budget < spent + another + 2, name

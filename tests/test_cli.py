@@ -21,7 +21,7 @@ from diffem.observations import Observations
 from diffem.posteriors import from_pretrained
 
 TINY = [
-    "--e_step.least_ratio",
+    "--e_step.ratio",
     "0",
     "--em.iterations",
     "1",

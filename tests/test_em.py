@@ -40,7 +40,7 @@ from diffem.posteriors import (
 SETTINGS = {
     "em": {"iterations": 3, "guard": False, "score_draws": 2},
     "m_step": {"steps": 5, "first_steps": 5, "batch": 16, "checkpoint": 2},
-    "e_step": {"batch": 16, "least_ratio": 0.0},
+    "e_step": {"batch": 16, "ratio": 0.0},
     "sampler": {"steps": 3},
     "start": {"components": [1], "ranks": [2], "iterations": 20},
     "network": {"kind": "mlp", "width": 16, "depth": 1, "embedding": 16},
@@ -166,7 +166,7 @@ def test_kill_nine_of_a_unet(tmp_path):
     assert bare(tmp_path / "run") == bare(tmp_path / "whole")
 
 
-WIDE = {"e_step": {"least_ratio": 1e9}}  # never reached: ends at the widest
+WIDE = {"e_step": {"ratio": 1e9, "gain": 0.0}}  # never reached: ends at the widest
 
 
 def test_calibration_widens_the_saved_posterior(tmp_path):
@@ -288,7 +288,7 @@ def test_held_out_observations_do_not_train(tmp_path, monkeypatch):
         starts, "fit", lambda config, data, rows, *rest: (fitted.append(rows), fit(config, data, rows, *rest))[1]
     )
     # residual variances and the last dispersion are statistics of the sampler that held-out observations measure
-    sharp = {"sharp": 1.0, "least_ratio": 0.0}
+    sharp = {"sharp": 1.0, "ratio": 0.0}
     one = train(tmp_path / "one", e_step=sharp)
     two = train(tmp_path / "two", observations(poison=held_out), e_step=sharp)
     assert len(held_out) == 6
@@ -397,7 +397,7 @@ def test_run_ends_with_the_start_if_a_close_look_says_so(prior, tmp_path, monkey
 
 def test_patience_ends_the_run(tmp_path, monkeypatch):
     scores_of(monkeypatch, (0.5, 0.9), (0.4, 0.9), (0.4, 0.9), (0.4, 0.9), (0.5, 0.9), (0.4, 0.9))
-    sections = {"em": {"guard": True, "iterations": 9, "patience": 2}, "e_step": {"sharp": 0.0, "least_ratio": 0.0}}
+    sections = {"em": {"guard": True, "iterations": 9, "patience": 2}, "e_step": {"sharp": 0.0, "ratio": 0.0}}
     em = DiffEM(settings(**sections), observations(), tmp_path)
     list(em.iterate())
     assert [row["iteration"] for row in em.rows] == [0, 1, 2, 3, 4]
@@ -747,7 +747,7 @@ def test_calibration_may_not_end_worse_than_the_start(tmp_path, monkeypatch):
         return Score("crps", torch.linspace(0, 1, 6) + worse, torch.full((6,), 0.1 + 0.3 * worse), torch.ones(6))
 
     monkeypatch.setattr(em_module, "score", wide_is_worse)
-    em = train(tmp_path, e_step={"least_ratio": 0.8, "gain": 0.0})
+    em = train(tmp_path, e_step={"ratio": 0.8, "gain": 0.0})
     assert em.rows[-1]["dispersion"] == 1.0
     assert from_pretrained(tmp_path / "posterior").dispersion == 1.0
 

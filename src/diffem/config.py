@@ -82,11 +82,10 @@ class EStepConfig:
         sharp_ratio: The calibration ratio that ends them sooner; two iterations in a row whose score did not fall do, too.
         dispersion: The share of the residual variance that the others put back (1 is calibrated where the prior is
             right).
-        ratio: The least calibration ratio of held-out observations that counts as honest.
-        gain: How much is added to `dispersion` for every unit that the ratio of the last iteration was below that;
-            nothing for a black box, which has no ratio.
-        least_ratio: After the last iteration the dispersion is raised, to at most 4, until the calibration ratio
-            of the held-out observations is this: the network's errors are variance too. 0 leaves it.
+        ratio: The least calibration ratio of held-out observations that counts as honest: the network's errors are
+            variance too. After the last iteration the dispersion is raised, to at most 4, until the ratio is this. A
+            black box has none; 0 leaves the dispersion as it is.
+        gain: How much is added to `dispersion`, before that, for every unit that the ratio of the last iteration was below.
         batch: Observations at a time.
     """
 
@@ -94,12 +93,11 @@ class EStepConfig:
     sharp_ratio: float = 0.4
     dispersion: float = 1.0
     ratio: float = 0.9
-    gain: float = 2.0
-    least_ratio: float = 0.8
+    gain: float = 5.0
     batch: int = 256
 
     def __post_init__(self) -> None:
-        if self.batch < 1 or min(self.dispersion, self.ratio, self.gain, self.least_ratio, self.sharp_ratio) < 0:
+        if self.batch < 1 or min(self.dispersion, self.ratio, self.gain, self.sharp_ratio) < 0:
             raise DiffemError("e_step: batch must be at least 1; dispersion, gain and ratios must be >= 0")
         if not 0 <= self.sharp <= 1:
             raise DiffemError(f"e_step.sharp: must be in [0, 1], got {self.sharp}")

@@ -294,7 +294,7 @@ class DiffEM:
     def _calibration(self) -> None:
         """What the run ends with, scored closely: the best iteration, widened if held-out observations call it
         over-confident, with reconstructions that are all drawn from it; or the start."""
-        state, wanted, folder = self.state, self.config.e_step.least_ratio, self.run.folder
+        state, wanted, folder = self.state, self.config.e_step.ratio, self.run.folder
         last = next(row for row in reversed(state.rows) if row["best"])
         if last["iteration"] == 0:
             return self._next("done")
@@ -335,7 +335,7 @@ class DiffEM:
         assert widest is not None
         assert narrow.ratio is not None
         # The ratio is nearly linear in the dispersion.
-        share = (self.config.e_step.least_ratio - narrow.ratio) / max(widest - narrow.ratio, 1e-6)
+        share = (self.config.e_step.ratio - narrow.ratio) / max(widest - narrow.ratio, 1e-6)
         sampler.dispersion = dispersion + min(max(share, 0.0), 1.0) * (WIDEST - dispersion)
         current = self._score(sampler, True)
         worse, error = current.difference(first)

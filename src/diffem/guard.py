@@ -6,12 +6,12 @@ best        what the run folder holds, the start at first. Two numbers decide: t
             the divergence (:func:`diffem.diagnostics.divergence.energy_items` of the reconstructions that train), which
             looks at the prior and has less noise. The best is accepted, neither number is worse than the start's, and its
             criterion is better than that of the last best; or it is a tie: neither is worse, nor is the ratio farther from 1,
-            and the criterion is less, or the divergence better with a ratio that is not even a little farther (of a wrong
-            corruption, narrow draws may be the closest). A worse divergence is so by a thousandth, too
+            and the three differences, each in its standard errors, are better in sum. A worse divergence is so by a
+            thousandth, too
 last        the best iteration against the start. Common random numbers compare two iterations closely, but not a network
-            with what it started from: both are scored once more, with many draws. The rule is the same, but the ratio has
-            less of a say: what is too narrow has been widened first, and the criterion sees it, so that in a tie it
-            decides (by two standard errors, for it has noise here) against a better divergence only
+            with what it started from: both are scored once more, with many draws. In a tie the ratio has less of a say
+            here: what is too narrow has been widened first, and the criterion sees the rest. Only where it is farther
+            from 1 does a smaller divergence count for nothing (of a wrong corruption, narrow draws may have the least)
 black box   its score is a divergence too, but of held-out observations only, and has many times the error: the best is what
             has a better divergence than the last best
 dispersion  none in the sharp part of the run; then `e_step.dispersion`, or more if the last iteration was over-confident.
@@ -36,6 +36,7 @@ from diffem.diagnostics.scores import standard_error
 
 TOLERANCE = 1e-3  # of a divergence: many observations find what is too small to matter
 WIDEST = 4.0  # the most that is made of a dispersion
+SMALLEST = 1e-12  # standard error that is divided by
 RISES = 2  # iterations in a row whose score did not fall, which end the sharp part
 SCORES = ("first", "lowest", "best")
 
@@ -162,13 +163,18 @@ class Guard:
         return self._worse(found, "divergence_delta") and found["divergence_delta"] > TOLERANCE
 
     def _better(self, found: dict[str, float], last: bool = False) -> bool:
-        closer = self._worse(found, "divergence_delta", -1)
         if "ratio_delta" not in found:  # a black box
-            return closer
+            return self._worse(found, "divergence_delta", -1)
+        if self._worse(found, "criterion_delta", -1):
+            return True
         farther = self._worse(found, "ratio_delta")
-        tie = not (self._worse(found, "criterion_delta") or self._apart(found) or (farther and not last))
-        closer = closer and not (farther if last else found["ratio_delta"] > 0)
-        return self._worse(found, "criterion_delta", -1) or (tie and (found["criterion_delta"] < 0 or closer))
+        if self._worse(found, "criterion_delta") or self._apart(found) or (farther and not last):
+            return False
+        names = ("criterion", "divergence", "ratio")
+        criterion, divergence, ratio = (found[f"{k}_delta"] / max(found[f"{k}_delta_se"], SMALLEST) for k in names)
+        if last:
+            ratio, divergence = 0.0, max(divergence, 0.0) if farther else divergence
+        return criterion + divergence + ratio < 0
 
     @property
     def facts(self) -> dict:
