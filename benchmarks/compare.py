@@ -30,10 +30,10 @@ from diffem.ambient import Ambient
 from diffem.config import Config, load
 from diffem.corruptions import LinearCorruption
 from diffem.diagnostics import score
-from diffem.em import START_REPEATS, DiffEM
+from diffem.em import DiffEM, repeats
 from diffem.metrics import ITEMS, compare
 from diffem.observations import Observations, evenly
-from diffem.posteriors import DiffusionPosterior, draw_many, from_pretrained, sample_many
+from diffem.posteriors import draw_many, from_pretrained, sample_many
 
 HERE = Path(__file__).parent
 WATCHED, DRAWS, SPLITS = 5, 3, 8  # iterations from one comparison to the next in a long run of diffem, draws and splits
@@ -82,8 +82,7 @@ class Watched(DiffEM):
         rows = evenly(np.arange(len(x)), ITEMS)
         drawn = draw_many(sampler, self.observations, rows, DRAWS, self.seed).numpy()
         each = [compare(drawn[:, j], self.reference[rows], self.scaling, self.features) for j in range(DRAWS)]
-        repeats = 1 if isinstance(sampler, DiffusionPosterior) else START_REPEATS
-        crps = score(sampler, self.observations, self.held_out, self.seed, 2, SPLITS, repeats)
+        crps = score(sampler, self.observations, self.held_out, self.seed, 2, SPLITS, repeats(sampler))
         return {"clean": {**means(each), "close_crps": crps.mean}}
 
 

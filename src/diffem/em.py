@@ -57,12 +57,10 @@ Progress = Callable[[str, int, int], None]
 COMPARED = 2048  # reconstructions whose divergence is computed,
 CORRUPTED = 4  # each of them so often
 MEASURED = 512  # held-out reconstructions that measure the residual variances
-CLOSELY = (
-    0.025  # of a run's evaluations go into a close score, on which its width hangs, and whether the start is better:
-)
+CLOSELY = 0.025  # of a run's evaluations go into a close score, on which width and the choice of the start hang:
 PREDICTIONS = 1024, 16_384  # at least and at most so many splits of held-out observations are predicted for it,
 AGAIN = 32  # each observation split at most so often
-START_REPEATS = 16  # of every split that a start predicts: nearly free, and half of a difference's error
+REPEATS = 16  # of the predictions of a sampler without a network: nearly free, and half of a difference's error
 
 
 def scored(config: Config, held_out: int, spent: float | None = None) -> tuple[int, int]:
@@ -80,6 +78,11 @@ def scored(config: Config, held_out: int, spent: float | None = None) -> tuple[i
     predictions = round(min(max(CLOSELY * spent / (em.score_draws * config.sampler.evaluations), least), most))
     items = min(predictions, held_out)
     return items, max(em.score_splits, min(predictions // items, AGAIN))
+
+
+def repeats(sampler: PosteriorSampler) -> int:
+    """How often a sampler predicts every split of a score."""
+    return 1 if isinstance(sampler, DiffusionPosterior) else REPEATS
 
 
 @dataclass
@@ -549,9 +552,8 @@ class DiffEM:
         config, began = self.config.em, time.monotonic()
         spent = sum(row["network_evaluations"] for row in self.state.rows) if closely else None
         items, splits = scored(self.config, len(self.held_out), spent)
-        repeats = 1 if isinstance(sampler, DiffusionPosterior) else START_REPEATS
         rows = evenly(self.held_out, items)
-        found = score(sampler, self.observations, rows, self.seed, config.score_draws, splits, repeats)
+        found = score(sampler, self.observations, rows, self.seed, config.score_draws, splits, repeats(sampler))
         self.state.guard_seconds += time.monotonic() - began
         return found
 
