@@ -752,6 +752,19 @@ def test_calibration_may_not_end_worse_than_the_start(tmp_path, monkeypatch):
     assert from_pretrained(tmp_path / "posterior").dispersion == 1.0
 
 
+def test_calibration_reaches_the_ratio_although_hidden_entries_differ_in_it(tmp_path, monkeypatch):
+    def linear(sampler, data, rows, seed, draws, splits, repeats):
+        width = getattr(sampler, "dispersion", 0)
+        level = 0.5 + 0.1 * width if splits > 1 else 0.6 * (0.5 + 0.1 * width)
+        better = 0.1 * hasattr(sampler, "dispersion")
+        return Score("crps", torch.linspace(1, 2, 6) - better, level * torch.ones(6), torch.ones(6), torch.zeros(6))
+
+    monkeypatch.setattr(em_module, "score", linear)
+    em = train(tmp_path, e_step={"ratio": 0.8, "gain": 0.0})
+    assert em.rows[-1]["dispersion"] == pytest.approx(3.0)
+    assert em.rows[-1]["ratio"] == pytest.approx(0.8)
+
+
 # --- the sampler, where the answer is known ------------------------------------------------------------
 
 

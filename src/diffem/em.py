@@ -311,7 +311,7 @@ class DiffEM:
         first, current = self._score(start, True), self._score(sampler, True)
         can_widen = self.config.sampler.kind == "ddpm" and self.config.sampler.guidance == "none"
         if can_widen and current.ratio is not None and current.ratio < wanted:
-            sampler, current = self._widened(sampler, current, first)
+            sampler, current = self._widened(sampler, last["ratio"], current, first)
         self.residual, x, drawn = sampler.residual, self.run.array("current"), 0
         kept: PosteriorSampler = sampler
         if sampler.dispersion != last["dispersion"] or self.config.em.refresh < 1:
@@ -329,16 +329,25 @@ class DiffEM:
         state.row, state.phase = self._row(current, divergence, verdict, drawn, kept, x), "commit"
         self._checkpoint()
 
-    def _widened(self, sampler: DiffusionPosterior, narrow: Score, first: Score) -> tuple[DiffusionPosterior, Score]:
-        """A sampler that is no longer over-confident, and its score, unless that makes it worse than the start."""
+    def _widened(
+        self, sampler: DiffusionPosterior, ratio: float, narrow: Score, first: Score
+    ) -> tuple[DiffusionPosterior, Score]:
+        """A sampler that is no longer over-confident, and its score, unless that makes it worse than the start.
+
+        Arguments:
+            sampler: The best iteration's.
+            ratio: What the score of an iteration found of it.
+            narrow: Its close score.
+            first: That of the start.
+        """
         if not sampler.dispersion:
             self._measure(sampler)
         dispersion, sampler.dispersion = sampler.dispersion, WIDEST
-        widest = self._score(sampler).ratio  # as far off as this is, it need not be known closely
+        widest = self._score(sampler).ratio  # on what the iteration was scored on: so far off, it need not be close
         assert widest is not None
         assert narrow.ratio is not None
-        # The ratio is nearly linear in the dispersion.
-        share = (self.config.e_step.ratio - narrow.ratio) / max(widest - narrow.ratio, 1e-6)
+        # The ratio is nearly linear in the dispersion, and any two sets of hidden entries agree on how much it grows.
+        share = (self.config.e_step.ratio / narrow.ratio - 1) / max(widest / ratio - 1, 1e-6)
         sampler.dispersion = dispersion + min(max(share, 0.0), 1.0) * (WIDEST - dispersion)
         current = self._score(sampler, True)
         worse, error = current.difference(first)
