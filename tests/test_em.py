@@ -192,19 +192,19 @@ def test_a_close_score_costs_a_share_of_what_the_run_did():
     config = configuration.load(None, [("em.score_items", "128"), ("em.score_splits", "2"), ("sampler.steps", "24")])
     assert em_module.scored(config, 6) == (6, 2)
     assert em_module.scored(config, 5000) == (128, 2)
-    # a fiftieth of the evaluations, of which a prediction of two draws takes 50, but 1,024 and 16,384 are the bounds
+    # a fiftieth of the evaluations, of which a prediction of two draws takes 50, but 768 and 16,384 are the bounds
     found = {(n, spent): em_module.scored(config, n, spent) for n in (6, 180, 1000, 20_000) for spent in (0, 4e6, 1e9)}
     assert found == {
         (6, 0): (6, 32),
         (6, 4e6): (6, 32),
         (6, 1e9): (6, 32),
-        (180, 0): (180, 5),
+        (180, 0): (180, 4),
         (180, 4e6): (180, 8),
         (180, 1e9): (180, 32),
-        (1000, 0): (1000, 2),
+        (1000, 0): (768, 2),
         (1000, 4e6): (1000, 2),
         (1000, 1e9): (1000, 16),
-        (20_000, 0): (1024, 2),
+        (20_000, 0): (768, 2),
         (20_000, 4e6): (1600, 2),
         (20_000, 1e9): (16_384, 2),
     }

@@ -58,7 +58,7 @@ COMPARED = 2048  # reconstructions whose divergence is computed,
 CORRUPTED = 4  # each of them so often
 MEASURED = 512  # held-out reconstructions that measure the residual variances
 CLOSELY = 0.02  # of a run's evaluations go into a close score, on which width and the choice of the start hang:
-PREDICTIONS = 1024, 16_384  # at least and at most so many splits of held-out observations are predicted for it,
+PREDICTIONS = 768, 16_384  # at least and at most so many splits of held-out observations are predicted for it,
 AGAIN = 32  # each observation split at most so often
 REPEATS = 16  # of the predictions of a sampler without a network: nearly free, and half of a difference's error
 
