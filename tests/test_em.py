@@ -756,6 +756,7 @@ def test_calibration_reaches_the_ratio_although_hidden_entries_differ_in_it(tmp_
     def linear(sampler, data, rows, seed, draws, splits, repeats):
         width = getattr(sampler, "dispersion", 0)
         level = 0.5 + 0.1 * width if splits > 1 else 0.6 * (0.5 + 0.1 * width)
+        assert repeats == (1 if hasattr(sampler, "dispersion") else em_module.REPEATS)
         better = 0.1 * hasattr(sampler, "dispersion")
         return Score("crps", torch.linspace(1, 2, 6) - better, level * torch.ones(6), torch.ones(6), torch.zeros(6))
 

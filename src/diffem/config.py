@@ -85,7 +85,7 @@ class EStepConfig:
         ratio: The least calibration ratio of held-out observations that counts as honest: the network's errors are
             variance too. After the last iteration the dispersion is raised, to at most 4, until the ratio is this. A
             black box has none; 0 leaves the dispersion as it is.
-        gain: How much is added to `dispersion`, before that, for every unit that the ratio of the last iteration was below.
+        gain: How much is added to `dispersion` during the run for every unit that the last iteration was below `ratio`.
         batch: Observations at a time.
     """
 
