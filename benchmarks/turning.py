@@ -94,12 +94,11 @@ class Watched(DiffEM):
         if row["iteration"] == 0:
             guarded = dataclasses.replace(self.config, em=dataclasses.replace(self.config.em, guard=True))
             self.shadow, would = Guard.begin(guarded, current, divergence), {}
-            self.first = self._score(sampler, True)  # of as many splits as later: runs so short take the least
         else:
             would = self.shadow.decide(row["iteration"], current, divergence)
             if would["best"]:
-                closely = self._score(sampler, True)
-                found = compare(closely, divergence, self.first, self.shadow.first_divergence)
+                closely, first = self._score(sampler, True), self._score(self._start_sampler(), True)
+                found = compare(closely, divergence, first, self.shadow.first_divergence)
                 would |= {"outdoes": self.shadow.outdoes(found), "closely": found}
         return {**row, "guard": {**would, "over": self.shadow.over}, "clean": self._distances(sampler)}
 

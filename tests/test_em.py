@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -173,11 +174,11 @@ def test_calibration_widens_the_saved_posterior(tmp_path):
     em = train(tmp_path / "whole", **WIDE)
     assert [row["iteration"] for row in em.rows] == [0, 1, 2, 3, 4]
     last = em.rows[-1]
-    assert (last["dispersion"], last["loss"], last["examples"]) == (4.0, None, 0)
+    assert (last["dispersion"], last["loss"], last["examples"]) == (em_module.WIDEST, None, 0)
     assert last["of"] == 3
     assert last["ratio"] > em.rows[-2]["ratio"]
     wide, data = from_pretrained(tmp_path / "whole" / "posterior"), observations()
-    assert wide.dispersion == 4.0
+    assert wide.dispersion == em_module.WIDEST
     rows = np.arange(len(data))
     drawn = wide.sample(*data.batch(rows), seeding.item_seeds(0, 4, "e_step", rows))
     np.testing.assert_allclose(drawn, np.load(tmp_path / "whole" / "reconstructions.npy"), rtol=1e-4, atol=1e-5)
@@ -847,6 +848,29 @@ def test_plain_ddpm_loses_variance(case, given):
     x = draws(case, 8, 0.0, given)
     assert ((x.mean(0) - mean).abs() < 0.05 * cov.diag().sqrt() + 1e-4).all()
     assert torch.cov(x.T).trace() < 0.85 * cov.trace()
+
+
+def test_dispersion_beyond_one_goes_where_there_is_room_for_error():
+    """Against the recursion of each entry's variance, for entries that are independent under the prior."""
+    prior = torch.tensor([1e-6, 0.5, 1.0, 1e-6, 0.5, 1.0])  # a thousandth of noise, or unknown; three of them observed
+    start = Mixture(torch.zeros(1), torch.zeros(1, 6), torch.zeros(1, 6, 0), prior[None])
+    mask, excess, noise = torch.tensor([True] * 3 + [False] * 3), 4.0, 0.1
+    sampler = diffusion(RandomMask(0.5, noise), 8, 1 + excess, start=start)
+    seeds = seeding.item_seeds(0, 0, "user", torch.arange(DRAWN))
+    found = sampler.sample(torch.zeros(DRAWN, 6), {"mask": mask.expand(DRAWN, -1)}, seeds).var(0)
+
+    sigmas = [*sampler.sigmas.tolist(), 0.0]
+    x, widest = torch.full((6,), sigmas[0] ** 2), torch.tensor(0.0)
+    for sigma, after in itertools.pairwise(sigmas):
+        left = 1 / (1 / prior + mask / noise**2 + 1 / sigma**2)
+        widest = widest if widest else left.max()
+        tau = 1 - (after / sigma) ** 2
+        x = x * (1 - tau + tau * left / sigma**2) ** 2  # the mean of x given x_t is left / sigma^2 x_t
+        x = x + tau**2 * left * (1 + excess * left / widest) + after**2 * tau
+    torch.testing.assert_close(found, x, rtol=0.05, atol=0)
+    exact = 1 / (1 / prior + mask / noise**2)
+    assert (found / exact)[[0, 1, 2, 3]].max() < 1.1  # what is known gets no noise,
+    assert (found / exact)[5] > 1.5  # what is not, does
 
 
 @pytest.mark.parametrize("kind", ["observation", "mixture", "diffusion"])

@@ -35,7 +35,7 @@ from diffem.diagnostics import Score
 from diffem.diagnostics.scores import standard_error
 
 TOLERANCE = 1e-3  # of a divergence: many observations find what is too small to matter
-WIDEST = 4.0  # the most that is made of a dispersion
+WIDEST = 10.0  # the most that is made of a dispersion
 SMALLEST = 1e-12  # standard error that is divided by
 RISES = 2  # iterations in a row whose score did not fall, which end the sharp part
 SCORES = ("first", "lowest", "best")

@@ -5,13 +5,21 @@ All take and return the units of y as stored. :class:`DiffusionPosterior` runs t
 
 .. math:: x_s = x_t - \tau (x_t - \hat x) + \sigma_s \sqrt\tau \, z \, , \qquad
     \tau = 1 - \sigma_s^2 / \sigma_t^2 \, , \qquad
-    \hat x = d(x_t, \sigma_t, y) + \sqrt{\rho \, v_t} \, (r - m) \, .
+    \hat x = d(x_t, \sigma_t, y) + \sqrt{\rho_t \, v_t} \, (r - m) \, .
 
 With dispersion :math:`\rho = 0` this is DDPM, the sampler of the paper, which at few steps loses
 variance. With :math:`\rho = 1` the residual variance of the denoiser is put back: :math:`r` is a draw
 from the reference posterior, :math:`m` its mean, and :math:`v_t` the fraction of its variance that the
 denoiser leaves unexplained, measured at the sampler's own noise levels (Analytic-DPM, Bao et al.,
 arXiv 2201.06503, with a covariance in the place of a variance).
+
+A network that errs is over-confident even so, and :math:`\rho > 1` puts back more: where there is room for error. With the
+variances :math:`s_t^2` of the entries under the reference posterior,
+
+.. math:: \rho_t = \min(\rho, 1) + \max(\rho - 1, 0) \, s_t^2 / \max s_T^2
+
+for every entry: all of it for the least known one at the first step, T, and hardly any for what was observed, for what never varies,
+and at low noise. The same factor everywhere would lay noise over these.
 """
 
 from __future__ import annotations
@@ -217,7 +225,7 @@ class DiffusionPosterior(PosteriorSampler):
     Arguments:
         denoiser: In model units.
         residual: v_t at the sampler's noise levels, for the groups unseen, seen, withheld; (steps + 1, 3).
-        dispersion: rho, the share of the residual variance that is put back.
+        dispersion: rho: up to 1 the share of the residual variance that is put back; beyond, see the module.
     """
 
     kind = "diffusion"
@@ -287,11 +295,11 @@ class DiffusionPosterior(PosteriorSampler):
             bound = _Bound(self.denoiser, y, params, withheld)
             solver = AZULA[self.sampler.kind](bound, steps=self.sampler.steps, silent=True, dtype=y.dtype)
             return solver(x)
-        share = (self.dispersion * self.residual.to(y)).sqrt()
+        residual, share, excess = self.residual.to(y), min(self.dispersion, 1.0), max(self.dispersion - 1, 0.0)
         groups = self._groups(x, y, params, withheld)
         width = (self.denoiser.reference.rank + self.denoiser.reference.features,)
         guided = self.sampler.guidance != "none" and not bool(withheld.all())
-        told = self._told(y, params, seeds, withheld)
+        told, widest = self._told(y, params, seeds, withheld), torch.ones(len(x), 1).to(x)
         for k, sigma in enumerate(sigmas):
             after = sigmas[k + 1] if k + 1 < len(sigmas) else torch.zeros_like(sigma)
             tau = 1 - (after / sigma).square()
@@ -303,7 +311,9 @@ class DiffusionPosterior(PosteriorSampler):
                 if self.dispersion > 0:
                     uniform = seeding.uniform(seeds, stream=3 * k + 1)
                     normal = seeding.normal(seeds, width, stream=3 * k + 2)
-                    clean = clean + share[k][groups] * (posterior.draw(uniform, normal) - posterior.mean)
+                    widest = posterior.variance.amax(1, keepdim=True) if k == 0 else widest
+                    put_back = residual[k][groups] * (share + excess * posterior.variance / widest)
+                    clean = clean + put_back.sqrt() * (posterior.draw(uniform, normal) - posterior.mean)
             clean = clean.view(x.shape).to(x)
             x = x - tau * (x - clean) + after * tau.sqrt() * seeding.normal(seeds, self.shape, stream=3 * k + 3)
         return x

@@ -258,7 +258,7 @@ def _table(run: Run) -> tuple[list[str], list[list[str]], list[list[str]]]:
         rows.append(["paired difference to the start", "–", difference])
     rows.append(["calibration ratio", *(_fixed(finite(m, "ratio"), 2) for m in models)])
     if any(finite(m, "dispersion") is not None for m in models):
-        rows.append(["E-step share of the residual variance", *(_fixed(finite(m, "dispersion"), 2) for m in models)])
+        rows.append(["dispersion of the E-step", *(_fixed(finite(m, "dispersion"), 2) for m in models)])
     cleans = [m["clean"] if isinstance(m.get("clean"), dict) else {} for m in models]
     clean_rows = []
     for key in dict.fromkeys(key for clean in cleans for key in clean):
