@@ -418,7 +418,7 @@ def test_a_range_that_does_not_fit():
 
 
 def test_cost_counts_what_a_run_does(tmp_path, monkeypatch):
-    everything = {"em": {**TINY["em"], "guard": False}, "e_step": {"ratio": 100}}  # the calibration will widen
+    everything = {"em": {**TINY["em"], "guard": False}, "e_step": {"ratio": 0.95}}  # the calibration will widen
     config = configuration.from_dict({**TINY, **everything})
     observations = observe(features(600), RandomMask(0.3, 0.01))
     text = found(observations, config)["cost"].text
