@@ -346,7 +346,8 @@ class DiffEM:
         widest = self._score(sampler).ratio  # on what the iteration was scored on: so far off, it need not be close
         assert widest is not None
         assert narrow.ratio is not None
-        # The ratio is nearly linear in the dispersion, and any two sets of hidden entries agree on how much it grows.
+        # The ratio is nearly linear in the dispersion (concave with few steps, which ends wider), and any two sets of hidden
+        # entries agree on how much it grows.
         share = (self.config.e_step.ratio / narrow.ratio - 1) / max(widest / ratio - 1, 1e-6)
         sampler.dispersion = dispersion + min(max(share, 0.0), 1.0) * (WIDEST - dispersion)
         current = self._score(sampler, True)

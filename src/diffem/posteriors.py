@@ -299,7 +299,7 @@ class DiffusionPosterior(PosteriorSampler):
         groups = self._groups(x, y, params, withheld)
         width = (self.denoiser.reference.rank + self.denoiser.reference.features,)
         guided = self.sampler.guidance != "none" and not bool(withheld.all())
-        told, widest = self._told(y, params, seeds, withheld), torch.ones(len(x), 1).to(x)
+        told, widest = self._told(y, params, seeds, withheld), None
         for k, sigma in enumerate(sigmas):
             after = sigmas[k + 1] if k + 1 < len(sigmas) else torch.zeros_like(sigma)
             tau = 1 - (after / sigma).square()
@@ -311,9 +311,12 @@ class DiffusionPosterior(PosteriorSampler):
                 if self.dispersion > 0:
                     uniform = seeding.uniform(seeds, stream=3 * k + 1)
                     normal = seeding.normal(seeds, width, stream=3 * k + 2)
-                    widest = posterior.variance.amax(1, keepdim=True) if k == 0 else widest
-                    put_back = residual[k][groups] * (share + excess * posterior.variance / widest)
-                    clean = clean + put_back.sqrt() * (posterior.draw(uniform, normal) - posterior.mean)
+                    factor: Tensor | float = share
+                    if excess:
+                        widest = posterior.variance.amax(1, keepdim=True) if widest is None else widest
+                        factor = share + excess * posterior.variance / widest
+                    put_back = (residual[k][groups] * factor).sqrt()
+                    clean = clean + put_back * (posterior.draw(uniform, normal) - posterior.mean)
             clean = clean.view(x.shape).to(x)
             x = x - tau * (x - clean) + after * tau.sqrt() * seeding.normal(seeds, self.shape, stream=3 * k + 3)
         return x
