@@ -112,7 +112,7 @@ def test_a_pixel_is_hidden_in_all_its_channels():
     loss = made.observed_loss(y, params, corruption.thin(y, params, generator)[0], generator)
     loss.backward()
     assert loss.isfinite()
-    assert made.network.last.weight.grad.abs().max() > 0
+    assert made.network.last.mean.weight.grad.abs().max() > 0
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -155,7 +155,7 @@ def slopes(case: str, start: Mixture, batches: int = 60, size: int = 500) -> tor
     for k in range(batches):
         _, y, params, further = corrupted(case, size, seed=100 + k)
         loss = made.observed_loss(y, params, further, seeded(200 + k))
-        gradients = torch.autograd.grad(loss, [made.network.last.weight, made.network.last.bias])
+        gradients = torch.autograd.grad(loss, [made.network.last.mean.weight, made.network.last.mean.bias])
         rows.append(torch.cat([g.flatten() for g in gradients]))
     return torch.stack(rows)
 
@@ -233,7 +233,7 @@ def test_run_saves_a_posterior_and_a_prior(whole):
     for loaded in (posterior, prior):
         assert isinstance(loaded, AmbientPosterior)
         assert isinstance(loaded.denoiser, AmbientDenoiser)
-        assert loaded.denoiser.network.last.weight.abs().max() > 0  # it has been trained
+        assert loaded.denoiser.network.last.mean.weight.abs().max() > 0  # it has been trained
     x, z = posterior.sample(*data.batch(ALL), seeds), prior.sample_prior(seeds)
     for draws in (x, z):
         assert draws.shape == (N, D)

@@ -73,7 +73,7 @@ class AmbientDenoiser(Denoiser):
         level = sigma.view(-1, *(1,) * len(self.shape))
         noise = torch.randn(len(y), *self.shape, generator=generator, device=generator.device).to(y)
         x_t = self._lift(*further) + level * noise
-        posterior, f = self.predict(x_t, sigma, y, further[1])
+        posterior, f, _ = self.predict(x_t, sigma, y, further[1])
         mean = (posterior.mean + posterior.scale(f)).view(-1, *self.shape).to(y)
         seen = corruption.seen(y, params).expand(y.shape)
         error = (y - corruption.forward(mean, params)).square()

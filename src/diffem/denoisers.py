@@ -19,8 +19,19 @@ was observed. The choices of the reference (`denoiser.precondition`) are:
 
 When y is withheld the same network is the prior's denoiser.
 
+A second head of the network predicts the squared error of the first, entry by entry, as the share :math:`v` of the
+reference posterior's variance :math:`s^2` that is left,
+
+.. math:: v(x_t, \sigma_t, y) \quad \text{trained by} \quad
+    E \left[ e^2 / (s^2 v) + \log v \right] \, , \qquad e = x - d(x_t, \sigma_t, y) \, ,
+
+which is least at :math:`s^2 v = E[e^2 \mid x_t, y]`. Samplers put this variance back (:mod:`diffem.posteriors`): where the
+network knows an entry, next to none of it. The head does not shape the features, so that the denoiser is what it
+would be without.
+
 References:
     | Elucidating the Design Space of Diffusion-Based Generative Models (Karras et al., 2022)
+    | Estimating the Optimal Covariance with Imperfect Mean in Diffusion Probabilistic Models (Bao et al., 2022)
     | DiffEM (Hosseintabar et al., 2025), arXiv 2510.12691
 """
 
@@ -36,6 +47,9 @@ from diffem import mixtures, networks
 from diffem.corruptions import Corruption, LinearCorruption, Params
 from diffem.errors import DiffemError
 from diffem.mixtures import Diagonal, Mixture
+
+LEAST = 0.01  # of v: a rare error where none was expected must not rule a step
+MOST = 5.0  # of the logarithm of v
 
 
 @dataclass(frozen=True)
@@ -134,8 +148,8 @@ class Denoiser(nn.Module):
 
     def predict(
         self, x_t: Tensor, sigma: Tensor, y: Tensor, params: Params, withheld: Tensor | None = None
-    ) -> tuple[mixtures.Posterior, Tensor]:
-        """The reference posterior and the network's correction f (B, d), both of the flattened item.
+    ) -> tuple[mixtures.Posterior, Tensor, Tensor]:
+        """The reference posterior, the network's correction f (B, d), and v (B, d): all of the flattened item.
 
         Arguments:
             x_t: Noisy items, shape (B, *shape).
@@ -149,26 +163,19 @@ class Denoiser(nn.Module):
         with torch.set_grad_enabled(x_t.requires_grad):  # guidance differentiates with respect to x_t
             posterior, inputs = self._inputs(x_t, sigma, y, params, withheld)
         with torch.autocast(x_t.device.type, self.precision, enabled=self.precision != torch.float32):
-            f = self.network(inputs, sigma.log())
-        return posterior, f.flatten(1).to(x_t)
+            f, log_v = self.network(inputs, sigma.log())
+        v = LEAST + (1 - LEAST) * log_v.flatten(1).to(x_t).clamp(max=MOST).exp()
+        return posterior, f.flatten(1).to(x_t), v
 
     def forward(self, x_t: Tensor, sigma: Tensor, y: Tensor, params: Params, withheld: Tensor | None = None) -> Tensor:
         """E[x | x_t, y], shape (B, *shape); arguments as in :meth:`predict`."""
-        posterior, f = self.predict(x_t, sigma, y, params, withheld)
+        posterior, f, _ = self.predict(x_t, sigma, y, params, withheld)
         return (posterior.mean + posterior.scale(f)).view(x_t.shape).to(x_t)
-
-    def residual(
-        self, x: Tensor, sigma: Tensor, noise: Tensor, y: Tensor, params: Params, withheld: Tensor | None = None
-    ) -> Tensor:
-        """S^-1 (x - d(x + sigma noise, sigma, y)), flattened: what the loss squares. Shape (B, d)."""
-        x_t = x + sigma.view(-1, *(1,) * (x.ndim - 1)) * noise
-        posterior, f = self.predict(x_t, sigma, y, params, withheld)
-        with torch.no_grad():
-            target = posterior.whiten(x.flatten(1) - posterior.mean).to(x)
-        return target - f
 
     def loss(self, x: Tensor, y: Tensor, params: Params, generator: torch.Generator, dropout: float = 0.0) -> Tensor:
         """The denoising loss of a batch of clean items and their observations, in model units.
+
+        Its gradient also trains the variances; its value is that of the mean alone.
 
         Arguments:
             x: Clean items, shape (B, *shape).
@@ -181,7 +188,13 @@ class Denoiser(nn.Module):
         sigma = self.times(len(x), generator).to(x)
         noise = torch.randn(x.shape, generator=generator, device=device).to(x)
         withheld = torch.rand(len(x), generator=generator, device=device).to(x.device) < dropout
-        return self.residual(x, sigma, noise, y, params, withheld).square().mean()
+        x_t = x + sigma.view(-1, *(1,) * (x.ndim - 1)) * noise
+        posterior, f, v = self.predict(x_t, sigma, y, params, withheld)
+        with torch.no_grad():
+            target = posterior.whiten(x.flatten(1) - posterior.mean).to(x)
+            left = (posterior.scale(target - f).square() / posterior.variance).to(x)
+        of_variance = (left / v + v.log()).mean()
+        return (target - f).square().mean() + (of_variance - of_variance.detach())
 
     def times(self, n: int, generator: torch.Generator) -> Tensor:
         """Noise levels to train at, shape (n,)."""

@@ -22,7 +22,7 @@ class MStepConfig:
         learning_rate: Of Adam.
         schedule: `constant`, or `linear`: falls to a twentieth over all iterations, and again over the prior's steps.
         weight_decay: Decoupled weight decay.
-        clip: The gradient's norm is clipped to this.
+        clip: The gradient's norm is clipped to this; that of the head of variances by itself.
         ema: Decay of the exponential moving average of the weights, which the E-step uses.
         thinned: The fraction of the simulated observations that is thinned.
         optimizer: `carry` or `reset` its state between iterations.
@@ -96,7 +96,10 @@ class Trainer:
             group["lr"] = learning_rate
         self.optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.denoiser.network.parameters(), self.config.clip)
+        variance = set(self.denoiser.network.last.variance.parameters())
+        rest = [p for p in self.denoiser.network.parameters() if p not in variance]
+        for part in (rest, variance):  # by itself, so that the mean is what it would be without
+            torch.nn.utils.clip_grad_norm_(part, self.config.clip)
         self.optimizer.step()
         self.updates += 1
         decay = min(self.config.ema, (1 + self.updates) / (10 + self.updates))  # a young average forgets quickly

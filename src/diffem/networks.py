@@ -1,18 +1,19 @@
 """Backbones: an MLP for vectors and a U-Net for signals and images, both modulated by the noise level.
 
 A backbone maps a list of tensors (what the denoiser shows it: means, x_t, y, masks, ...) and log sigma to
-one tensor of the shape of an item. Its last layer starts at zero, so that an untrained denoiser is its
-reference posterior (see :mod:`diffem.denoisers`).
+two tensors of the shape of an item: the correction of a mean, and the logarithm of a variance. Both begin at zero,
+so that an untrained denoiser is its reference posterior (see :mod:`diffem.denoisers`).
 """
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import cast
 
 import torch
 from azula.nn.attention import MultiheadSelfAttention
-from azula.nn.layers import LayerNorm, SineEncoding
+from azula.nn.layers import ConvNd, LayerNorm, SineEncoding
 from azula.nn.unet import UNet, UNetBlock
 from torch import Tensor, nn
 
@@ -56,7 +57,7 @@ class NetworkConfig:
             )
 
 
-def build(config: NetworkConfig, shape: tuple[int, ...], inputs: list[tuple[int, ...]]) -> nn.Module:
+def build(config: NetworkConfig, shape: tuple[int, ...], inputs: list[tuple[int, ...]]) -> Backbone:
     """The backbone for items of `shape` that is shown tensors of the shapes `inputs` (without the batch)."""
     kind = config.kind
     if kind == "auto":
@@ -99,7 +100,31 @@ class ResidualBlock(nn.Module):
         return h + self.layers(self.norm(h) * (1 + scale) + shift)
 
 
-class MLP(nn.Module):
+class Heads(nn.Module):
+    """Two heads, whose last layers begin at zero. The second learns from the features, but does not shape them.
+
+    Arguments:
+        hidden: The second one's hidden layer, of features to as many.
+        last: The last layer of the first, copied for the second.
+    """
+
+    def __init__(self, hidden: nn.Module, last: nn.Module) -> None:
+        super().__init__()
+        for parameter in last.parameters():
+            nn.init.zeros_(parameter)
+        self.mean, self.variance = last, nn.Sequential(hidden, nn.SiLU(), copy.deepcopy(last))
+
+    def forward(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        return self.mean(h), self.variance(h.detach())
+
+
+class Backbone(nn.Module):
+    """What :func:`build` makes."""
+
+    last: Heads
+
+
+class MLP(Backbone):
     """Residual perceptron on the concatenated, flattened inputs."""
 
     def __init__(self, config: NetworkConfig, shape: tuple[int, ...], features: int) -> None:
@@ -110,16 +135,15 @@ class MLP(nn.Module):
         self.blocks = nn.ModuleList(
             ResidualBlock(config.width, config.embedding, config.dropout) for _ in range(config.depth)
         )
-        self.last = nn.Linear(config.width, torch.Size(shape).numel())
-        nn.init.zeros_(self.last.weight)
-        nn.init.zeros_(self.last.bias)
+        self.last = Heads(nn.Linear(config.width, config.width), nn.Linear(config.width, torch.Size(shape).numel()))
 
-    def forward(self, inputs: list[Tensor], log_sigma: Tensor) -> Tensor:
+    def forward(self, inputs: list[Tensor], log_sigma: Tensor) -> tuple[Tensor, Tensor]:
         embedding = self.embedding(log_sigma)
         h = self.first(torch.cat([v.flatten(1) for v in inputs], 1))
         for block in self.blocks:
             h = block(h, embedding)
-        return self.last(h).view(-1, *self.shape)
+        mean, variance = self.last(h)
+        return mean.view(-1, *self.shape), variance.view(-1, *self.shape)
 
 
 class SpatialAttention(nn.Module):
@@ -150,7 +174,7 @@ class ChannelNorm(nn.Module):
         return nn.functional.layer_norm(x, x.shape[-1:], eps=self.eps).movedim(-1, 1)
 
 
-class ModulatedUNet(nn.Module):
+class ModulatedUNet(Backbone):
     """azula's U-Net, with self-attention after the blocks of the chosen levels."""
 
     def __init__(self, config: NetworkConfig, shape: tuple[int, ...], channels: int) -> None:
@@ -176,13 +200,14 @@ class ModulatedUNet(nn.Module):
         for block in self.unet.modules():
             if isinstance(block, UNetBlock) and isinstance(block.norm, LayerNorm):
                 block.add_module("norm", ChannelNorm(block.norm.eps))
-        last = cast(nn.Conv2d, cast(nn.ModuleList, self.unet.ascent[-1])[-1])
-        for parameter in last.parameters():
-            nn.init.zeros_(parameter)
+        finest = cast(nn.ModuleList, self.unet.ascent[-1])
+        hidden = ConvNd(config.channels[0], config.channels[0], spatial=len(shape) - 1, kernel_size=1)
+        self.last, finest[-1] = Heads(hidden, finest[-1]), nn.Identity()
         # the layout in which convolutions are quickest, by 7 % on a CPU
         self.layout = torch.channels_last if len(shape) == 3 else torch.contiguous_format
         self.to(memory_format=self.layout)
 
-    def forward(self, inputs: list[Tensor], log_sigma: Tensor) -> Tensor:
+    def forward(self, inputs: list[Tensor], log_sigma: Tensor) -> tuple[Tensor, Tensor]:
         x = torch.cat(inputs, 1).contiguous(memory_format=self.layout)
-        return self.unet(x, self.embedding(log_sigma)).contiguous()
+        mean, variance = self.last(self.unet(x, self.embedding(log_sigma)))
+        return mean.contiguous(), variance.contiguous()

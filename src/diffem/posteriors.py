@@ -5,13 +5,14 @@ All take and return the units of y as stored. :class:`DiffusionPosterior` runs t
 
 .. math:: x_s = x_t - \tau (x_t - \hat x) + \sigma_s \sqrt\tau \, z \, , \qquad
     \tau = 1 - \sigma_s^2 / \sigma_t^2 \, , \qquad
-    \hat x = d(x_t, \sigma_t, y) + \sqrt{\rho_t \, v_t} \, (r - m) \, .
+    \hat x = d(x_t, \sigma_t, y) + \sqrt{\rho_t \, c_t \, v} \, (r - m) \, .
 
 With dispersion :math:`\rho = 0` this is DDPM, the sampler of the paper, which at few steps loses
 variance. With :math:`\rho = 1` the residual variance of the denoiser is put back: :math:`r` is a draw
-from the reference posterior, :math:`m` its mean, and :math:`v_t` the fraction of its variance that the
-denoiser leaves unexplained, measured at the sampler's own noise levels (Analytic-DPM, Bao et al.,
-arXiv 2201.06503, with a covariance in the place of a variance).
+from the reference posterior, :math:`m` its mean, and :math:`v(x_t, \sigma_t, y)` the share of its variance that the
+denoiser says it leaves unexplained, entry by entry (:mod:`diffem.denoisers`; NPR-DPM, Bao et al., arXiv 2206.07309). How
+far that is from the truth is measured at the sampler's own noise levels, and corrected by :math:`c_t` (as in
+Analytic-DPM, Bao et al., arXiv 2201.06503).
 
 A network that errs is over-confident even so, and :math:`\rho > 1` puts back more: where there is room for error. With the
 variances :math:`s_t^2` of the entries under the reference posterior,
@@ -49,7 +50,7 @@ from diffem.observations import Observations
 
 AZULA = {"ddim": azula_sample.DDIMSampler, "heun": azula_sample.HeunSampler, "zab": azula_sample.zABSampler}
 BATCH = 256  # items at a time, where a caller does not say
-GROUPS = 3  # residual variances: unseen entries, seen entries, observation withheld
+GROUPS = 3  # corrections: unseen entries, seen entries, observation withheld
 
 
 @dataclass(frozen=True)
@@ -224,7 +225,7 @@ class DiffusionPosterior(PosteriorSampler):
 
     Arguments:
         denoiser: In model units.
-        residual: v_t at the sampler's noise levels, for the groups unseen, seen, withheld; (steps + 1, 3).
+        residual: c_t at the sampler's noise levels, for the groups unseen, seen, withheld; (steps + 1, 3).
         dispersion: rho: up to 1 the share of the residual variance that is put back; beyond, see the module.
     """
 
@@ -268,25 +269,26 @@ class DiffusionPosterior(PosteriorSampler):
 
     @torch.no_grad()
     def measure(self, x: Tensor, y: Tensor, params: Params, seeds: Tensor) -> None:
-        """Measures the residual variances on clean items and their observations (user units).
+        """Measures residual variances, over those that the denoiser predicts, on clean items and their observations
+        (user units).
 
-        Entries of a group that does not occur keep 1, the variance of the reference posterior.
+        Entries of a group that does not occur keep 1.
         """
         centre, half = self.scaling
         y, params, seeds = self._here(y, params, seeds)
         x, y = (x.to(y) - centre) / half, self.model_corruption.scale_y(y, params, centre, half)
-        left, reference = torch.zeros(2, self.sampler.steps + 1, GROUPS)
+        left, predicted = torch.zeros(2, self.sampler.steps + 1, GROUPS)
         for k, sigma in enumerate(self.sigmas.to(x)):
             for held in (False, True):
                 withheld = torch.full((len(x),), held, device=x.device)
                 noise = seeding.normal(seeds, self.shape, stream=k)
-                posterior, f = self.denoiser.predict(x + sigma * noise, sigma.expand(len(x)), y, params, withheld)
+                posterior, f, v = self.denoiser.predict(x + sigma * noise, sigma.expand(len(x)), y, params, withheld)
                 error = (x.flatten(1) - posterior.mean - posterior.scale(f)).square()
                 groups = self._groups(x, y, params, withheld)
                 for g in range(GROUPS):
                     left[k, g] += (error * (groups == g)).sum().cpu()
-                    reference[k, g] += (posterior.variance * (groups == g)).sum().cpu()
-        self.residual = torch.where(reference > 0, left / reference.clamp(min=1e-30), 1.0)
+                    predicted[k, g] += (posterior.variance * v * (groups == g)).sum().cpu()
+        self.residual = torch.where(predicted > 0, left / predicted.clamp(min=1e-30), 1.0)
 
     def _sample(self, y: Tensor, params: Params, seeds: Tensor, withheld: Tensor) -> Tensor:
         sigmas = self.sigmas.to(y)
@@ -306,7 +308,7 @@ class DiffusionPosterior(PosteriorSampler):
             if guided:
                 clean = self._guided(x, sigma, tau, y, params, told)
             else:
-                posterior, f = self.denoiser.predict(x, sigma.expand(len(x)), y, told, withheld)
+                posterior, f, v = self.denoiser.predict(x, sigma.expand(len(x)), y, told, withheld)
                 clean = posterior.mean + posterior.scale(f)
                 if self.dispersion > 0:
                     uniform = seeding.uniform(seeds, stream=3 * k + 1)
@@ -315,7 +317,7 @@ class DiffusionPosterior(PosteriorSampler):
                     if excess:
                         widest = posterior.variance.amax(1, keepdim=True) if widest is None else widest
                         factor = share + excess * posterior.variance / widest
-                    put_back = (residual[k][groups] * factor).sqrt()
+                    put_back = (residual[k][groups] * v * factor).sqrt()
                     clean = clean + put_back * (posterior.draw(uniform, normal) - posterior.mean)
             clean = clean.view(x.shape).to(x)
             x = x - tau * (x - clean) + after * tau.sqrt() * seeding.normal(seeds, self.shape, stream=3 * k + 3)
