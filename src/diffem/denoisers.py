@@ -48,7 +48,7 @@ from diffem.corruptions import Corruption, LinearCorruption, Params
 from diffem.errors import DiffemError
 from diffem.mixtures import Diagonal, Mixture
 
-LEAST = 0.01  # of v: a rare error where none was expected must not rule a step
+LEAST = 0.001  # of v: a rare error where none was expected must not rule a step
 MOST = 5.0  # of the logarithm of v
 
 
