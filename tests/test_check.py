@@ -440,7 +440,7 @@ def test_cost_counts_what_a_run_does(tmp_path, monkeypatch):
     rows = list(DiffEM(config, observations, tmp_path).iterate())
     assert len(rows) >= 3
     assert updates == count["updates"] == 30 + 20 + 10
-    assert draws == count["draws"] + 2 * 2 * 60  # to measure residuals on 60 held-out items costs two draws of each
+    assert draws == count["draws"] + 2 * 2 * 60  # to measure corrections on 60 held-out items costs two draws of each
 
 
 @pytest.mark.parametrize("kind", ["gaussian", "observation"])

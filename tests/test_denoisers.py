@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from diffem.corruptions import RandomMask
+from diffem.corruptions import GaussianBlur, RandomMask, RandomProjection
 from diffem.denoisers import LEAST, Denoiser, DenoiserConfig
 from diffem.m_step import MStepConfig, Trainer
 from diffem.networks import NetworkConfig
@@ -13,10 +13,10 @@ from diffem.networks import NetworkConfig
 CORRUPTION, SIGMA = RandomMask(0.5, 0.1), 1.0
 
 
-def build(network: NetworkConfig, shape: tuple[int, ...]) -> Denoiser:
+def build(network: NetworkConfig, shape: tuple[int, ...], corruption=CORRUPTION, precondition="plain") -> Denoiser:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return Denoiser(CORRUPTION, shape, DenoiserConfig("plain", 0.5, 2.0), network)
+        return Denoiser(corruption, shape, DenoiserConfig(precondition, 0.5, 2.0), network)
 
 
 def test_variance_is_that_of_two_points():
@@ -44,19 +44,25 @@ def test_variance_is_that_of_two_points():
     assert v[:, 1].mean() < 2 * LEAST
 
 
+MLP = NetworkConfig(kind="mlp", width=16, depth=1, embedding=8)
+UNET = NetworkConfig(kind="unet", channels=(4, 8), blocks=(1, 1), embedding=8)
+
+
 @pytest.mark.parametrize(
-    ("network", "shape"),
+    ("network", "shape", "corruption", "precondition", "by_entry"),
     [
-        (NetworkConfig(kind="mlp", width=16, depth=1, embedding=8), (6,)),
-        (NetworkConfig(kind="unet", channels=(4, 8), blocks=(1, 1), embedding=8), (2, 4, 4)),
+        (MLP, (6,), CORRUPTION, "plain", True),
+        (UNET, (2, 4, 4), CORRUPTION, "fuse", True),
+        (UNET, (1, 4, 4), GaussianBlur(0.5, 0.1), "fuse", False),
+        (MLP, (6,), RandomProjection(2, 0.1), "fuse", False),
     ],
 )
-def test_variances_do_not_shape_the_mean(network, shape):
-    denoiser, generator = build(network, shape), torch.Generator().manual_seed(2)
+def test_variances_do_not_shape_the_mean(network, shape, corruption, precondition, by_entry):
+    denoiser, generator = build(network, shape, corruption, precondition), torch.Generator().manual_seed(2)
     for parameter in denoiser.network.parameters():
         parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
     x = torch.randn(5, *shape, generator=generator)
-    y, params = CORRUPTION.observe(x, generator)
+    y, params = corruption.observe(x, generator)
     loss = denoiser.loss(x, y, params, torch.Generator().manual_seed(3))
     names, parameters = zip(*denoiser.network.named_parameters(), strict=True)
     found = dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
@@ -68,9 +74,11 @@ def test_variances_do_not_shape_the_mean(network, shape):
     posterior, f, v = denoiser.predict(x_t, sigma, y, params)
     alone = (posterior.whiten(x.flatten(1) - posterior.mean) - f).square().mean()
     assert loss.item() == pytest.approx(alone.item(), rel=1e-6)
-    error = (x.flatten(1) - posterior.mean - posterior.scale(f)).square() / posterior.variance
+    error = posterior.whiten(x.flatten(1) - posterior.mean - posterior.scale(f)).square()
+    # where S is not diagonal, the shares of entries would turn noise into directions that were observed
+    assert torch.allclose(v, v[:, :1]) == (not by_entry) == (not posterior.by_entry)
     of_mean = torch.autograd.grad(alone, parameters, retain_graph=True, allow_unused=True)
-    of_variance = torch.autograd.grad((error.detach() / v + v.log()).mean(), parameters, allow_unused=True)
+    of_variance = torch.autograd.grad((error.detach().to(v) / v + v.log()).mean(), parameters, allow_unused=True)
     for name, first, second in zip(names, of_mean, of_variance, strict=True):
         assert (first is None) == (second is not None) == name.startswith("last.variance")
         expected = second if first is None else first

@@ -16,13 +16,13 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from diffem import cli, datasets, metrics, seeding, starts
 from diffem import config as configuration
 from diffem import em as em_module
 from diffem.corruptions import GaussianBlur, GaussianNoise, RandomMask, RandomProjection
-from diffem.denoisers import Denoiser, DenoiserConfig
+from diffem.denoisers import LEAST, Denoiser, DenoiserConfig
 from diffem.diagnostics import Score
 from diffem.em import DiffEM
 from diffem.errors import DiffemError
@@ -288,7 +288,7 @@ def test_held_out_observations_do_not_train(tmp_path, monkeypatch):
     monkeypatch.setattr(
         starts, "fit", lambda config, data, rows, *rest: (fitted.append(rows), fit(config, data, rows, *rest))[1]
     )
-    # residual variances and the last dispersion are statistics of the sampler that held-out observations measure
+    # corrections of variances and the last dispersion are statistics of the sampler that held-out observations measure
     sharp = {"sharp": 1.0, "ratio": 0.0}
     one = train(tmp_path / "one", e_step=sharp)
     two = train(tmp_path / "two", observations(poison=held_out), e_step=sharp)
@@ -299,7 +299,7 @@ def test_held_out_observations_do_not_train(tmp_path, monkeypatch):
     for name in ("start", "posterior", "prior"):
         a, b = (load_file(em.run.folder / name / "model.safetensors") for em in (one, two))
         assert a.keys() == b.keys()
-        assert all(torch.equal(a[k], b[k]) for k in a if k != "residual"), name
+        assert all(torch.equal(a[k], b[k]) for k in a if k != "correction"), name
     x, z = (np.load(em.run.folder / "reconstructions.npy") for em in (one, two))
     assert np.array_equal(x[one.train], z[one.train])
     assert not np.array_equal(x[held_out], z[held_out])
@@ -441,7 +441,7 @@ def test_prior_trains_on_training_reconstructions(tmp_path, monkeypatch):
     assert not among(model_units(tmp_path, em, em.held_out), x).any()
     posterior, prior = (load_file(tmp_path / n / "model.safetensors") for n in ("posterior", "prior"))
     assert any(not torch.equal(posterior[k], prior[k]) for k in prior if k.startswith("network."))
-    assert (len(posterior["residual"]), len(prior["residual"])) == (4, 5)  # steps of the two samplers, and one
+    assert (len(posterior["correction"]), len(prior["correction"])) == (4, 5)  # steps of the two samplers, and one
     about = json.loads((tmp_path / "prior.json").read_text())
     assert (about["steps"], about["examples"]) == (40, 40 * 16)
 
@@ -850,12 +850,19 @@ def test_plain_ddpm_loses_variance(case, given):
     assert torch.cov(x.T).trace() < 0.85 * cov.trace()
 
 
-def test_dispersion_beyond_one_goes_where_there_is_room_for_error():
+def expect(sampler: DiffusionPosterior, shares: torch.Tensor) -> None:
+    """Has the head of variances say that these shares are left, whatever it is shown."""
+    sampler.denoiser.network.last.variance[-1].bias.data = ((shares - LEAST) / (1 - LEAST)).log()
+
+
+@pytest.mark.parametrize("shares", [torch.ones(6), torch.tensor([1.0, 0.5, 0.1, 1.0, 0.1, 0.5])])
+def test_dispersion_beyond_one_goes_where_there_is_room_for_error(shares):
     """Against the recursion of each entry's variance, for entries that are independent under the prior."""
     prior = torch.tensor([1e-6, 0.5, 1.0, 1e-6, 0.5, 1.0])  # a thousandth of noise, or unknown; three of them observed
     start = Mixture(torch.zeros(1), torch.zeros(1, 6), torch.zeros(1, 6, 0), prior[None])
     mask, excess, noise = torch.tensor([True] * 3 + [False] * 3), 4.0, 0.1
     sampler = diffusion(RandomMask(0.5, noise), 8, 1 + excess, start=start)
+    expect(sampler, shares)
     seeds = seeding.item_seeds(0, 0, "user", torch.arange(DRAWN))
     found = sampler.sample(torch.zeros(DRAWN, 6), {"mask": mask.expand(DRAWN, -1)}, seeds).var(0)
 
@@ -866,11 +873,36 @@ def test_dispersion_beyond_one_goes_where_there_is_room_for_error():
         widest = widest if widest else left.max()
         tau = 1 - (after / sigma) ** 2
         x = x * (1 - tau + tau * left / sigma**2) ** 2  # the mean of x given x_t is left / sigma^2 x_t
-        x = x + tau**2 * left * (1 + excess * left / widest) + after**2 * tau
+        x = x + tau**2 * left * shares * (1 + excess * left / widest) + after**2 * tau
     torch.testing.assert_close(found, x, rtol=0.05, atol=0)
     exact = 1 / (1 / prior + mask / noise**2)
     assert (found / exact)[[0, 1, 2, 3]].max() < 1.1  # what is known gets no noise,
-    assert (found / exact)[5] > 1.5  # what is not, does
+    assert (found / exact)[5] > 1.5 * shares[5]  # what is not, does
+
+
+def test_measure_finds_what_shares_are_wrong_by():
+    # the exact denoiser leaves all of the reference's variance: of which too little, or too much, was expected
+    corruption, (start, mean, cov), shares = (
+        RandomMask(0.5, 0.1),
+        prior_of(RandomMask(0.5, 0.1)),
+        torch.linspace(0.1, 2, 6),
+    )
+    sampler = diffusion(corruption, 3, 1.0, start=start)
+    expect(sampler, shares)
+    generator = torch.Generator().manual_seed(3)
+    x = mean + torch.randn(4000, 6, generator=generator) @ torch.linalg.cholesky(cov).T
+    y, params = corruption.observe(x, generator)
+    sampler.measure(x, y, params, seeding.item_seeds(0, 0, "user", torch.arange(4000)))
+    seen = params["mask"]
+    for k, sigma in enumerate(sampler.sigmas):
+        level = torch.full((4000,), sigma)
+        for group, (chosen, withheld) in enumerate(((~seen, False), (seen, False), (torch.ones_like(seen), True))):
+            posterior, _, v = sampler.denoiser.predict(
+                x, level, y, params, torch.full((4000,), withheld)
+            )  # a Gaussian's variance does not depend on x_t
+            torch.testing.assert_close(v, shares.expand(4000, -1))
+            expected = (posterior.variance * chosen).sum() / (posterior.variance * v * chosen).sum()
+            assert sampler.correction[k, group].item() == pytest.approx(expected.item(), rel=0.06)
 
 
 @pytest.mark.parametrize("kind", ["observation", "mixture", "diffusion"])
@@ -885,7 +917,7 @@ def test_save_and_load(kind, tmp_path):
         generator = torch.Generator().manual_seed(1)
         for parameter in sampler.denoiser.network.parameters():  # else the network is zero
             parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
-        sampler.residual = torch.rand(4, 3, generator=generator)
+        sampler.correction = torch.rand(4, 3, generator=generator)
     sampler.save_pretrained(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["README.md", "config.json", "model.safetensors"]
     loaded = from_pretrained(tmp_path)
@@ -907,6 +939,12 @@ def test_saved_model_is_incomplete(tmp_path):
     file = tmp_path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-8])
     with pytest.raises(DiffemError, match="is not a complete saved model"):
+        from_pretrained(tmp_path)
+    diffusion(RandomMask(0.5, 0.1), 3, 1.0).save_pretrained(tmp_path)
+    tensors = load_file(file)
+    del tensors["network.last.variance.0.weight"]
+    save_file(tensors, file)
+    with pytest.raises(DiffemError, match="was saved by another version of diffem; train it again"):
         from_pretrained(tmp_path)
 
 

@@ -365,7 +365,7 @@ def test_a_guided_run(settings, derivatives, tmp_path):
 def test_save_and_load(settings, tmp_path):
     scaling, n = (0.5, 2.0), 9
     of = sampler(CASES["mask"], 0.7, trained=True, scaling=scaling, steps=3, **settings)
-    of.residual = torch.rand(4, 3, generator=seeded(1))
+    of.correction = torch.rand(4, 3, generator=seeded(1))
     of.save_pretrained(tmp_path)
     stored = json.loads((tmp_path / "config.json").read_text())["sampler"]
     assert {k: stored[k] for k in settings} == settings

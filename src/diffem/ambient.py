@@ -34,7 +34,10 @@ from diffem.posteriors import DiffusionPosterior
 
 
 class AmbientDenoiser(Denoiser):
-    """h(A~ x_t, A~, sigma): a :class:`Denoiser` whose `params` are those of A~; y is not used, nor is `withheld`."""
+    """h(A~ x_t, A~, sigma): a :class:`Denoiser` whose `params` are those of A~; y is not used, nor is `withheld`.
+
+    Its head of variances is not trained: they are those of the reference posterior.
+    """
 
     def _posterior(self, x_t: Tensor, sigma: Tensor, y: Tensor, params: Params, withheld: Tensor) -> mixtures.Posterior:
         assert isinstance(self.corruption, LinearCorruption)

@@ -20,14 +20,15 @@ was observed. The choices of the reference (`denoiser.precondition`) are:
 When y is withheld the same network is the prior's denoiser.
 
 A second head of the network predicts the squared error of the first, entry by entry, as the share :math:`v` of the
-reference posterior's variance :math:`s^2` that is left,
+reference posterior's variance that is left,
 
 .. math:: v(x_t, \sigma_t, y) \quad \text{trained by} \quad
-    E \left[ e^2 / (s^2 v) + \log v \right] \, , \qquad e = x - d(x_t, \sigma_t, y) \, ,
+    E \left[ e^2 / v + \log v \right] \, , \qquad e = S^{-1} (x - m) - f \, ,
 
-which is least at :math:`s^2 v = E[e^2 \mid x_t, y]`. Samplers put this variance back (:mod:`diffem.posteriors`): where the
-network knows an entry, next to none of it. The head does not shape the features, so that the denoiser is what it
-would be without.
+which is least at :math:`v = E[e^2 \mid x_t, y]`. Samplers put this variance back (:mod:`diffem.posteriors`): where the
+network knows an entry, next to none of it. Where :math:`S` is not diagonal (a blur, a projection) an item has one share, the mean over
+its entries: scaling them one by one would turn what is uncertain into directions that were observed. The head does not shape
+the features, so that the denoiser is what it would be without.
 
 References:
     | Elucidating the Design Space of Diffusion-Based Generative Models (Karras et al., 2022)
@@ -49,7 +50,6 @@ from diffem.errors import DiffemError
 from diffem.mixtures import Diagonal, Mixture
 
 LEAST = 0.001  # of v: a rare error where none was expected must not rule a step
-MOST = 5.0  # of the logarithm of v
 
 
 @dataclass(frozen=True)
@@ -163,8 +163,10 @@ class Denoiser(nn.Module):
         with torch.set_grad_enabled(x_t.requires_grad):  # guidance differentiates with respect to x_t
             posterior, inputs = self._inputs(x_t, sigma, y, params, withheld)
         with torch.autocast(x_t.device.type, self.precision, enabled=self.precision != torch.float32):
-            f, log_v = self.network(inputs, sigma.log())
-        v = LEAST + (1 - LEAST) * log_v.flatten(1).to(x_t).clamp(max=MOST).exp()
+            f, h = self.network(inputs, sigma.log())
+        v = LEAST + (1 - LEAST) * h.flatten(1).to(x_t).exp()
+        if not posterior.by_entry:
+            v = v.mean(1, keepdim=True).expand_as(v)
         return posterior, f.flatten(1).to(x_t), v
 
     def forward(self, x_t: Tensor, sigma: Tensor, y: Tensor, params: Params, withheld: Tensor | None = None) -> Tensor:
@@ -192,9 +194,9 @@ class Denoiser(nn.Module):
         posterior, f, v = self.predict(x_t, sigma, y, params, withheld)
         with torch.no_grad():
             target = posterior.whiten(x.flatten(1) - posterior.mean).to(x)
-            left = (posterior.scale(target - f).square() / posterior.variance).to(x)
-        of_variance = (left / v + v.log()).mean()
-        return (target - f).square().mean() + (of_variance - of_variance.detach())
+        error = (target - f).square()
+        of_variance = (error.detach() / v + v.log()).mean()
+        return error.mean() + (of_variance - of_variance.detach())
 
     def times(self, n: int, generator: torch.Generator) -> Tensor:
         """Noise levels to train at, shape (n,)."""

@@ -56,7 +56,7 @@ from diffem.run import Run
 Progress = Callable[[str, int, int], None]
 COMPARED = 2048  # reconstructions whose divergence is computed,
 CORRUPTED = 4  # each of them so often
-MEASURED = 512  # held-out reconstructions that measure the residual variances
+MEASURED = 512  # held-out reconstructions that measure the corrections of the residual variances
 CLOSELY = 0.02  # of a run's evaluations go into a close score, on which width and the choice of the start hang:
 PREDICTIONS = 768, 16_384  # at least and at most so many splits of held-out observations are predicted for it,
 AGAIN = 32  # each observation split at most so often
@@ -257,7 +257,7 @@ class DiffEM:
         current, divergence = self._score(sampler), self._divergence(x)
         verdict = self.guard.decide(state.iteration, current, divergence)
         state.row = self._row(current, divergence, verdict, drawn, sampler, x)
-        self.residual, state.phase = sampler.residual, "commit"
+        self.correction, state.phase = sampler.correction, "commit"
         self._checkpoint()
 
     def _commit(self) -> None:
@@ -305,14 +305,14 @@ class DiffEM:
         assert isinstance(saved, DiffusionPosterior)
         files.link(folder / "reconstructions.npy", folder / "current.npy")
         self.trainer.averaged.network.load_state_dict(saved.denoiser.network.state_dict())
-        self.residual = saved.residual
+        self.correction = saved.correction
         sampler = self._sampler(last["dispersion"])
         start = self._start_sampler()
         first, current = self._score(start, True), self._score(sampler, True)
         can_widen = self.config.sampler.kind == "ddpm" and self.config.sampler.guidance == "none"
         if can_widen and current.ratio is not None and current.ratio < wanted:
             sampler, current = self._widened(sampler, last["ratio"], current, first)
-        self.residual, x, drawn = sampler.residual, self.run.array("current"), 0
+        self.correction, x, drawn = sampler.correction, self.run.array("current"), 0
         kept: PosteriorSampler = sampler
         if sampler.dispersion != last["dispersion"] or self.config.em.refresh < 1:
             x = self.run.array("next", (len(self.observations), *self.shape))
@@ -429,7 +429,7 @@ class DiffEM:
             tensors = (v.cpu().clone(memory_format=torch.contiguous_format) for v in mixture.tensors.values())
             mixture = Mixture(*tensors, basis=mixture.basis)
         self.trainer = self._trainer(mixture, start.denoiser if type(start) is self.sampler_class else None)
-        self.residual = torch.ones(self.config.sampler.steps + 1, GROUPS)
+        self.correction = torch.ones(self.config.sampler.steps + 1, GROUPS)
 
     def _trainer(self, mixture: Mixture | None, earlier: Denoiser | None = None) -> Trainer:
         """A trainer of new weights, or of those of an earlier run."""
@@ -527,12 +527,12 @@ class DiffEM:
             self.trainer.averaged,
             config,
             self.config.network,
-            self.residual if steps is None else None,
+            self.correction if steps is None else None,
             dispersion,
         )
 
     def _measure(self, sampler: DiffusionPosterior) -> None:
-        """Residual variances, on re-corrupted held-out reconstructions of the last accepted iteration."""
+        """Corrections of the residual variances, on re-corrupted held-out reconstructions of the last accepted iteration."""
         rows = evenly(self.held_out, MEASURED)
         x = torch.from_numpy(self.run.array("current")[rows])
         y, params = self._corrupt_again(x, seeding.generator(self.seed, self.state.iteration, "e_step"))
@@ -624,7 +624,7 @@ class DiffEM:
     def _checkpoint(self) -> None:
         self.state.seconds = self._seconds()
         denoiser = self.trainer.denoiser
-        tensors = {**self.trainer.state(), **self.guard.tensors, "residual": self.residual}
+        tensors = {**self.trainer.state(), **self.guard.tensors, "correction": self.correction}
         if denoiser.precondition == "start":
             tensors |= {f"start.{k}": v for k, v in denoiser.reference.tensors.items()}
         self.run.save_checkpoint(tensors, {**dataclasses.asdict(self.state), "guard": self.guard.facts})
@@ -636,7 +636,7 @@ class DiffEM:
             start = Mixture(*(tensors[f"start.{n}"] for n in Mixture.names), basis=basis)
         self._build(start)
         self.trainer.load(tensors)
-        self.residual = tensors["residual"]
+        self.correction = tensors["correction"]
         self.guard = Guard.load(self.config, state.pop("guard"), tensors)
         self.state = State(**state)
         self.run.save_metrics(self.state.rows)

@@ -96,9 +96,11 @@ class Trainer:
             group["lr"] = learning_rate
         self.optimizer.zero_grad()
         loss.backward()
-        variance = set(self.denoiser.network.last.variance.parameters())
-        rest = [p for p in self.denoiser.network.parameters() if p not in variance]
-        for part in (rest, variance):  # by itself, so that the mean is what it would be without
+        network = self.denoiser.network
+        variance = list(network.last.variance.parameters())
+        apart = {id(p) for p in variance}
+        mean = [p for p in network.parameters() if id(p) not in apart]
+        for part in (mean, variance):  # one by one, so that the mean is what it would be without
             torch.nn.utils.clip_grad_norm_(part, self.config.clip)
         self.optimizer.step()
         self.updates += 1

@@ -148,6 +148,11 @@ class Posterior:
     responsibilities: Tensor
 
     @property
+    def by_entry(self) -> bool:
+        """Whether S is diagonal: whether entries can be scaled without turning what is known into what is not."""
+        return False
+
+    @property
     def spread(self) -> Tensor:
         """The diagonal of S, shape (B, d)."""
         raise NotImplementedError
@@ -273,6 +278,10 @@ class DiagonalPosterior(Posterior):
 
     def _synthesise(self, c: Tensor) -> Tensor:
         return c if self.likelihood.basis is None else self.likelihood.basis.synthesise(c)
+
+    @property
+    def by_entry(self) -> bool:
+        return self.likelihood.basis is None
 
     @property
     def std(self) -> Tensor:

@@ -10,7 +10,7 @@ All take and return the units of y as stored. :class:`DiffusionPosterior` runs t
 With dispersion :math:`\rho = 0` this is DDPM, the sampler of the paper, which at few steps loses
 variance. With :math:`\rho = 1` the residual variance of the denoiser is put back: :math:`r` is a draw
 from the reference posterior, :math:`m` its mean, and :math:`v(x_t, \sigma_t, y)` the share of its variance that the
-denoiser says it leaves unexplained, entry by entry (:mod:`diffem.denoisers`; NPR-DPM, Bao et al., arXiv 2206.07309). How
+denoiser says it leaves unexplained (:mod:`diffem.denoisers`; NPR-DPM, Bao et al., arXiv 2206.07309). How
 far that is from the truth is measured at the sampler's own noise levels, and corrected by :math:`c_t` (as in
 Analytic-DPM, Bao et al., arXiv 2201.06503).
 
@@ -19,8 +19,8 @@ variances :math:`s_t^2` of the entries under the reference posterior,
 
 .. math:: \rho_t = \min(\rho, 1) + \max(\rho - 1, 0) \, s_t^2 / \max s_T^2
 
-for every entry: all of it for the least known one at the first step, T, and hardly any for what was observed, for what never varies,
-and at low noise. The same factor everywhere would lay noise over these.
+for every entry: all of it for the least known one at the first step, T, and hardly any for what was observed, for what never
+varies, and at low noise. The same factor everywhere would lay noise over these.
 """
 
 from __future__ import annotations
@@ -225,7 +225,7 @@ class DiffusionPosterior(PosteriorSampler):
 
     Arguments:
         denoiser: In model units.
-        residual: c_t at the sampler's noise levels, for the groups unseen, seen, withheld; (steps + 1, 3).
+        correction: c_t at the sampler's noise levels, for the groups unseen, seen, withheld; (steps + 1, 3).
         dispersion: rho: up to 1 the share of the residual variance that is put back; beyond, see the module.
     """
 
@@ -239,13 +239,13 @@ class DiffusionPosterior(PosteriorSampler):
         denoiser: Denoiser,
         sampler: SamplerConfig,
         network: NetworkConfig,
-        residual: Tensor | None = None,
+        correction: Tensor | None = None,
         dispersion: float = 1.0,
     ) -> None:
         super().__init__(corruption, shape, scaling)
         sampler.check(corruption)
         self.denoiser, self.sampler, self.network, self.dispersion = denoiser, sampler, network, dispersion
-        self.residual = torch.ones(sampler.steps + 1, GROUPS) if residual is None else residual
+        self.correction = torch.ones(sampler.steps + 1, GROUPS) if correction is None else correction
 
     @property
     def device(self) -> torch.device:
@@ -288,7 +288,7 @@ class DiffusionPosterior(PosteriorSampler):
                 for g in range(GROUPS):
                     left[k, g] += (error * (groups == g)).sum().cpu()
                     predicted[k, g] += (posterior.variance * v * (groups == g)).sum().cpu()
-        self.residual = torch.where(predicted > 0, left / predicted.clamp(min=1e-30), 1.0)
+        self.correction = torch.where(predicted > 0, left / predicted.clamp(min=1e-30), 1.0)
 
     def _sample(self, y: Tensor, params: Params, seeds: Tensor, withheld: Tensor) -> Tensor:
         sigmas = self.sigmas.to(y)
@@ -297,7 +297,7 @@ class DiffusionPosterior(PosteriorSampler):
             bound = _Bound(self.denoiser, y, params, withheld)
             solver = AZULA[self.sampler.kind](bound, steps=self.sampler.steps, silent=True, dtype=y.dtype)
             return solver(x)
-        residual, share, excess = self.residual.to(y), min(self.dispersion, 1.0), max(self.dispersion - 1, 0.0)
+        correction, share, excess = self.correction.to(y), min(self.dispersion, 1.0), max(self.dispersion - 1, 0.0)
         groups = self._groups(x, y, params, withheld)
         width = (self.denoiser.reference.rank + self.denoiser.reference.features,)
         guided = self.sampler.guidance != "none" and not bool(withheld.all())
@@ -317,7 +317,7 @@ class DiffusionPosterior(PosteriorSampler):
                     if excess:
                         widest = posterior.variance.amax(1, keepdim=True) if widest is None else widest
                         factor = share + excess * posterior.variance / widest
-                    put_back = (residual[k][groups] * v * factor).sqrt()
+                    put_back = (correction[k][groups] * v * factor).sqrt()
                     clean = clean + put_back * (posterior.draw(uniform, normal) - posterior.mean)
             clean = clean.view(x.shape).to(x)
             x = x - tau * (x - clean) + after * tau.sqrt() * seeding.normal(seeds, self.shape, stream=3 * k + 3)
@@ -349,7 +349,7 @@ class DiffusionPosterior(PosteriorSampler):
         tensors = {f"network.{k}": v for k, v in self.denoiser.network.state_dict().items()}
         if self.denoiser.precondition == "start":
             tensors |= {f"start.{k}": v for k, v in self.denoiser.reference.tensors.items()}
-        return config, {**tensors, "residual": self.residual}
+        return config, {**tensors, "correction": self.correction}
 
 
 class _Bound(AzulaDenoiser):
@@ -411,8 +411,11 @@ def from_pretrained(
         from diffem.ambient import AmbientDenoiser as denoiser_class
         from diffem.ambient import AmbientPosterior as sampler_class
     denoiser = denoiser_class(corruption.scaled(*scaling), shape, DenoiserConfig(**config["denoiser"]), network, start)
+    weights = {k[8:]: v for k, v in tensors.items() if k.startswith("network.")}
+    if weights.keys() != denoiser.network.state_dict().keys():
+        raise DiffemError(f"{folder}: was saved by another version of diffem; train it again")
     try:
-        denoiser.network.load_state_dict({k[8:]: v for k, v in tensors.items() if k.startswith("network.")})
+        denoiser.network.load_state_dict(weights)
     except RuntimeError:
         raise DiffemError(
             f"{folder}: its network was shown other observations than {corruption.config} makes"
@@ -420,8 +423,8 @@ def from_pretrained(
     denoiser.precision = dtype
     denoiser.to(where).eval().requires_grad_(False)
     sampler = SamplerConfig(**config["sampler"])
-    residual = tensors["residual"].cpu()
-    return sampler_class(corruption, shape, scaling, denoiser, sampler, network, residual, config["dispersion"])
+    correction = tensors["correction"].cpu()
+    return sampler_class(corruption, shape, scaling, denoiser, sampler, network, correction, config["dispersion"])
 
 
 def draw_many(
