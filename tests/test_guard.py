@@ -273,5 +273,16 @@ def test_an_iteration_is_compared_with_the_best_before():
         assert found.decide(1, scored(0.5, ratio=0.8), SAME)["best"]
         verdict = found.decide(2, scored(0.492, ratio=ratio, noise=0.5), SAME)
         assert abs(verdict["criterion_delta"]) < 2 * verdict["criterion_delta_se"]
-        assert verdict["ratio_delta"] == pytest.approx(abs(math.log(ratio)) - abs(math.log(0.8)), abs=1e-6)
+        farther = max(abs(math.log(ratio)) - abs(math.log(0.9)), 0) - abs(math.log(0.8 / 0.9))
+        assert verdict["ratio_delta"] == pytest.approx(farther, abs=1e-6)
+        assert verdict["best"] == best
+
+
+def test_between_honest_iterations_the_ratio_does_not_decide():
+    for ratio, best in ((0.92, True), (1.1, True), (0.88, False), (1.14, False)):
+        found = guard(scored(0.5, ratio=1.0))
+        assert found.decide(1, scored(0.5, ratio=1.0), SAME)["best"]
+        # one variance for every item: outside of the band a difference of ratios is beyond doubt
+        verdict = found.decide(2, scored(0.492, ratio=ratio, noise=0.5), SAME)
+        assert -2 * verdict["criterion_delta_se"] < verdict["criterion_delta"] < 0
         assert verdict["best"] == best
