@@ -126,7 +126,8 @@ class Score:
             if (moments := each._moments()) is None or each.ratio is None:
                 return None
             distances.append(max(abs(math.log(each.ratio)) + math.log(HONEST), 0.0))
-            influences.append(math.copysign(distances[-1] > 0, math.log(each.ratio)) * _ratio_influence(*moments))
+            sign = math.copysign(1.0, math.log(each.ratio)) if distances[-1] else 0.0
+            influences.append(sign * _ratio_influence(*moments))
         return distances[0] - distances[1], standard_error(influences[0] - influences[1])
 
     def _moments(self) -> tuple[Tensor, Tensor, Tensor] | None:
