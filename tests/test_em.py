@@ -882,11 +882,8 @@ def test_dispersion_beyond_one_goes_where_there_is_room_for_error(shares):
 
 def test_measure_finds_what_shares_are_wrong_by():
     # the exact denoiser leaves all of the reference's variance: of which too little, or too much, was expected
-    corruption, (start, mean, cov), shares = (
-        RandomMask(0.5, 0.1),
-        prior_of(RandomMask(0.5, 0.1)),
-        torch.linspace(0.1, 2, 6),
-    )
+    corruption, shares = RandomMask(0.5, 0.1), torch.linspace(0.1, 2, 6)
+    start, mean, cov = prior_of(corruption)
     sampler = diffusion(corruption, 3, 1.0, start=start)
     expect(sampler, shares)
     generator = torch.Generator().manual_seed(3)
@@ -897,9 +894,8 @@ def test_measure_finds_what_shares_are_wrong_by():
     for k, sigma in enumerate(sampler.sigmas):
         level = torch.full((4000,), sigma)
         for group, (chosen, withheld) in enumerate(((~seen, False), (seen, False), (torch.ones_like(seen), True))):
-            posterior, _, v = sampler.denoiser.predict(
-                x, level, y, params, torch.full((4000,), withheld)
-            )  # a Gaussian's variance does not depend on x_t
+            # a Gaussian's variance does not depend on x_t
+            posterior, _, v = sampler.denoiser.predict(x, level, y, params, torch.full((4000,), withheld))
             torch.testing.assert_close(v, shares.expand(4000, -1))
             expected = (posterior.variance * chosen).sum() / (posterior.variance * v * chosen).sum()
             assert sampler.correction[k, group].item() == pytest.approx(expected.item(), rel=0.06)

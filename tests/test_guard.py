@@ -278,7 +278,7 @@ def test_an_iteration_is_compared_with_the_best_before():
         assert verdict["best"] == best
 
 
-def test_between_honest_iterations_the_ratio_does_not_decide():
+def test_between_calibrated_iterations_the_ratio_does_not_decide():
     for ratio, best in ((0.92, True), (1.1, True), (0.88, False), (1.14, False)):
         found = guard(scored(0.5, ratio=1.0))
         assert found.decide(1, scored(0.5, ratio=1.0), SAME)["best"]

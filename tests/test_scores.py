@@ -11,7 +11,7 @@ import torch
 from diffem import seeding
 from diffem.corruptions import BlackBox, Corruption, GaussianBlur, GaussianNoise, RandomMask, RandomProjection
 from diffem.diagnostics import Coverage, Score, coverage, crps, score
-from diffem.diagnostics.scores import HONEST
+from diffem.diagnostics.scores import CALIBRATED
 from diffem.mixtures import Mixture
 from diffem.observations import Observations
 from diffem.posteriors import MixturePosterior, ObservationPosterior, likelihood_basis
@@ -100,13 +100,13 @@ def test_ratio_tells_narrow_draws_from_wide_ones():
 
 
 @pytest.mark.parametrize("width", [0.7, 1.4])
-def test_difference_of_ratios_is_that_of_their_distances_from_what_is_honest(width):
+def test_difference_of_ratios_is_that_of_their_distances_from_calibrated(width):
     corruption, rows = CASES["mask"], np.arange(2000)
     data = observed(corruption, len(rows))
     worst, wrong, right = (score(sampler(corruption, w), data, rows, 0) for w in (width**2, width, 1.0))
     delta, error = wrong.ratio_difference(right)
-    assert HONEST < right.ratio < 1 / HONEST
-    assert delta == pytest.approx(abs(math.log(wrong.ratio)) + math.log(HONEST))
+    assert CALIBRATED < right.ratio < 1 / CALIBRATED
+    assert delta == pytest.approx(abs(math.log(wrong.ratio)) + math.log(CALIBRATED))
     assert delta > 3 * error > 0
     assert error == pytest.approx(wrong.ratio_error)  # within the band there is no error either
     assert right.ratio_difference(wrong) == pytest.approx((-delta, error))
@@ -127,7 +127,7 @@ def test_standard_errors_are_those_of_repetitions():
     for compare in (Score.difference, Score.criterion_difference):
         found = torch.tensor([compare(b, a) for a, b in pairs])
         assert found[:, 0].std() == pytest.approx(found[:, 1].mean().item(), rel=0.3)
-    # a distance has a kink where the honest begins, so that neither is near it
+    # a distance has a kink at 0.9 and its inverse, so that neither is near it
     farther = torch.tensor(
         [
             score(sampler(corruption, 1.5), data, r, 0).ratio_difference(b)

@@ -82,7 +82,7 @@ class EStepConfig:
         sharp_ratio: The calibration ratio that ends them sooner; two iterations in a row whose score did not fall do, too.
         dispersion: The share of the residual variance that the others put back (1 is calibrated where the prior is
             right; more goes where there is room for error, see :mod:`diffem.posteriors`).
-        ratio: The least calibration ratio of held-out observations that counts as honest: the network's errors are
+        ratio: The least calibration ratio of held-out observations that counts as calibrated: the network's errors are
             variance too. After the last iteration the dispersion is raised, to at most 10, until the ratio is this. A
             black box has none; 0 leaves the dispersion as it is.
         gain: How much is added to `dispersion` during the run for every unit that the last iteration was below `ratio`.

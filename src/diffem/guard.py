@@ -5,13 +5,13 @@ best        what the run folder holds, the start at first. Two numbers decide: t
             :mod:`diffem.diagnostics.scores`), which looks at the posterior and does not forgive draws that are too narrow, and
             the divergence (:func:`diffem.diagnostics.divergence.energy_items` of the reconstructions that train), which
             looks at the prior and has less noise. The best is accepted, neither number is worse than the start's, and its
-            criterion is better than that of the last best; or it is a tie: neither is worse, nor is the ratio farther from what
-            is honest (0.9 to 1 / 0.9: in there it has no say), and the three differences, each in its standard errors, are
+            criterion is better than that of the last best; or it is a tie: neither is worse, nor is the ratio farther from
+            calibrated (0.9 to 1 / 0.9: in there it has no say), and the three differences, each in its standard errors, are
             better in sum. A worse divergence is so by a thousandth, too
 last        the best iteration against the start. Common random numbers compare two iterations closely, but not a network
             with what it started from: both are scored once more, with many draws. In a tie the ratio has less of a say
             here: what is too narrow has been widened first, and the criterion sees the rest. Only where it is farther
-            from honest does a smaller divergence count for nothing (of a wrong corruption, narrow draws may have the least)
+            from calibrated does a smaller divergence count for nothing (of a wrong corruption, narrow draws may have the least)
 black box   its score is a divergence too, but of held-out observations only, and has many times the error: the best is what
             has a better divergence than the last best
 dispersion  none in the sharp part of the run; then `e_step.dispersion`, or more if the last iteration was over-confident.
@@ -43,7 +43,7 @@ SCORES = ("first", "lowest", "best")
 
 def compare(current: Score, divergence: Tensor, other: Score, others: Tensor) -> dict[str, float]:
     """Paired differences to another model, and their standard errors (NAME_se): `delta` of the score, `criterion_delta`,
-    `divergence_delta` and (of the distance from what is honest, in logarithms) `ratio_delta`, which a black box does not have.
+    `divergence_delta` and (of the distance from calibrated, in logarithms) `ratio_delta`, which a black box does not have.
 
     Arguments:
         current: A score.

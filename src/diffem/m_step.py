@@ -75,6 +75,10 @@ class Trainer:
         self.denoiser, self.averaged, self.config, self.updates = denoiser, averaged, config, 0
         self.averaged.network.load_state_dict(self.denoiser.network.state_dict())
         self.averaged.requires_grad_(False).eval()
+        variance = list(denoiser.network.last.variance.parameters())
+        apart = {id(p) for p in variance}
+        # clipped one by one, so that the mean is what it would be without variances
+        self.parts = [p for p in denoiser.network.parameters() if id(p) not in apart], variance
         self.reset_optimizer()
 
     def reset_optimizer(self) -> None:
@@ -96,11 +100,7 @@ class Trainer:
             group["lr"] = learning_rate
         self.optimizer.zero_grad()
         loss.backward()
-        network = self.denoiser.network
-        variance = list(network.last.variance.parameters())
-        apart = {id(p) for p in variance}
-        mean = [p for p in network.parameters() if id(p) not in apart]
-        for part in (mean, variance):  # one by one, so that the mean is what it would be without
+        for part in self.parts:
             torch.nn.utils.clip_grad_norm_(part, self.config.clip)
         self.optimizer.step()
         self.updates += 1

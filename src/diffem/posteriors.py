@@ -284,10 +284,10 @@ class DiffusionPosterior(PosteriorSampler):
                 noise = seeding.normal(seeds, self.shape, stream=k)
                 posterior, f, v = self.denoiser.predict(x + sigma * noise, sigma.expand(len(x)), y, params, withheld)
                 error = (x.flatten(1) - posterior.mean - posterior.scale(f)).square()
-                groups = self._groups(x, y, params, withheld)
+                expected, groups = posterior.variance * v, self._groups(x, y, params, withheld)
                 for g in range(GROUPS):
                     left[k, g] += (error * (groups == g)).sum().cpu()
-                    predicted[k, g] += (posterior.variance * v * (groups == g)).sum().cpu()
+                    predicted[k, g] += (expected * (groups == g)).sum().cpu()
         self.correction = torch.where(predicted > 0, left / predicted.clamp(min=1e-30), 1.0)
 
     def _sample(self, y: Tensor, params: Params, seeds: Tensor, withheld: Tensor) -> Tensor:

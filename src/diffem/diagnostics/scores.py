@@ -50,7 +50,7 @@ from diffem.posteriors import BATCH, PosteriorSampler, draw_many
 SMALLEST = 1e-12  # of a CRPS: few draws estimate it without bias, so that it may be 0
 
 OVER_CONFIDENT, UNDER_CONFIDENT = 0.75, 1.25  # calibration ratios beyond which draws are called so
-HONEST = 0.9  # calibration ratios from this to its inverse are as good as 1 where models are compared
+CALIBRATED = 0.9  # calibration ratios from this to its inverse are as good as 1 where models are compared
 
 
 @dataclass(frozen=True)
@@ -119,13 +119,13 @@ class Score:
         return self.criterion - other.criterion, standard_error(self._influence() - other._influence())
 
     def ratio_difference(self, other: Score) -> tuple[float, float] | None:
-        """How much farther the ratio is from what is honest (0.9 to 1 / 0.9), in logarithms, than another's, and its standard
+        """How much farther the ratio is from calibrated (0.9 to 1 / 0.9), in logarithms, than another's, and its standard
         error (the delta method, in pairs); None if one of them has no ratio."""
         distances, influences = [], []
         for each in (self, other):
             if (moments := each._moments()) is None or each.ratio is None:
                 return None
-            distances.append(max(abs(math.log(each.ratio)) + math.log(HONEST), 0.0))
+            distances.append(max(abs(math.log(each.ratio)) + math.log(CALIBRATED), 0.0))
             sign = math.copysign(1.0, math.log(each.ratio)) if distances[-1] else 0.0
             influences.append(sign * _ratio_influence(*moments))
         return distances[0] - distances[1], standard_error(influences[0] - influences[1])
