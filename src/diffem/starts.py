@@ -1,7 +1,7 @@
 """Where EM starts: the observation itself, or a Gaussian or mixture prior fitted to the observations by exact EM.
 
-How many components and which rank is decided by the likelihood of a tenth of the *training* observations
-that the fit does not see; one component is always among the candidates. Each fit stops when that
+How many components, which rank and how strong a ridge is decided by the likelihood of a tenth of the *training*
+observations that the fit does not see; one component is always among the candidates. Each fit stops when that
 likelihood no longer rises.
 """
 
@@ -40,7 +40,8 @@ class StartConfig:
         items: At most this many training observations are used.
         iterations: At most this many EM iterations per fit.
         tolerance: A fit ends when the validation log likelihood has not risen by this for 10 iterations.
-        ridge: Pseudo-observations that regularise each component; 0 is maximum likelihood.
+        ridges: Candidates for the number of pseudo-observations that regularise each component; 0 is maximum likelihood.
+            Components and rank are chosen with the first one, the others are tried with what was chosen.
     """
 
     kind: str = "auto"
@@ -50,7 +51,7 @@ class StartConfig:
     items: int = 16384
     iterations: int = 200
     tolerance: float = 1e-3
-    ridge: float = 1.0
+    ridges: tuple[float, ...] = (1.0, 0.1, 0.01)
 
     def __post_init__(self) -> None:
         if self.kind not in ("auto", "mixture", "gaussian", "observation", "run"):
@@ -59,6 +60,8 @@ class StartConfig:
             raise DiffemError("start.run: name the folder of an earlier run, together with start.kind run")
         if not self.ranks or min(self.ranks) < 0:
             raise DiffemError("start.ranks: give at least one rank >= 0")
+        if not self.ridges or min(self.ridges) < 0:
+            raise DiffemError("start.ridges: give at least one number >= 0")
 
     def resolve(self, corruption: Corruption) -> str:
         """The kind for this corruption."""
@@ -109,8 +112,8 @@ def fit(
 
     fitting, validating = batches(order[cut:]), batches(order[:cut])
     features = math.prod(observations.shape)
-    best: tuple[float, Mixture] | None = None
-    record = []
+    first, *others = config.ridges
+    fits: list[_Fit] = []
     components = (1,) if config.resolve(corruption) == "gaussian" else sorted({1, *config.components})
     for rank in sorted({min(r, features - 1) for r in config.ranks}):
         single: Mixture | None = None
@@ -121,14 +124,39 @@ def fit(
                 if single is None
                 else _spread(single, count, next(fitting()), generator)
             )
-            mixture, likelihood, iterations = _converge(initial, fitting, validating, config)
-            single = single or mixture
-            record.append({"components": count, "rank": rank, "log_likelihood": likelihood, "iterations": iterations})
-            if best is None or likelihood > best[0]:
-                best = likelihood, mixture
-    assert best is not None
-    chosen = best[1].to(torch.float32)
-    return chosen, {"components": chosen.components, "rank": chosen.rank, "candidates": record}
+            fits.append(_converge(initial, fitting, validating, first, config))
+            single = single or fits[-1].mixture
+    initial = _best(fits).initial
+    for ridge in others:
+        progress(f"start: a ridge of {ridge:g}")
+        fits.append(_converge(initial, fitting, validating, ridge, config))
+    chosen = _best(fits)
+    return chosen.mixture.to(torch.float32), {**chosen.about, "candidates": [fit.about for fit in fits]}
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """EM from a first guess, with a ridge, to where the validation log likelihood is greatest."""
+
+    initial: Mixture
+    ridge: float
+    mixture: Mixture
+    log_likelihood: float
+    iterations: int
+
+    @property
+    def about(self) -> dict:
+        return {
+            "components": self.mixture.components,
+            "rank": self.mixture.rank,
+            "ridge": self.ridge,
+            "log_likelihood": self.log_likelihood,
+            "iterations": self.iterations,
+        }
+
+
+def _best(fits: list[_Fit]) -> _Fit:
+    return max(fits, key=lambda fit: fit.log_likelihood)
 
 
 def _mean_log_likelihood(mixture: Mixture, batches: Batches) -> float:
@@ -136,10 +164,8 @@ def _mean_log_likelihood(mixture: Mixture, batches: Batches) -> float:
     return values.double().mean().item()
 
 
-def _converge(
-    mixture: Mixture, fitting: Batches, validating: Batches, config: StartConfig
-) -> tuple[Mixture, float, int]:
-    best, reference, waited, iteration = (-math.inf, mixture), -math.inf, 0, 0
+def _converge(initial: Mixture, fitting: Batches, validating: Batches, ridge: float, config: StartConfig) -> _Fit:
+    mixture, best, reference, waited, iteration = initial, (-math.inf, initial), -math.inf, 0, 0
     for iteration in range(config.iterations + 1):
         value = _mean_log_likelihood(mixture, validating)
         if value > best[0]:
@@ -148,8 +174,8 @@ def _converge(
         reference = max(reference, value)
         if waited >= 10 or iteration == config.iterations:
             break
-        mixture, _ = em_step(mixture, fitting(), ridge=config.ridge)
-    return best[1], best[0], iteration
+        mixture, _ = em_step(mixture, fitting(), ridge=ridge)
+    return _Fit(initial, ridge, best[1], best[0], iteration)
 
 
 def _single(likelihood: Likelihood, rank: int, features: int, generator: torch.Generator) -> Mixture:
