@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -11,6 +13,8 @@ from diffem.m_step import MStepConfig, Trainer
 from diffem.networks import NetworkConfig
 
 CORRUPTION, SIGMA = RandomMask(0.5, 0.1), 1.0
+MLP = NetworkConfig(kind="mlp", width=16, depth=1, embedding=8)
+UNET = NetworkConfig(kind="unet", channels=(4, 8), blocks=(1, 1), embedding=8)
 
 
 def build(network: NetworkConfig, shape: tuple[int, ...], corruption=CORRUPTION, precondition="plain") -> Denoiser:
@@ -44,8 +48,14 @@ def test_variance_is_that_of_two_points():
     assert v[:, 1].mean() < 2 * LEAST
 
 
-MLP = NetworkConfig(kind="mlp", width=16, depth=1, embedding=8)
-UNET = NetworkConfig(kind="unet", channels=(4, 8), blocks=(1, 1), embedding=8)
+@pytest.mark.parametrize(("said", "expected"), [(-3.0, math.exp(-3)), (0.0, 1.0), (100.0, 101.0)])
+def test_a_share_beyond_one_does_not_grow_like_an_exponential(said, expected):
+    """On digits, e^20 was said of an observation unlike all others, and its draw ended as NaN."""
+    denoiser = build(MLP, (6,))
+    denoiser.network.last.variance[-1].bias.data += said
+    x, sigma = torch.zeros(1, 6), torch.ones(1)
+    _, _, v = denoiser.predict(x, sigma, *CORRUPTION.observe(x, torch.Generator().manual_seed(0)))
+    torch.testing.assert_close(v, torch.full((1, 6), LEAST + (1 - LEAST) * expected))
 
 
 @pytest.mark.parametrize(

@@ -855,6 +855,22 @@ def expect(sampler: DiffusionPosterior, shares: torch.Tensor) -> None:
     sampler.denoiser.network.last.variance[-1].bias.data = ((shares - LEAST) / (1 - LEAST)).log()
 
 
+def test_draws_that_are_not_finite_end_the_run(tmp_path, monkeypatch):
+    sample = DiffusionPosterior.sample
+
+    def explode(self, y, params, seeds):
+        x = sample(self, y, params, seeds)
+        x[seeds == seeding.item_seeds(0, 1, "e_step", [20])] = torch.nan
+        return x
+
+    monkeypatch.setattr(DiffusionPosterior, "sample", explode)
+    with pytest.raises(DiffemError) as caught:
+        train(tmp_path)
+    assert str(caught.value) == (
+        "e_step: the draws of 1 observations (first: 20) are not finite at iteration 1; lower m_step.learning_rate"
+    )
+
+
 @pytest.mark.parametrize("shares", [torch.ones(6), torch.tensor([1.0, 0.5, 0.1, 1.0, 0.1, 0.5])])
 def test_dispersion_beyond_one_goes_where_there_is_room_for_error(shares):
     """Against the recursion of each entry's variance, for entries that are independent under the prior."""

@@ -52,6 +52,11 @@ from diffem.mixtures import Diagonal, Mixture
 LEAST = 0.001  # of v: a rare error where none was expected must not rule a step
 
 
+def share(h: Tensor) -> Tensor:
+    """exp(h) up to 1, and 1 + h beyond: an exponential would turn what the network has never seen into draws that explode."""
+    return 1 + torch.nn.functional.elu(h)
+
+
 @dataclass(frozen=True)
 class DenoiserConfig:
     """Preconditioning, noise schedule and loss. Noise levels are in model units (data about [-1, 1]).
@@ -164,7 +169,7 @@ class Denoiser(nn.Module):
             posterior, inputs = self._inputs(x_t, sigma, y, params, withheld)
         with torch.autocast(x_t.device.type, self.precision, enabled=self.precision != torch.float32):
             f, h = self.network(inputs, sigma.log())
-        v = LEAST + (1 - LEAST) * h.flatten(1).to(x_t).exp()
+        v = LEAST + (1 - LEAST) * share(h.flatten(1).to(x_t))
         if not posterior.by_entry:
             v = v.mean(1, keepdim=True).expand_as(v)
         return posterior, f.flatten(1).to(x_t), v

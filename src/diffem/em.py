@@ -551,7 +551,14 @@ class DiffEM:
                 out[chunk[~fresh]] = before[chunk[~fresh]]
             if fresh.any():
                 y, params = self.observations.batch(chunk[fresh])
-                out[chunk[fresh]] = sampler.sample(y, params, seeds[fresh]).numpy()
+                x = sampler.sample(y, params, seeds[fresh]).numpy()
+                if not np.isfinite(x).all():
+                    bad = chunk[fresh][~np.isfinite(x).reshape(len(x), -1).all(1)]
+                    raise DiffemError(
+                        f"e_step: the draws of {len(bad)} observations (first: {bad[0]}) are not finite at iteration {iteration}; "
+                        "lower m_step.learning_rate"
+                    )
+                out[chunk[fresh]] = x
             drawn += int(fresh.sum())
             done += len(chunk)
             self.progress(f"iteration {iteration}, E-step", done, len(self.observations))

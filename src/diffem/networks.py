@@ -1,7 +1,7 @@
 """Backbones: an MLP for vectors and a U-Net for signals and images, both modulated by the noise level.
 
 A backbone maps a list of tensors (what the denoiser shows it: means, x_t, y, masks, ...) and log sigma to
-two tensors of the shape of an item: the correction of a mean, and the logarithm of a share of a variance. Both begin at zero,
+two tensors of the shape of an item: the correction of a mean, and what a share of a variance is made of. Both begin at zero,
 so that an untrained denoiser is its reference posterior (see :mod:`diffem.denoisers`).
 """
 

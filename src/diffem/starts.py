@@ -51,7 +51,7 @@ class StartConfig:
     items: int = 16384
     iterations: int = 200
     tolerance: float = 1e-3
-    ridges: tuple[float, ...] = (1.0, 0.1, 0.01)
+    ridges: tuple[float, ...] = (1.0, 0.1)
 
     def __post_init__(self) -> None:
         if self.kind not in ("auto", "mixture", "gaussian", "observation", "run"):
