@@ -41,7 +41,8 @@ class StartConfig:
         iterations: At most this many EM iterations per fit.
         tolerance: A fit ends when the validation log likelihood has not risen by this for 10 iterations.
         ridges: Candidates for the number of pseudo-observations that regularise each component; 0 is maximum likelihood.
-            Components and rank are chosen with the first one, the others are tried with what was chosen.
+            Components and rank are chosen with the first one; each of the others goes on from the best fit so far. From
+            a first guess, a weak one may be best before it has found how entries vary together.
     """
 
     kind: str = "auto"
@@ -126,19 +127,17 @@ def fit(
             )
             fits.append(_converge(initial, fitting, validating, first, config))
             single = single or fits[-1].mixture
-    initial = _best(fits).initial
     for ridge in others:
         progress(f"start: a ridge of {ridge:g}")
-        fits.append(_converge(initial, fitting, validating, ridge, config))
+        fits.append(_converge(_best(fits).mixture, fitting, validating, ridge, config))
     chosen = _best(fits)
     return chosen.mixture.to(torch.float32), {**chosen.about, "candidates": [fit.about for fit in fits]}
 
 
 @dataclass(frozen=True)
 class _Fit:
-    """EM from a first guess, with a ridge, to where the validation log likelihood is greatest."""
+    """Where the validation log likelihood was greatest on the way of EM with a ridge."""
 
-    initial: Mixture
     ridge: float
     mixture: Mixture
     log_likelihood: float
@@ -175,7 +174,7 @@ def _converge(initial: Mixture, fitting: Batches, validating: Batches, ridge: fl
         if waited >= 10 or iteration == config.iterations:
             break
         mixture, _ = em_step(mixture, fitting(), ridge=ridge)
-    return _Fit(initial, ridge, best[1], best[0], iteration)
+    return _Fit(ridge, best[1], best[0], iteration)
 
 
 def _single(likelihood: Likelihood, rank: int, features: int, generator: torch.Generator) -> Mixture:
