@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
 
-from diffem.corruptions import GaussianBlur, RandomMask
-from diffem.errors import DiffemError
+from diffem.corruptions import GaussianBlur
 from diffem.observations import Observations
 from diffem.starts import StartConfig, _spectrum, fit
 
@@ -53,32 +50,3 @@ def test_start_of_a_noisy_blur_is_nearly_the_best_linear_estimate(noise):
     best = likelihood.basis.synthesise(wiener * likelihood.z).view_as(x)
     ours = mixture.posterior(likelihood).mean.view_as(x)
     assert (ours - x).square().mean() < 1.5 * (best - x).square().mean()
-
-
-def masked(items: int, still: int) -> Observations:
-    """Pixels of variance 1, but for `still` ones, which hardly vary; half of them are hidden."""
-    generator = torch.Generator().manual_seed(2)
-    corruption = RandomMask(0.5, 0.01)
-    x = torch.randn(items, *SHAPE, generator=generator)
-    x.flatten(1)[:, :still] *= 0.01
-    y, params = corruption.observe(x, generator)
-    return Observations(y.numpy(), corruption, {name: value.numpy() for name, value in params.items()}, range=(-1, 1))
-
-
-@pytest.mark.parametrize(("items", "still", "expected"), [(1500, 8, 0.01), (60, 0, 10.0)])
-def test_the_ridge_of_the_greatest_validation_likelihood_is_chosen(items, still, expected):
-    """Many items show how little a pixel varies, of which a ridge knows nothing; few items are overfitted without one."""
-    data = masked(items, still)
-    config = StartConfig(components=(1,), ranks=(4,), ridges=(10.0, 0.01))
-    mixture, about = fit(config, data, np.arange(items), data.corruption, (0.0, 1.0), 0)
-    assert [c["ridge"] for c in about["candidates"]] == [10.0, 0.01]
-    assert about["ridge"] == expected == max(about["candidates"], key=lambda c: c["log_likelihood"])["ridge"]
-    strong, _about = fit(replace(config, ridges=(10.0,)), data, np.arange(items), data.corruption, (0.0, 1.0), 0)
-    assert torch.equal(strong.covariance(), mixture.covariance()) == (expected == 10.0)
-    assert (mixture.covariance()[0].diagonal()[:still].sqrt() < 0.02).all()  # with the other ridge it is near 0.1
-
-
-def test_ridges_are_checked():
-    for ridges in ((), (1.0, -0.1)):
-        with pytest.raises(DiffemError, match=r"^start.ridges: give at least one number >= 0$"):
-            StartConfig(ridges=ridges)

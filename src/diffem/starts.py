@@ -1,7 +1,7 @@
 """Where EM starts: the observation itself, or a Gaussian or mixture prior fitted to the observations by exact EM.
 
-How many components, which rank and how strong a ridge is decided by the likelihood of a tenth of the *training*
-observations that the fit does not see; one component is always among the candidates. Each fit stops when that
+How many components and which rank is decided by the likelihood of a tenth of the *training* observations
+that the fit does not see; one component is always among the candidates. Each fit stops when that
 likelihood no longer rises.
 """
 
@@ -40,9 +40,7 @@ class StartConfig:
         items: At most this many training observations are used.
         iterations: At most this many EM iterations per fit.
         tolerance: A fit ends when the validation log likelihood has not risen by this for 10 iterations.
-        ridges: Candidates for the number of pseudo-observations that regularise each component; 0 is maximum likelihood.
-            Components and rank are chosen with the first one; each of the others goes on from the best fit so far. From
-            a first guess, a weak one may be best before it has found how entries vary together.
+        ridge: Pseudo-observations that regularise each component; 0 is maximum likelihood.
     """
 
     kind: str = "auto"
@@ -52,7 +50,7 @@ class StartConfig:
     items: int = 16384
     iterations: int = 200
     tolerance: float = 1e-3
-    ridges: tuple[float, ...] = (1.0, 0.1)
+    ridge: float = 1.0
 
     def __post_init__(self) -> None:
         if self.kind not in ("auto", "mixture", "gaussian", "observation", "run"):
@@ -61,8 +59,6 @@ class StartConfig:
             raise DiffemError("start.run: name the folder of an earlier run, together with start.kind run")
         if not self.ranks or min(self.ranks) < 0:
             raise DiffemError("start.ranks: give at least one rank >= 0")
-        if not self.ridges or min(self.ridges) < 0:
-            raise DiffemError("start.ridges: give at least one number >= 0")
 
     def resolve(self, corruption: Corruption) -> str:
         """The kind for this corruption."""
@@ -113,8 +109,8 @@ def fit(
 
     fitting, validating = batches(order[cut:]), batches(order[:cut])
     features = math.prod(observations.shape)
-    first, *others = config.ridges
-    fits: list[_Fit] = []
+    best: tuple[float, Mixture] | None = None
+    record = []
     components = (1,) if config.resolve(corruption) == "gaussian" else sorted({1, *config.components})
     for rank in sorted({min(r, features - 1) for r in config.ranks}):
         single: Mixture | None = None
@@ -125,37 +121,14 @@ def fit(
                 if single is None
                 else _spread(single, count, next(fitting()), generator)
             )
-            fits.append(_converge(initial, fitting, validating, first, config))
-            single = single or fits[-1].mixture
-    for ridge in others:
-        progress(f"start: a ridge of {ridge:g}")
-        fits.append(_converge(_best(fits).mixture, fitting, validating, ridge, config))
-    chosen = _best(fits)
-    return chosen.mixture.to(torch.float32), {**chosen.about, "candidates": [fit.about for fit in fits]}
-
-
-@dataclass(frozen=True)
-class _Fit:
-    """Where the validation log likelihood was greatest on the way of EM with a ridge."""
-
-    ridge: float
-    mixture: Mixture
-    log_likelihood: float
-    iterations: int
-
-    @property
-    def about(self) -> dict:
-        return {
-            "components": self.mixture.components,
-            "rank": self.mixture.rank,
-            "ridge": self.ridge,
-            "log_likelihood": self.log_likelihood,
-            "iterations": self.iterations,
-        }
-
-
-def _best(fits: list[_Fit]) -> _Fit:
-    return max(fits, key=lambda fit: fit.log_likelihood)
+            mixture, likelihood, iterations = _converge(initial, fitting, validating, config)
+            single = single or mixture
+            record.append({"components": count, "rank": rank, "log_likelihood": likelihood, "iterations": iterations})
+            if best is None or likelihood > best[0]:
+                best = likelihood, mixture
+    assert best is not None
+    chosen = best[1].to(torch.float32)
+    return chosen, {"components": chosen.components, "rank": chosen.rank, "candidates": record}
 
 
 def _mean_log_likelihood(mixture: Mixture, batches: Batches) -> float:
@@ -163,8 +136,10 @@ def _mean_log_likelihood(mixture: Mixture, batches: Batches) -> float:
     return values.double().mean().item()
 
 
-def _converge(initial: Mixture, fitting: Batches, validating: Batches, ridge: float, config: StartConfig) -> _Fit:
-    mixture, best, reference, waited, iteration = initial, (-math.inf, initial), -math.inf, 0, 0
+def _converge(
+    mixture: Mixture, fitting: Batches, validating: Batches, config: StartConfig
+) -> tuple[Mixture, float, int]:
+    best, reference, waited, iteration = (-math.inf, mixture), -math.inf, 0, 0
     for iteration in range(config.iterations + 1):
         value = _mean_log_likelihood(mixture, validating)
         if value > best[0]:
@@ -173,8 +148,8 @@ def _converge(initial: Mixture, fitting: Batches, validating: Batches, ridge: fl
         reference = max(reference, value)
         if waited >= 10 or iteration == config.iterations:
             break
-        mixture, _ = em_step(mixture, fitting(), ridge=ridge)
-    return _Fit(ridge, best[1], best[0], iteration)
+        mixture, _ = em_step(mixture, fitting(), ridge=config.ridge)
+    return best[1], best[0], iteration
 
 
 def _single(likelihood: Likelihood, rank: int, features: int, generator: torch.Generator) -> Mixture:

@@ -1,7 +1,7 @@
 """What a run costs on this machine: the start, an update and a draw are timed at their real sizes, and multiplied.
 
 The start is timed by one iteration of EM on few items for the candidates of the largest rank; a fit usually takes about
-:data:`FIT` on all of them, for each rank, and for each ridge but the first. The E-step may draw fewer than is counted, if the calibration has nothing to
+:data:`FIT` on all of them, for each rank. The E-step may draw fewer than is counted, if the calibration has nothing to
 widen, and the first iteration may end earlier. Other work on the machine lengthens what is timed as it lengthens a run.
 """
 
@@ -36,14 +36,11 @@ def forecast(observations: Observations, config: Config) -> str:
         DiffemError: If the configuration does not fit the observations.
     """
     full, n, em_config, m_step = config.start, len(observations), config.em, config.m_step
-    start = replace(
-        full, items=min(full.items, FIT_ITEMS), iterations=1, ranks=(max(full.ranks),), ridges=full.ridges[:1]
-    )
+    start = replace(full, items=min(full.items, FIT_ITEMS), iterations=1, ranks=full.ranks and (max(full.ranks),))
     with tempfile.TemporaryDirectory(prefix="diffem-check-") as folder:
         em = DiffEM(replace(config, start=start), observations, folder, allow_unobserved=True)
         em._build(em._initial_prior()[0])
-        more = min(full.items, len(em.train)) / min(start.items, len(em.train))
-        more *= len(full.ranks) + len(full.ridges) - 1
+        more = min(full.items, len(em.train)) / min(start.items, len(em.train)) * len(full.ranks)
         fit = _seconds(em._initial_prior) * more * min(FIT, full.iterations)
     generator, rows = torch.Generator(em.device).manual_seed(0), np.arange(min(config.e_step.batch, n))
     x = np.broadcast_to(np.float32(em.scaling[0]), (n, *em.shape))
