@@ -552,8 +552,8 @@ class DiffEM:
             if fresh.any():
                 y, params = self.observations.batch(chunk[fresh])
                 x = sampler.sample(y, params, seeds[fresh]).numpy()
-                if not np.isfinite(x).all():
-                    bad = chunk[fresh][~np.isfinite(x).reshape(len(x), -1).all(1)]
+                bad = chunk[fresh][~np.isfinite(x).reshape(len(x), -1).all(1)]
+                if len(bad):
                     raise DiffemError(
                         f"e_step: the draws of {len(bad)} observations (first: {bad[0]}) are not finite at iteration {iteration}; "
                         "lower m_step.learning_rate"
