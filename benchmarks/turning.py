@@ -38,7 +38,8 @@ from diffem.observations import Observations
 from diffem.posteriors import PosteriorSampler, draw_many
 
 HERE = Path(__file__).parent
-ITEMS, ITERATIONS = 600, 20
+ITEMS = 600
+SETTINGS = {"em.iterations": "20", "m_step.schedule": "constant"}  # the rate of the preset when they were run
 DRAWS = 4  # of each observation, for the distances to clean data
 STEP = 8  # between levels of grey
 BARE = {"e_step.sharp": "1", "e_step.ratio": "0", "em.guard": "false", "prior.steps": "1"}
@@ -150,7 +151,7 @@ def main() -> int:
             file = arguments.results / f"{name}-{seed}.json"
             if file.exists():
                 continue
-            settings = {"em.iterations": str(ITERATIONS), **TASKS[task].settings, **({} if arguments.default else BARE)}
+            settings = {**SETTINGS, **TASKS[task].settings, **({} if arguments.default else BARE)}
             folder = arguments.runs / f"{name}-{seed}" / "run"
             shutil.rmtree(folder, ignore_errors=True)  # the guard's memory is not in a checkpoint
             rows = run(task, seed, settings, folder)
