@@ -36,7 +36,7 @@ def forecast(observations: Observations, config: Config) -> str:
         DiffemError: If the configuration does not fit the observations.
     """
     full, n, em_config, m_step = config.start, len(observations), config.em, config.m_step
-    start = replace(full, items=min(full.items, FIT_ITEMS), iterations=1, ranks=full.ranks and (max(full.ranks),))
+    start = replace(full, items=min(full.items, FIT_ITEMS), iterations=1, ranks=(max(full.ranks),))
     with tempfile.TemporaryDirectory(prefix="diffem-check-") as folder:
         em = DiffEM(replace(config, start=start), observations, folder, allow_unobserved=True)
         em._build(em._initial_prior()[0])
