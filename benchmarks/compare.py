@@ -33,10 +33,12 @@ from diffem.diagnostics import score
 from diffem.em import DiffEM, repeats
 from diffem.metrics import ITEMS, compare
 from diffem.observations import Observations, evenly
-from diffem.posteriors import draw_many, from_pretrained, sample_many
+from diffem.posteriors import PosteriorSampler, draw_many, from_pretrained, sample_many
 
 HERE = Path(__file__).parent
 WATCHED, DRAWS, SPLITS = 5, 3, 8  # iterations from one comparison to the next in a long run of diffem, draws and splits
+AGAIN = 12  # draws of the iterations that are the best of such a run, and of what it keeps
+CLOSE = ("close_crps", "energy_distance", "frechet")  # what they are compared by
 EXAMPLES = 50  # clean ones, where a method is given some
 
 
@@ -72,18 +74,39 @@ class Observed(Fixed):
 
 
 class Watched(DiffEM):
-    """Compared every few iterations, by the same draws each time, more than one: what an iteration changes is small."""
+    """Compared every few iterations, by the same draws each time, more than one: what an iteration changes is small.
+
+    The least of many comparisons owes something to chance, so that the iterations that have it are compared again, by others.
+    """
 
     def _compared(self, sampler, x):
         at = self.state.iteration
-        if at % WATCHED and at != self.config.em.iterations and self.state.phase != "calibration":
-            return {}
+        if self.state.phase != "calibration":
+            if at % WATCHED and at != self.config.em.iterations:
+                return {}
+            sampler.save_pretrained(self._look(at))
+        return {"clean": self._closely(sampler, self.seed, DRAWS)}
+
+    def _look(self, iteration: int) -> Path:
+        return self.run.folder / "looks" / f"{iteration:03d}"
+
+    def _closely(self, sampler: PosteriorSampler, seed: int, number: int) -> dict[str, float]:
+        """Distances of draws to the clean reference, and the CRPS of held-out items."""
         assert self.reference is not None
-        rows = evenly(np.arange(len(x)), ITEMS)
-        drawn = draw_many(sampler, self.observations, rows, DRAWS, self.seed).numpy()
-        each = [compare(drawn[:, j], self.reference[rows], self.scaling, self.features) for j in range(DRAWS)]
-        crps = score(sampler, self.observations, self.held_out, self.seed, 2, SPLITS, repeats(sampler))
-        return {"clean": {**means(each), "close_crps": crps.mean}}
+        rows = evenly(np.arange(len(self.observations)), ITEMS)
+        drawn = draw_many(sampler, self.observations, rows, number, seed).numpy()
+        each = [compare(drawn[:, j], self.reference[rows], self.scaling, self.features) for j in range(number)]
+        crps = score(sampler, self.observations, self.held_out, seed, 2, SPLITS, repeats(sampler))
+        return {**means(each), "close_crps": crps.mean}
+
+    def again(self) -> dict[str, dict[str, float]]:
+        """The start, every iteration that is the best in something, and what is kept, by draws that chose none of them."""
+        seen = {row["iteration"]: row["clean"] for row in self.rows if row.get("clean") and "of" not in row}
+        best = {min(seen, key=lambda at, name=name: seen[at][name]) for name in CLOSE}
+        samplers = {str(at): from_pretrained(self._look(at)) for at in sorted({0, *best})}
+        samplers["last"] = from_pretrained(self.run.folder / "posterior")
+        found = {at: self._closely(sampler, self.seed + 1, AGAIN) for at, sampler in samplers.items()}
+        return {at: {name: distances[name] for name in CLOSE} for at, distances in found.items()}
 
 
 @dataclass(frozen=True)
@@ -250,6 +273,7 @@ def run(task: str, name: str, seed: int, budget: int, runs: Path, root: str | No
         "settings": {k: v for k, v in settings.items() if "{" not in v and not k.endswith(("examples", ".run"))},
         "metrics": columns,
         "curve": curve(arm.rows),
+        **({"again": arm.again()} if isinstance(arm, Watched) else {}),
     }
 
 

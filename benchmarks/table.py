@@ -179,13 +179,15 @@ def lasting() -> str:
                 last = next(p for p in reversed(points) if p["best"])
                 final = result["curve"][-1] if result["curve"][-1]["calibrated"] else last
                 cells = [folder.name, method, str(result["seed"]), str(result["iterations"]), f"{final['ratio']:.2f}"]
-                # only a watched run has scores of the same splits and draws from its start to what it ends with
-                watched = "close_crps" in final
-                score = ("close_crps", final, 4) if watched else ("crps", last, 4)
+                # a watched run has looked again at what was the best, by other draws than chose it
+                again = result.get("again")
+                score = ("close_crps", final, 4) if again else ("crps", last, 4)
                 for name, ended, digits in (score, ("energy_distance", final, 4), ("frechet", final, 1)):
                     values = {p["iteration"]: p[name] for p in points if name in p}
                     at = min(values, key=values.__getitem__)
-                    cells += [f"{value:.{digits}f}" for value in (values[0], values[at], ended[name])]
+                    shown = (values[0], values[at], ended[name])
+                    shown = tuple(again[str(look)][name] for look in (0, at, "last")) if again else shown
+                    cells += [f"{value:.{digits}f}" for value in shown]
                     cells[-2] += f" ({at})"
                 origin = next(r for r in runs["start"] if r["seed"] == result["seed"])
                 fall = origin["metrics"]["crps"] - result["metrics"]["crps"]  # of all held-out digits, several splits
