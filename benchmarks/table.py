@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import statistics
 import sys
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -232,22 +234,21 @@ def turning() -> str:
 
 
 def misspecified() -> str:
-    """Of every case of misspecified.py: the effect, and what noticed it."""
+    """Of every case of misspecified.py: the effect, the mean of its seeds, and what noticed it, on how many of them."""
     heads = ["true", "assumed", "PSNR of the mean", "energy distance", "prior: energy distance"]
     heads += ["ratio, held out", "ratio, clean", "check", "diagnose"]
-    lines = []
+    names = (("psnr_mean", 2), ("energy_distance", 4), ("prior_energy_distance", 4), ("ratio", 2), ("clean_ratio", 2))
+    cases: dict[str, list[dict]] = {}
     for file in sorted((HERE / "results" / "misspecified").glob("*.json")):
-        result = json.loads(file.read_text())
-        numbers = [
-            f"{result[n]:.{d}f}" for n, d in (("psnr_mean", 2), ("energy_distance", 4), ("prior_energy_distance", 4))
-        ]
-        numbers += ["–" if result[n] is None else f"{result[n]:.2f}" for n in ("ratio", "clean_ratio")]
-        found = [
-            "; ".join(w.split(":")[0] if name == "check" else w.split(" (")[0].split(":")[0] for w in result[name])
-            for name in ("check", "diagnose")
-        ]
-        assumed = "the same" if result["assumed"] == result["true"] else result["assumed"]
-        lines.append([result["true"], assumed, *numbers, *(w or "–" for w in found)])
+        cases.setdefault(file.stem.rsplit("-", 1)[0], []).append(json.loads(file.read_text()))
+    lines = []
+    for seeds in cases.values():
+        true, assumed = seeds[0]["true"], seeds[0]["assumed"]
+        cells = [f"{statistics.mean(seed[name] for seed in seeds):.{digits}f}" for name, digits in names]
+        for name in ("check", "diagnose"):
+            heard = Counter(re.split(r" \(|:|, by ", w)[0] for seed in seeds for w in seed[name])
+            cells.append("; ".join(f"{words} ({count} of {len(seeds)})" for words, count in heard.items()) or "–")
+        lines.append([true, "the same" if assumed == true else assumed, *cells])
     return "### wrong corruptions\n\n" + markdown(heads, lines) if lines else ""
 
 
