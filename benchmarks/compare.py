@@ -164,6 +164,7 @@ METHODS: dict[str, Method] = {
     "diffem-64steps": Method({"sampler.steps": "64"}),
     "diffem-short": Method({"m_step.steps": "75"}),
     "diffem-pool": Method({"m_step.steps": "30", "em.refresh": "0.2", "em.score_items": "64"}),
+    "diffem-falling": Method({"m_step.schedule": "linear"}),  # the learning rate of the presets
     "diffem-long": Method({"m_step.steps": "300"}),
 }
 MAIN = ["start", "observed", "clean", "diffem", "em-mmps", "emdiffusion", "ambient", "scsi"]
@@ -239,7 +240,7 @@ def run(task: str, name: str, seed: int, budget: int, runs: Path, root: str | No
     bar = cli.ProgressBar()
     judge = Judge(observed, seed, seed)
     began = time.monotonic()
-    algorithm = Watched if name == "diffem" and task.endswith("-long") else method.algorithm
+    algorithm = Watched if name in ("diffem", "diffem-falling") and task.endswith("-long") else method.algorithm
     arm = algorithm(
         config, observations, folder, progress=bar.update, start=start, reference=clean, features=judge.features
     )

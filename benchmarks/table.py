@@ -181,9 +181,9 @@ def lasting() -> str:
                 last = next(p for p in reversed(points) if p["best"])
                 final = result["curve"][-1] if result["curve"][-1]["calibrated"] else last
                 cells = [folder.name, method, str(result["seed"]), str(result["iterations"]), f"{final['ratio']:.2f}"]
-                # a watched run has looked again at what was the best, by other draws than chose it
-                again = result.get("again")
-                score = ("close_crps", final, 4) if again else ("crps", last, 4)
+                # only a watched run has scores of the same splits and draws from its start to what it ends with
+                score = ("close_crps", final, 4) if "close_crps" in final else ("crps", last, 4)
+                again = result.get("again")  # by other draws than chose what is the best
                 for name, ended, digits in (score, ("energy_distance", final, 4), ("frechet", final, 1)):
                     values = {p["iteration"]: p[name] for p in points if name in p}
                     at = min(values, key=values.__getitem__)
