@@ -37,7 +37,7 @@ from diffem.posteriors import PosteriorSampler, draw_many, from_pretrained, samp
 
 HERE = Path(__file__).parent
 WATCHED, DRAWS, SPLITS = 5, 3, 8  # iterations from one comparison to the next in a long run of diffem, draws and splits
-AGAIN = 12  # draws of the iterations that are the best of such a run, and of what it keeps
+AGAIN = 4  # times as many, of the iterations that are the best of such a run, and of what it keeps
 CLOSE = ("close_crps", "energy_distance", "frechet")  # what they are compared by
 EXAMPLES = 50  # clean ones, where a method is given some
 
@@ -85,18 +85,18 @@ class Watched(DiffEM):
             if at % WATCHED and at != self.config.em.iterations:
                 return {}
             sampler.save_pretrained(self._look(at))
-        return {"clean": self._closely(sampler, self.seed, DRAWS)}
+        return {"clean": self._closely(sampler, self.seed)}
 
     def _look(self, iteration: int) -> Path:
         return self.run.folder / "looks" / f"{iteration:03d}"
 
-    def _closely(self, sampler: PosteriorSampler, seed: int, number: int) -> dict[str, float]:
+    def _closely(self, sampler: PosteriorSampler, seed: int, times: int = 1) -> dict[str, float]:
         """Distances of draws to the clean reference, and the CRPS of held-out items."""
         assert self.reference is not None
-        rows = evenly(np.arange(len(self.observations)), ITEMS)
+        rows, number = evenly(np.arange(len(self.observations)), ITEMS), times * DRAWS
         drawn = draw_many(sampler, self.observations, rows, number, seed).numpy()
         each = [compare(drawn[:, j], self.reference[rows], self.scaling, self.features) for j in range(number)]
-        crps = score(sampler, self.observations, self.held_out, seed, 2, SPLITS, repeats(sampler))
+        crps = score(sampler, self.observations, self.held_out, seed, 2, times * SPLITS, repeats(sampler))
         return {**means(each), "close_crps": crps.mean}
 
     def again(self) -> dict[str, dict[str, float]]:
