@@ -240,7 +240,7 @@ def run(task: str, name: str, seed: int, budget: int, runs: Path, root: str | No
     bar = cli.ProgressBar()
     judge = Judge(observed, seed, seed)
     began = time.monotonic()
-    algorithm = Watched if name in ("diffem", "diffem-falling") and task.endswith("-long") else method.algorithm
+    algorithm = Watched if name.startswith("diffem") and task.endswith("-long") else method.algorithm
     arm = algorithm(
         config, observations, folder, progress=bar.update, start=start, reference=clean, features=judge.features
     )

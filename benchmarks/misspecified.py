@@ -1,6 +1,6 @@
 """What a wrong corruption does, and whether it is noticed without clean data.
 
-    python benchmarks/misspecified.py --seeds 0          # one JSON a case, in results/misspecified/
+    python benchmarks/misspecified.py --seeds 0 1 2      # one JSON a case and seed, in results/misspecified/
     python benchmarks/table.py                           # the table
 
 Digits are observed through one corruption, and a Gaussian mixture is fitted by exact EM under another: a mask rate of 0.65 or

@@ -187,8 +187,10 @@ def lasting() -> str:
                 for name, ended, digits in (score, ("energy_distance", final, 4), ("frechet", final, 1)):
                     values = {p["iteration"]: p[name] for p in points if name in p}
                     at = min(values, key=values.__getitem__)
-                    shown = (values[0], values[at], ended[name])
-                    shown = tuple(again[str(look)][name] for look in (0, at, "last")) if again else shown
+                    if again:
+                        shown = [again[str(look)][name] for look in (0, at, "last")]
+                    else:
+                        shown = [values[0], values[at], ended[name]]
                     cells += [f"{value:.{digits}f}" for value in shown]
                     cells[-2] += f" ({at})"
                 origin = next(r for r in runs["start"] if r["seed"] == result["seed"])
