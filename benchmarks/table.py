@@ -6,7 +6,6 @@ python benchmarks/table.py --check    exit status 1 if that would change anythin
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
 import statistics
@@ -40,10 +39,22 @@ HEADS = {
     "prior_to_curve": "prior: to curve",
     "prior_from_curve": "prior: from curve",
 }
-PATIENCE = (5, 8)
 FINE = ("crps", "delta", "energy_distance", "to_curve", "from_curve", "sinkhorn", "prior_to_curve", "prior_from_curve")
 # of a comparison: what says most, so that a table can be read
-COMPARED = [n for n in HEADS if n not in ("delta", "residual")]
+COMPARED = [
+    "crps",
+    "ratio",
+    "psnr_mean",
+    "psnr_classical",
+    "frechet",
+    "energy_distance",
+    "accuracy",
+    "to_curve",
+    "sinkhorn",
+]
+COMPARED += ["prior_frechet", "prior_to_curve"]
+ORDER = ["start", "diffem", "lambda1", "paper", "scsi", "scsi+weights", "em-mmps", "emdiffusion", "ambient"]
+ORDER += ["splitting", "splitting-deepinv", "observed", "clean"]
 
 
 def number(name: str, value: float) -> str:
@@ -87,8 +98,7 @@ def load(folder: Path) -> dict[str, list[dict]]:
     for file in sorted(folder.glob("*.json")):
         result = json.loads(file.read_text())
         runs.setdefault(result["method"], []).append(result)
-    order = ["clean", "diffem", "em-mmps", "emdiffusion", "ambient", "scsi", "start", "observed"]
-    return {k: runs[k] for k in [*[m for m in order if m in runs], *sorted(set(runs) - set(order))]}
+    return {k: runs[k] for k in [*[m for m in ORDER if m in runs], *sorted(set(runs) - set(ORDER))]}
 
 
 def averaged(results: list[dict], names: Iterable[str]) -> dict:
@@ -107,24 +117,55 @@ def mean(results: list[dict], name: str) -> float:
     return statistics.mean(r[name] for r in results)
 
 
-def per_iteration(results: list[dict]) -> str:
-    """Seconds of an iteration after the first: an M-step, an E-step and the scores."""
-    seconds = []
-    for result in results:
-        points = [p["seconds"] for p in result["curve"]][: result["iterations"] + 1]
-        seconds += [b - a for a, b in itertools.pairwise(points[1:])]
-    return f"{statistics.median(seconds):.0f}" if seconds else "–"
+def way(columns: dict[str, dict], name: str) -> list[str]:
+    """How much of the way from the start to the network trained on clean data each method has gone, in a metric."""
+    if not {"start", "clean"} <= set(columns) or name not in columns["clean"]:
+        return []
+    start, clean = columns["start"][name], columns["clean"][name]
+    gap = start - clean
+    return [f"{100 * (start - c[name]) / gap:.0f} %" if name in c and gap > 0 else "–" for c in columns.values()]
+
+
+def reached(runs: dict[str, list[dict]]) -> list[str]:
+    """Evaluations until the validation CRPS is what plain EM's (lambda 1) is at the end of its budget, in units of that
+    budget; the mean of the seeds."""
+    goals = {r["seed"]: _iterations(r)[-1] for r in runs.get("lambda1", [])}
+    cells = []
+    for results in runs.values():
+        shares: list[float | None] = []
+        for result in (r for r in results if r["seed"] in goals and r["curve"]):
+            goal = goals[result["seed"]]
+            point = next((p for p in _iterations(result) if p["crps"] <= goal["crps"]), None)
+            shares.append(point and point["evaluations"] / goal["evaluations"])
+        known = [share for share in shares if share is not None]
+        text = "–" if not shares else "never" if not known else f"{statistics.mean(known):.2f}"
+        cells.append(text + (f" ({len(known)} of {len(shares)})" if 0 < len(known) < len(shares) else ""))
+    return cells if goals else []
+
+
+def _iterations(result: dict) -> list[dict]:
+    """The points of a curve that are scored on the same observations: all but what the run ends with."""
+    return [p for p in result["curve"] if not p["last"]]
+
+
+def columns_of(runs: dict[str, list[dict]], names: list[str]) -> tuple[dict[str, dict], dict[str, list[str]]]:
+    """The metrics by method, and what is computed from them."""
+    columns = {method: averaged(results, names) for method, results in runs.items()}
+    extra = {"of the way in CRPS": way(columns, "crps")}
+    extra |= {f"in {HEADS[n]}": way(columns, n) for n in ("frechet", "energy_distance") if n in names}
+    extra["evaluations to plain EM's CRPS"] = reached(runs)
+    return columns, {k: v for k, v in extra.items() if v}
 
 
 def comparison(folder: Path) -> str:
     """The table of a task."""
     runs = load(folder)
-    columns = {f"{method} ({len(results)})": averaged(results, COMPARED) for method, results in runs.items()}
-    extra = {
+    columns, extra = columns_of(runs, COMPARED)
+    columns = {f"{method} ({len(runs[method])})": column for method, column in columns.items()}
+    extra |= {
         "iterations": [f"{mean(r, 'iterations'):.0f}" for r in runs.values()],
         "evaluations [10⁶]": [f"{mean(r, 'evaluations') / 1e6:.2f}" for r in runs.values()],
         "seconds": [f"{mean(r, 'seconds'):.0f}" for r in runs.values()],
-        "of them an iteration": [per_iteration(r) for r in runs.values()],
     }
     every = [r for results in runs.values() for r in results]
     budget = " or ".join(f"{b:,}" for b in sorted({r["budget"] for r in every}))
@@ -139,80 +180,14 @@ def comparison(folder: Path) -> str:
 def summary(folder: Path) -> str:
     """A task in the columns that decide, for the documentation."""
     runs = load(folder)
-    distance = "to_curve" if folder.name == "manifold" else "frechet"
-    names = ["crps", "ratio", distance, f"prior_{distance}", "recall", "coverage"]
-    columns = {method: averaged(results, names) for method, results in runs.items()}
-    closed = []
-    for column in columns.values():
-        gap = columns["start"]["crps"] - columns["clean"]["crps"] if {"start", "clean"} <= set(columns) else 0.0
-        closed.append(f"{100 * (columns['start']['crps'] - column['crps']) / gap:.0f} %" if gap > 0 else "–")
-    extra = {"of the way from start to clean": closed, "seconds": [f"{mean(r, 'seconds'):.0f}" for r in runs.values()]}
+    names = ["crps", "ratio", "psnr_mean", "to_curve" if folder.name == "manifold" else "frechet", "energy_distance"]
+    columns, extra = columns_of(runs, names)
     return f"### {folder.name}\n\n{grid(columns, names, extra)}"
 
 
-def patient(points: list[dict], patience: int) -> int:
-    """The iteration that a run would have ended with, had `em.patience` not been 0; :class:`diffem.guard.Guard`'s rule."""
-    stale = best = 0
-    accepted = False
-    for point in points[1:]:
-        improved = point["best"] or (point["accepted"] and (not accepted or point["delta"] < 0))
-        accepted |= point["accepted"]
-        best = point["iteration"] if point["best"] else best
-        stale = 0 if improved else stale + 1
-        if stale == patience:
-            if point["dispersion"]:
-                break
-            stale = 0
-    return best
-
-
-def lasting() -> str:
-    """Of every long run: what it ends with, beside the best that it had on the way, and what patience would have saved."""
-    heads = ["run", "method", "seed", "iterations", "ratio"]
-    for name in ("CRPS", "energy distance", "Frechet"):
-        heads += [f"{name}: start", "least (at)", "last"]
-    heads += [f"saved with patience {patience} (share of the fall in CRPS)" for patience in PATIENCE]
-    lines = []
-    for folder in (f for f in compared() if f.name.endswith("-long")):
-        runs = load(folder)
-        for method, results in runs.items():
-            for result in results if method not in ("start", "clean") else []:
-                points = [p for p in result["curve"] if not p["calibrated"]]
-                last = next(p for p in reversed(points) if p["best"])
-                final = result["curve"][-1] if result["curve"][-1]["calibrated"] else last
-                cells = [folder.name, method, str(result["seed"]), str(result["iterations"]), f"{final['ratio']:.2f}"]
-                # only a watched run has scores of the same splits and draws from its start to what it ends with
-                score = ("close_crps", final, 4) if "close_crps" in final else ("crps", last, 4)
-                again = result.get("again")  # by other draws than chose what is the best
-                for name, ended, digits in (score, ("energy_distance", final, 4), ("frechet", final, 1)):
-                    values = {p["iteration"]: p[name] for p in points if name in p}
-                    at = min(values, key=values.__getitem__)
-                    if again:
-                        shown = [again[str(look)][name] for look in (0, at, "last")]
-                    else:
-                        shown = [values[0], values[at], ended[name]]
-                    cells += [f"{value:.{digits}f}" for value in shown]
-                    cells[-2] += f" ({at})"
-                origin = next(r for r in runs["start"] if r["seed"] == result["seed"])
-                fall = origin["metrics"]["crps"] - result["metrics"]["crps"]  # of all held-out digits, several splits
-                whole = points[patient(points, len(points))]["crps"]
-                guarded = result["settings"].get("em.guard") != "false"
-                for stop in (patient(points, patience) for patience in PATIENCE) if guarded else ():
-                    share = f" ({1 - (points[stop]['crps'] - whole) / fall:.0%})" if fall > 1e-3 else ""
-                    cells.append(f"{stop}{share}")
-                lines.append(cells + ["–"] * (len(heads) - len(cells)))
-    return "### long runs\n\n" + markdown(heads, lines) if lines else ""
-
-
 def chosen(rows: list[dict]) -> int:
-    """The iteration that the guard would have saved, patience included."""
-    best = 0
-    for row in rows[1:]:
-        if row["guard"]["best"]:
-            best = row["iteration"]
-        if row["guard"]["over"]:
-            break
-    return best if best and rows[best]["guard"].get("outdoes", True) else 0
+    """The iteration that the selection keeps."""
+    return next(row["iteration"] for row in reversed(rows) if row["best"])
 
 
 def turning() -> str:
@@ -254,6 +229,44 @@ def misspecified() -> str:
     return "### wrong corruptions\n\n" + markdown(heads, lines) if lines else ""
 
 
+KEPT = {"lambda1": "kept", "lambda01": "0.003", "no-split": "kept", "detached": "kept", "times": "Beta(3, 1.5)"}
+KEPT |= {"whole": "kept", "plain": "kept", "fewer": "as they were", "refresh": "a setting"}
+
+
+def ablation() -> str:
+    """What each mechanism buys: differences to the loop as it is, means over seeds and their standard errors."""
+    files = sorted((HERE / "results" / "ablation").glob("*.json"))
+    if not files:
+        return ""
+    from ablation import ARMS
+
+    tasks: dict[str, list[dict]] = {}
+    for file in files:
+        result = json.loads(file.read_text())
+        tasks.setdefault(result["task"], []).append(result["arms"])
+    lines = []
+    for name, change in ARMS.items():
+        cells = [change.what]
+        for seeds in tasks.values():
+            pairs = [(arms["default"], arms[name]) for arms in seeds if name in arms and "default" in arms]
+            for metric in ("crps", "energy_distance"):
+                if not pairs:
+                    cells.append("–")
+                elif name == "default":
+                    cells.append(f"{statistics.mean(b[metric] for _, b in pairs):.4f}")
+                else:
+                    apart = [b[metric] - a[metric] for a, b in pairs]
+                    error = f" ± {statistics.stdev(apart) / len(apart) ** 0.5:.4f}" if len(apart) > 1 else ""
+                    cells.append(f"{statistics.mean(apart):+.4f}{error}")
+        lines.append([*cells, "" if name == "default" else KEPT.get(name, "deleted")])
+    heads = ["", *(f"{task}: {metric}" for task in tasks for metric in ("CRPS", "energy distance")), "what was done"]
+    about = (
+        "`python benchmarks/ablation.py`: differences to the loop as it is, at equal evaluations, on seeds that no comparison "
+        "reports; ± is the standard error over seeds."
+    )
+    return f"### ablation\n\n{about}\n\n{markdown(heads, lines)}"
+
+
 def compared() -> list[Path]:
     return [folder for folder in sorted((HERE / "results" / "compare").glob("*")) if folder.is_dir()]
 
@@ -261,10 +274,11 @@ def compared() -> list[Path]:
 def pages() -> dict[Path, str]:
     """Every page with tables, and its text with the tables of today."""
     tables = {
-        HERE / "README.md": [comparison(f) for f in compared()]
+        HERE / "README.md": [ablation()]
+        + [comparison(f) for f in compared()]
         + [single(f) for f in sorted((HERE / "results").glob("*.json"))],
         HERE.parent / "docs" / "which-method.md": [summary(f) for f in compared() if not f.name.endswith("-long")],
-        HERE.parent / "docs" / "without-clean-data.md": [turning(), lasting(), misspecified()],
+        HERE.parent / "docs" / "without-clean-data.md": [turning(), misspecified()],
     }
     texts = {}
     for file, parts in tables.items():

@@ -14,9 +14,11 @@ import yaml
 
 from diffem import config as configuration
 from diffem import datasets
+from diffem import em as em_module
 from diffem.cli import main
 from diffem.config import Config
 from diffem.corruptions import BlackBox, Corruption, GaussianBlur, GaussianNoise, RandomMask, RandomProjection
+from diffem.diagnostics import Score
 from diffem.diagnostics.check import Finding, check
 from diffem.diagnostics.spectrum import Spectrum
 from diffem.em import DiffEM
@@ -207,15 +209,17 @@ def test_mask_rate(block):
     assert "mask-rate" not in found(observe(images(100), RandomMask(0.75, 1.0, block=8)))  # few, so uncertain
 
 
-def test_duplicates():
+@pytest.mark.parametrize("which", [2, 150])  # of the validation, of the test observations
+def test_duplicates(which):
     y, mask = features(2000, 6), half(2000, 6)
     assert "duplicates" not in found(masked(y, mask))
-    train, held_out = masked(y, mask).split(seed=0)
-    for a, b in ((train[3], train[5]), (train[4], train[9]), (train[30], held_out[2])):
+    train, *halves = masked(y, mask).split(seed=0)
+    held_out = np.concatenate(halves)
+    for a, b in ((train[3], train[5]), (train[4], train[9]), (train[30], held_out[which])):
         mask[a, :5] = True  # what shows next to nothing may well be alike
         y[b], mask[b] = y[a], mask[a]
-    index = min(train[5], train[9], max(train[30], held_out[2]))
-    earlier = {train[5]: train[3], train[9]: train[4]}.get(index, min(train[30], held_out[2]))
+    index = min(train[5], train[9], max(train[30], held_out[which]))
+    earlier = {train[5]: train[3], train[9]: train[4]}.get(index, min(train[30], held_out[which]))
     y[~mask] = np.nan  # what was not seen makes no difference
     text = f"3 of 2,000 observations are copies of an earlier one (first: {index} of {earlier}), and 1 of 200 held-out ones are in training, too, so that their scores would be too good; remove them, unless they were measured so"
     assert found(masked(y, mask))["duplicates"] == Finding("warning", "duplicates", text)
@@ -418,8 +422,7 @@ def test_a_range_that_does_not_fit():
 
 
 def test_cost_counts_what_a_run_does(tmp_path, monkeypatch):
-    everything = {"em": {**TINY["em"], "guard": False}, "e_step": {"ratio": 0.95}}  # the calibration will widen
-    config = configuration.from_dict({**TINY, **everything})
+    config = configuration.from_dict(TINY)
     observations = observe(features(600), RandomMask(0.3, 0.01))
     text = found(observations, config)["cost"].text
     assert text.startswith("about ")
@@ -437,10 +440,21 @@ def test_cost_counts_what_a_run_does(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Trainer, "update", counted_update)
     monkeypatch.setattr(DiffusionPosterior, "sample", counted_sample)
+
+    def decided(sampler, *arguments):
+        score(
+            sampler, *arguments
+        )  # iterations are better than the start; draws of a width of 1.5 are nearly calibrated
+        ones, width = torch.ones(6), getattr(sampler, "width", 0.5)
+        return Score("crps", ones / width, width / 1.51 * ones, ones, 0 * ones)
+
+    score = em_module.score
+    monkeypatch.setattr(em_module, "score", decided)
     rows = list(DiffEM(config, observations, tmp_path).iterate())
-    assert len(rows) >= 3
+    assert [row["width"] for row in rows] == [None, 1, 1, 1.5]
     assert updates == count["updates"] == 30 + 20 + 10
-    assert draws == count["draws"] + 2 * 2 * 60  # to measure corrections on 60 held-out items costs two draws of each
+    # two E-steps and the last one; 30 validation observations that score them, and 3 widths closely; 30 test observations
+    assert draws == count["draws"] == 3 * 600 + 2 * (2 * 2 * 30) + (3 + 1) * (8 * 2 * 30)
 
 
 @pytest.mark.parametrize("kind", ["gaussian", "observation"])

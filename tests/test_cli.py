@@ -21,8 +21,8 @@ from diffem.observations import Observations
 from diffem.posteriors import from_pretrained
 
 TINY = [
-    "--e_step.ratio",
-    "0",
+    "--em.guard",
+    "false",
     "--em.iterations",
     "1",
     "--em.score_draws",
@@ -196,7 +196,8 @@ def test_corrupt_to_report(here, capsys):
     assert err == ""
     assert "iteration   0 start" in out
     assert "iteration   1 " in out
-    assert "warning: 6 held-out observations are too few" in out
+    assert "iteration   2 final " in out
+    assert "warning: 3 held-out observations are too few" in out
     run = here / "run"
     for name in (
         "config.yaml",
@@ -209,7 +210,7 @@ def test_corrupt_to_report(here, capsys):
         assert (run / name).is_file(), name
     for name in ("posterior", "prior", "start"):
         assert (run / name / "model.safetensors").is_file()
-    assert len((run / "metrics.jsonl").read_text().splitlines()) == 2
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 3
     assert np.load(run / "reconstructions.npy").shape == (N, *SHAPE)
     assert main(train) == 0  # again: nothing is left to do
     refused(here, capsys, *train, "--m_step.batch", "17")
@@ -363,12 +364,12 @@ def test_black_box(here, capsys, monkeypatch):
     (here / "my_box.py").write_text("def clip(x):\n    return x.clamp(-1, 1)\n")
     monkeypatch.syspath_prepend(str(here))
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    np.save("clean.npy", clean(200))
+    np.save("clean.npy", clean(400))
     assert main(["corrupt", "clean.npy", "--corruption", "my_box:clip", "--out", "obs"]) == 0
     train = ["train", "--observations", "obs", "--corruption", "my_box:clip", "--out", "run", *TINY]
-    assert main(train) == 0
+    assert main([*train, "--em.guard", "true"]) == 0
     assert main(["reconstruct", "run", "--observations", "obs", "--draws", "2", "--out", "rec"]) == 0
-    assert np.load("rec/draws.npy").shape == (200, 2, *SHAPE)
+    assert np.load("rec/draws.npy").shape == (400, 2, *SHAPE)
     found = json.loads((here / "run" / "diagnostics.json").read_text())
     assert found["items"] == 20
     assert set(found["collapse"]) == {"diversity", "outside"}  # nothing beat the start, which has no prior

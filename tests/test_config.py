@@ -97,12 +97,16 @@ def test_celeba_presets_run(name, tmp_path):
         ({"m_step": {"batch": 0}}, "m_step: steps, first_steps, batch and checkpoint must be at least 1"),
         ({"m_step": {"ema": 1.0}}, "m_step: ema must be in [0, 1), thinned and clean_share in [0, 1]"),
         ({"m_step": {"clean_share": 1.5}}, "m_step: ema must be in [0, 1), thinned and clean_share in [0, 1]"),
-        ({"m_step": {"reinitialise": -1}}, "m_step.reinitialise: must be a number of iterations >= 0, got -1"),
-        (
-            {"e_step": {"dispersion": -1.0}},
-            "e_step: batch must be at least 1; dispersion, gain and ratios must be >= 0",
+        *(
+            ({"m_step": {"imputed_weight": value}}, f"m_step.imputed_weight: must be in (0, 1], got {value}")
+            for value in (0.0, -0.1, 1.5)
         ),
-        ({"e_step": {"sharp": 1.5}}, "e_step.sharp: must be in [0, 1], got 1.5"),
+        ({"e_step": {"width": -1.0}}, "e_step: batch must be at least 1, width >= 0"),
+        ({"e_step": {"batch": 0}}, "e_step: batch must be at least 1, width >= 0"),
+        (
+            {"denoiser": {"precondition": "fuse"}},
+            "denoiser.precondition: must be auto, plain or start, got 'fuse'",
+        ),
         ({"em": {"patience": -1}}, "em.patience: must be a number of iterations >= 0, got -1"),
         (
             {"prior": {"kind": "joint"}, "denoiser": {"observation_dropout": 0.0}},
@@ -114,3 +118,21 @@ def test_values_that_cannot_be(values, text):
     with pytest.raises(DiffemError) as caught:
         config.from_dict(values)
     assert str(caught.value) == text
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("e_step.dispersion", "e_step.gain", "e_step.ratio", "e_step.sharp", "e_step.sharp_ratio"),
+        *("em.gate", "m_step.reinitialise", "sampler.kind"),
+    ],
+)
+def test_fields_of_older_versions_are_refused(name):
+    section, field = name.split(".")
+    with pytest.raises(DiffemError, match=rf"^configuration: {name}: unknown field;"):
+        config.from_dict({section: {field: 1}})
+
+
+def test_imputed_entries_may_weigh_as_much_as_measured_ones():
+    assert 0 < config.load().m_step.imputed_weight < 1
+    assert config.load(None, [("m_step.imputed_weight", "1")]).m_step.imputed_weight == 1.0

@@ -20,7 +20,7 @@ from diffem.corruptions import (
     from_config,
     from_function_path,
 )
-from diffem.corruptions.base import NOISE_FLOOR
+from diffem.corruptions.base import NOISE_FLOOR, SPREAD, Corruption, LinearCorruption
 from diffem.corruptions.diagonal import blur_matrix
 from diffem.errors import DiffemError
 from diffem.mixtures import Mixture
@@ -278,6 +278,87 @@ def test_likelihood_gives_the_textbook_posterior(kind, shape, part):
             torch.testing.assert_close(posterior.chol[i] @ posterior.chol[i].T, covariance, rtol=1e-7, atol=1e-10)
         else:
             torch.testing.assert_close(posterior.std[i].square(), (change @ covariance @ change.T).diagonal())
+
+
+# --- what an observation measured of an item -------------------------------------------------------------
+
+
+def measuring(corruption: LinearCorruption, params, shape) -> torch.Tensor:
+    """A^T (A A^T + (s / c)^2 I)^-1 A of the first item, densely."""
+    matrix = operator(corruption, params, shape)
+    noise = (max(corruption.noise, 1e-3) / 0.5) ** 2 * torch.eye(len(matrix), dtype=DOUBLE)
+    return matrix.T @ torch.linalg.inv(matrix @ matrix.T + noise) @ matrix
+
+
+MEASURED = [
+    *CASES,
+    pytest.param(GaussianNoise(2.0), (1, 4, 5), id="strong noise"),
+    pytest.param(RandomMask(0.4, 0.0), (3, 4, 5), id="mask without noise"),
+    pytest.param(GaussianBlur(0.8, 0.0), (3, 4, 5), id="blur without noise"),
+    pytest.param(RandomProjection(3, 0.0), (6,), id="projection without noise"),
+    pytest.param(RandomProjection(9, 0.1), (6,), id="more rows than features"),
+]
+
+
+@pytest.mark.parametrize(("corruption", "shape"), MEASURED)
+@pytest.mark.parametrize("part", [None, 0, 1])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (DOUBLE, 1e-9)])
+def test_measured_is_what_the_operator_lets_through(corruption, shape, part, dtype, tolerance):
+    """Of every item by its own operator, also where a part of the observation was taken away."""
+    params = params_of_parts(corruption, shape)[0 if part is None else 1 + part]
+    x = randn(5, *shape, seed=3, dtype=dtype)
+    found = corruption.measured(x, params)
+    assert (found.shape, found.dtype) == (x.shape, dtype)
+    for i in range(5):
+        own = {name: value[i : i + 1] for name, value in params.items()}
+        expected = measuring(corruption, own, shape) @ x[i].flatten().double()
+        torch.testing.assert_close(found[i].flatten().double(), expected, rtol=0, atol=tolerance)
+    for value in params.values():
+        assert not torch.equal(value, value.roll(1, 0))  # so that it makes a difference whose operator is used
+
+
+@pytest.mark.parametrize(("corruption", "shape"), MEASURED)
+@pytest.mark.parametrize("part", [None, 0, 1])
+def test_measured_is_symmetric_with_eigenvalues_between_none_and_all(corruption, shape, part):
+    params, d = params_of_parts(corruption, shape)[0 if part is None else 1 + part], math.prod(shape)
+    matrix = corruption.measured(torch.eye(d, dtype=DOUBLE).view(d, *shape), repeated(params, d)).flatten(1)
+    torch.testing.assert_close(matrix, matrix.T, rtol=0, atol=1e-9)
+    values = torch.linalg.eigvalsh(matrix)
+    assert values.min() > -1e-9
+    assert values.max() < 1 + 1e-9
+
+
+def test_measured_in_the_words_of_the_docstring():
+    assert SPREAD == 0.5
+    x = randn(4, 3, 4, 5)
+    mask = RandomMask(0.4, 0.0)
+    params = mask.draw(4, (3, 4, 5), seeded())
+    torch.testing.assert_close(mask.measured(x, params), x * params["mask"], rtol=0, atol=1e-4)
+    assert not mask.measured(x, params)[~params["mask"].expand_as(x)].any()
+    # noise as large as the data measures half of them
+    torch.testing.assert_close(GaussianNoise(0.5).measured(x, {}), x / 2)
+    torch.testing.assert_close(GaussianNoise(0.25).scaled(7.0, 0.5).measured(x, {}), x / 2)
+    blur = GaussianBlur(0.8, 0.2)
+    basis, gain = blur.gains((3, 4, 5))
+    share = gain.flatten().square() / (gain.flatten().square() + 0.4**2)
+    expected = basis.synthesise(share * basis.analyse(x.flatten(1))).view_as(x)
+    torch.testing.assert_close(blur.measured(x, {}), expected)
+    project = RandomProjection(3, 0.0)
+    x = randn(4, 6)
+    params = project.draw(4, (6,), seeded())
+    rows = params["matrix"].double()
+    torch.testing.assert_close(
+        project.measured(x, params), (torch.linalg.pinv(rows) @ rows @ x[..., None])[..., 0], rtol=0, atol=1e-3
+    )
+
+
+@pytest.mark.parametrize("corruption", [Corruption(), BlackBox(torch.sign), BlackBox(torch.sign).scaled(1.0, 2.0)])
+def test_where_nothing_is_known_everything_counts_as_measured(corruption):
+    x = randn(4, 3, 4, 5)
+    assert torch.equal(corruption.measured(x, {}), x)
+
+
+# --- likelihoods at their limits, units, conditions, black boxes -----------------------------------------
 
 
 def test_likelihood_of_noise_free_data_is_finite():

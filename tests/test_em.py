@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -23,12 +25,13 @@ from diffem import config as configuration
 from diffem import em as em_module
 from diffem.corruptions import GaussianBlur, GaussianNoise, RandomMask, RandomProjection
 from diffem.denoisers import LEAST, Denoiser, DenoiserConfig
-from diffem.diagnostics import Score
+from diffem.diagnostics import Score, score
 from diffem.em import DiffEM
 from diffem.errors import DiffemError
+from diffem.m_step import Trainer
 from diffem.mixtures import Mixture
 from diffem.networks import NetworkConfig
-from diffem.observations import Observations
+from diffem.observations import Observations, evenly
 from diffem.posteriors import (
     DiffusionPosterior,
     MixturePosterior,
@@ -41,7 +44,7 @@ from diffem.posteriors import (
 SETTINGS = {
     "em": {"iterations": 3, "guard": False, "score_draws": 2},
     "m_step": {"steps": 5, "first_steps": 5, "batch": 16, "checkpoint": 2},
-    "e_step": {"batch": 16, "ratio": 0.0},
+    "e_step": {"batch": 16},
     "sampler": {"steps": 3},
     "start": {"components": [1], "ranks": [2], "iterations": 20},
     "network": {"kind": "mlp", "width": 16, "depth": 1, "embedding": 16},
@@ -86,15 +89,23 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def narrow(sampler, *arguments) -> Score:
+    """In the place of a score: the first iteration beats the start, and draws of any width are over-confident."""
+    ones, width = torch.ones(6), getattr(sampler, "width", 0.0)
+    return Score("crps", (2.0 - (width > 0)) * ones, (0.5 + width / 100) * ones, ones, 0 * ones)
+
+
 def run_and_die(out: str, where: str, sections: dict) -> None:
     """Run by a process of its own."""
     torch.set_num_threads(1)
 
     def progress(what: str, done: int, total: int) -> None:
-        if (where, what) in (("e_step", "iteration 2, E-step"), ("calibration", "iteration 4, E-step")):
+        if (where, what) in (("e_step", "iteration 2, E-step"), ("last", "iteration 4, E-step")):
             assert done == 16
             die()
 
+    if where == "last":
+        em_module.score = narrow
     em = DiffEM(settings(**sections), observations(), out, progress=progress)
     corrupt, keep = em._corrupt_again, em._keep_reconstructions
 
@@ -167,58 +178,74 @@ def test_kill_nine_of_a_unet(tmp_path):
     assert bare(tmp_path / "run") == bare(tmp_path / "whole")
 
 
-WIDE = {"e_step": {"ratio": 1e9, "gain": 0.0}}  # never reached: ends at the widest
+@pytest.mark.parametrize("where", ["m_step", "commit"])
+def test_kill_nine_of_a_guarded_run(where, tmp_path):
+    sections = {"em": {"guard": True, "patience": 3}}  # what is the best so far is restored, too
+    train(tmp_path / "whole", **sections)
+    start_and_die(tmp_path / "run", where, **sections)
+    train(tmp_path / "run", **sections)
+    assert (tmp_path / "run" / "reconstructions.npy").read_bytes() == (
+        tmp_path / "whole" / "reconstructions.npy"
+    ).read_bytes()
+    assert bare(tmp_path / "run") == bare(tmp_path / "whole")
+    assert all(math.isfinite(row["criterion_delta"]) for row in bare(tmp_path / "run")[1:4])
 
 
-def test_calibration_widens_the_saved_posterior(tmp_path):
-    em = train(tmp_path / "whole", **WIDE)
+def test_kill_nine_while_the_last_reconstructions_are_drawn(tmp_path, monkeypatch):
+    sections = {"em": {"guard": True}}
+    with monkeypatch.context() as patched:
+        patched.setattr(em_module, "score", narrow)
+        em = train(tmp_path / "whole", **sections)
     assert [row["iteration"] for row in em.rows] == [0, 1, 2, 3, 4]
     last = em.rows[-1]
-    assert (last["dispersion"], last["loss"], last["examples"]) == (em_module.WIDEST, None, 0)
-    assert last["of"] == 3
-    assert last["ratio"] > em.rows[-2]["ratio"]
+    assert (last["of"], last["width"], last["loss"], last["examples"]) == (1, em_module.WIDTHS[-1], None, 0)
     wide, data = from_pretrained(tmp_path / "whole" / "posterior"), observations()
-    assert wide.dispersion == em_module.WIDEST
+    assert wide.width == em_module.WIDTHS[-1]
     rows = np.arange(len(data))
     drawn = wide.sample(*data.batch(rows), seeding.item_seeds(0, 4, "e_step", rows))
     np.testing.assert_allclose(drawn, np.load(tmp_path / "whole" / "reconstructions.npy"), rtol=1e-4, atol=1e-5)
 
-    start_and_die(tmp_path / "run", "calibration", **WIDE)
-    train(tmp_path / "run", **WIDE)
+    start_and_die(tmp_path / "run", "last", **sections)
+    assert len(bare(tmp_path / "run")) == 4
+    monkeypatch.setattr(em_module, "score", narrow)
+    train(tmp_path / "run", **sections)
     assert_same(tmp_path / "run", tmp_path / "whole")
     assert bare(tmp_path / "run") == bare(tmp_path / "whole")
 
 
-def test_a_close_score_costs_a_share_of_what_the_run_did():
-    config = configuration.load(None, [("em.score_items", "128"), ("em.score_splits", "2"), ("sampler.steps", "24")])
-    assert em_module.scored(config, 6) == (6, 2)
-    assert em_module.scored(config, 5000) == (128, 2)
-    # a fiftieth of the evaluations, of which a prediction of two draws takes 50, but 768 and 16,384 are the bounds
-    found = {(n, spent): em_module.scored(config, n, spent) for n in (6, 180, 1000, 20_000) for spent in (0, 4e6, 1e9)}
-    assert found == {
-        (6, 0): (6, 32),
-        (6, 4e6): (6, 32),
-        (6, 1e9): (6, 32),
-        (180, 0): (180, 4),
-        (180, 4e6): (180, 8),
-        (180, 1e9): (180, 32),
-        (1000, 0): (768, 2),
-        (1000, 4e6): (1000, 2),
-        (1000, 1e9): (1000, 16),
-        (20_000, 0): (768, 2),
-        (20_000, 4e6): (1600, 2),
-        (20_000, 1e9): (16_384, 2),
-    }
+COLUMNS = {
+    *("iteration", "examples", "network_evaluations", "loss", "width", "accepted", "best"),
+    *("score_name", "score", "score_se", "log_score", "criterion", "ratio", "ratio_se"),
+}
+AGAINST_THE_BEST, AGAINST_THE_START = ({f"{name}_delta", f"{name}_delta_se"} for name in ("criterion", "start"))
 
 
 def test_metrics_rows(whole):
     rows = bare(whole)
     assert [row["iteration"] for row in rows] == [0, 1, 2, 3, 4]
-    assert all(row["accepted"] for row in rows)
+    assert all(row["accepted"] and row["best"] for row in rows)
     assert [row["examples"] for row in rows] == [0, 80, 80, 80, 0]
-    assert [row.get("of") for row in rows] == [None] * 4 + [3]  # the last row is what the run ends with, scored closely
-    assert [row["network_evaluations"] for row in rows[::4]] == [0, 0]
+    assert [row.get("of") for row in rows] == [None] * 4 + [3]  # the last row is what the run ends with
+    assert [row["width"] for row in rows] == [None, 1, 1, 1, 1]
+    evaluations = 3 * 80 + 60 * 4  # an update counts for three; the sampler's three steps take four
+    assert [row["network_evaluations"] for row in rows] == [0, evaluations, evaluations, evaluations, 0]
     assert all(math.isfinite(row["score"]) and row["ratio"] > 0 for row in rows)
+    assert set(rows[0]) == COLUMNS
+    assert all(set(row) == COLUMNS | AGAINST_THE_BEST | AGAINST_THE_START for row in rows[1:4])
+    about = {"of", "start_score", "start_score_se", "start_ratio"}
+    assert set(rows[4]) == COLUMNS | AGAINST_THE_START | about
+    lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    assert all(0 < line["score_seconds"] <= line["seconds"] for line in lines)
+    # differences are those of the scores
+    for before, row in itertools.pairwise(rows[:4]):
+        assert row["criterion_delta"] == pytest.approx(row["criterion"] - before["criterion"], abs=1e-6)
+        assert row["start_delta"] == pytest.approx(row["score"] - rows[0]["score"], abs=1e-6)
+    assert rows[4]["start_delta"] == pytest.approx(rows[4]["score"] - rows[4]["start_score"], abs=1e-6)
+
+
+def test_first_iteration_has_steps_of_its_own(tmp_path):
+    em = train(tmp_path, m_step={"first_steps": 7})
+    assert [row["examples"] for row in em.rows] == [0, 7 * 16, 5 * 16, 5 * 16, 0]
 
 
 def test_finished_run_does_nothing(whole):
@@ -279,19 +306,16 @@ def test_foreign_folder_is_refused(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-# --- held-out observations and the gate ----------------------------------------------------------------
+# --- held-out observations, and what they decide -------------------------------------------------------
 
 
 def test_held_out_observations_do_not_train(tmp_path, monkeypatch):
-    held_out = observations().split(0)[1]
+    held_out = np.concatenate(observations().split(0)[1:])
     fitted, fit = [], starts.fit
     monkeypatch.setattr(
         starts, "fit", lambda config, data, rows, *rest: (fitted.append(rows), fit(config, data, rows, *rest))[1]
     )
-    # corrections of variances and the last dispersion are statistics of the sampler that held-out observations measure
-    sharp = {"sharp": 1.0, "ratio": 0.0}
-    one = train(tmp_path / "one", e_step=sharp)
-    two = train(tmp_path / "two", observations(poison=held_out), e_step=sharp)
+    one, two = train(tmp_path / "one"), train(tmp_path / "two", observations(poison=held_out))
     assert len(held_out) == 6
     assert not set(np.concatenate(fitted)) & set(held_out)
     assert one.scaling == two.scaling
@@ -299,123 +323,263 @@ def test_held_out_observations_do_not_train(tmp_path, monkeypatch):
     for name in ("start", "posterior", "prior"):
         a, b = (load_file(em.run.folder / name / "model.safetensors") for em in (one, two))
         assert a.keys() == b.keys()
-        assert all(torch.equal(a[k], b[k]) for k in a if k != "correction"), name
+        assert all(torch.equal(a[k], b[k]) for k in a), name
     x, z = (np.load(em.run.folder / "reconstructions.npy") for em in (one, two))
     assert np.array_equal(x[one.train], z[one.train])
     assert not np.array_equal(x[held_out], z[held_out])
 
 
-def test_gate_refuses_what_is_worse(tmp_path, monkeypatch):
+def halved(sampler, *arguments) -> Score:
+    """A real score, but for half of the error where a network draws: so that iterations beat the start."""
+    found = score(sampler, *arguments)
+    return dataclasses.replace(found, items=found.items / 2) if isinstance(sampler, DiffusionPosterior) else found
+
+
+@pytest.mark.parametrize("part", ["test", "validation"])
+def test_validation_observations_select_and_test_observations_report(part, tmp_path, monkeypatch):
+    monkeypatch.setattr(em_module, "score", halved)
+    _, validation, test = observations(200).split(0)
+    poison = test if part == "test" else validation
+    sections = {"em": {"guard": True}}
+    runs = [
+        train(tmp_path / name, observations(200, poison=rows), **sections)
+        for name, rows in (("one", None), ("two", poison))
+    ]
+    (*ours, last), (*theirs, other) = (bare(em.run.folder) for em in runs)
+    # of the test part only the last row speaks, of the validation part only those before it, and decisions
+    assert (ours == theirs) == (part == "test")
+    reported = {k for k in last if k in ("log_score", "criterion") or k.startswith(("score_", "start_", "ratio"))}
+    reported = {"score", *reported} - {"score_name", "start_ratio"}
+    if part == "test":
+        assert last["of"] > 0
+        assert {k for k in last if last[k] != other[k]} - {"start_ratio"} == reported
+        for name in ("start", "posterior", "prior"):
+            a, b = (load_file(em.run.folder / name / "model.safetensors") for em in runs)
+            assert all(torch.equal(a[k], b[k]) for k in a), name
+        widths = [from_pretrained(em.run.folder / "posterior").width for em in runs]
+        assert widths[0] == widths[1] == last["width"]
+        x, z = (np.load(em.run.folder / "reconstructions.npy") for em in runs)
+        rest = np.setdiff1d(np.arange(200), test)
+        assert np.array_equal(x[rest], z[rest])
+        assert not np.array_equal(x[test], z[test])
+    else:
+        scores = [row["score"] for row in ours], [row["score"] for row in theirs]
+        assert all(a != b for a, b in zip(*scores, strict=True))
+        assert last["start_score"] == other["start_score"]
+
+
+@pytest.mark.parametrize("predictions", [6, 1000])
+@pytest.mark.parametrize("guard", [False, True])
+def test_what_is_scored_on_which_observations(guard, predictions, tmp_path, monkeypatch):
     calls = []
 
-    def worse(*arguments):
-        calls.append(arguments)
-        return Score("crps", torch.linspace(0, 1, 6) * (1 + 0.1 * len(calls)) + len(calls))
+    def listen(sampler, data, rows, seed, draws, splits):
+        calls.append((rows.tolist(), splits, isinstance(sampler, DiffusionPosterior), getattr(sampler, "width", None)))
+        return halved(sampler, data, rows, seed, draws, splits)
 
-    monkeypatch.setattr(em_module, "score", worse)
+    monkeypatch.setattr(em_module, "score", listen)
+    monkeypatch.setattr(em_module, "PREDICTIONS", predictions)
+    em = train(tmp_path, observations(200), em={"guard": guard, "score_items": 6, "score_splits": 3})
+    assert (len(em.validation), len(em.test)) == (10, 10)
+    some = evenly(em.validation, 6).tolist()
+    assert calls[0] == (some, 3, False, None)
+    assert calls[1:4] == [(some, 3, True, 1.0)] * 3
+    *widths, start, last = calls[4:]
+    # the end looks closer: at more observations, or splits of them
+    splits = 1 if predictions == 6 else em_module.MOST_SPLITS
+    validation, test = (evenly(part, predictions).tolist() for part in (em.validation, em.test))
+    assert all(call[:3] == (validation, splits, True) for call in widths)
+    assert (len(widths) >= 2) == (len(widths) > 0) == guard
+    assert len(widths) == len({call[3] for call in widths})  # none twice
+    assert start == (test, splits, False, None)
+    assert last == (test, splits, True, em.rows[-1]["width"])
+
+
+def scores_of(monkeypatch, *iterations, ratios=lambda width: 1.0, test=(0.5, 0.4)) -> None:
+    """The start and each iteration get these criteria, an error of 0.01 where two are given; then the ratios by which a
+    width is chosen, and what test observations say of the start and of what the run ends with."""
+    left, tested, ones = list(iterations), list(test), torch.ones(6)
+    noise = torch.linspace(-1, 1, 6) / torch.linspace(-1, 1, 6).std() * 6**0.5 / 100
+
+    def score(sampler, data, rows, seed, draws, splits):
+        if rows.tolist() == data.split(seed)[2].tolist():
+            return Score("crps", tested.pop(0) + noise)
+        if splits == 2:  # em.score_splits; the end looks closer
+            value = left.pop(0)
+            return Score("crps", (value[0] + noise) if isinstance(value, tuple) else torch.full((6,), value))
+        if (ratio := ratios(sampler.width)) is None:
+            return Score("crps", ones)
+        return Score("crps", ones, ratio * ones, ones, 0 * ones)
+
+    monkeypatch.setattr(em_module, "score", score)
+
+
+def test_what_is_worse_is_refused_and_trains_nothing(tmp_path, monkeypatch):
+    scores_of(monkeypatch, 0.5, 0.6, 0.7, 0.8, test=(0.9, 0.9))
     em = DiffEM(settings(em={"guard": True}), observations(), tmp_path)
     iterator = em.iterate()
     next(iterator)
     before = (tmp_path / "reconstructions.npy").read_bytes()
     model = (tmp_path / "posterior" / "model.safetensors").read_bytes()
-    assert [row["accepted"] for row in iterator] == [False] * 3
-    assert [row["accepted"] for row in bare(tmp_path)] == [True, False, False, False]
+    for _ in range(3):
+        row = next(iterator)
+        assert (row["accepted"], row["best"]) == (False, False)
+        assert row["criterion_delta"] == pytest.approx(0.1 * row["iteration"])
+        assert (tmp_path / "current.npy").read_bytes() == before
+    last = next(iterator)
+    assert list(iterator) == []
+    assert [row["accepted"] for row in bare(tmp_path)] == [True, False, False, False, True]
+    assert (last["iteration"], last["of"], last["best"], last["width"], last["network_evaluations"]) == (
+        4,
+        0,
+        True,
+        None,
+        0,
+    )
+    assert last["score"] == last["start_score"] == pytest.approx(0.9)  # of test observations
+    assert last["start_delta"] == 0
     for name in ("start", "posterior", "prior"):
         assert json.loads((tmp_path / name / "config.json").read_text())["kind"] == "mixture"
         assert (tmp_path / name / "model.safetensors").read_bytes() == model
     assert em.state.phase == "done"
     assert (tmp_path / "reconstructions.npy").read_bytes() == before
     assert not (tmp_path / "next.npy").exists()
-
-
-def scores_of(monkeypatch, *criteria: tuple[float, float]) -> None:
-    """The start and each iteration get these (CRPS, ratio); what comes after them, the last."""
-    left = list(criteria)
-
-    def score(*arguments):
-        value, ratio = left.pop(0) if len(left) > 1 else left[0]
-        ones = torch.ones(6)
-        return Score("crps", value * ones, ratio * ones, ones, 0 * ones)
-
-    monkeypatch.setattr(em_module, "score", score)
-    monkeypatch.setattr(em_module, "energy_items", lambda *arguments: torch.zeros(6))
-
-
-def test_run_holds_the_best_iteration_not_the_last(tmp_path, monkeypatch):
-    narrow = (0.39, 0.2)  # less CRPS, by draws that are too narrow
-    scores_of(monkeypatch, (0.5, 0.9), (0.4, 0.9), narrow, narrow, (0.5, 0.9), (0.4, 0.9))
-    em = DiffEM(settings(em={"guard": True}), observations(), tmp_path)
-    kept = []
-    for row in em.iterate():
-        kept.append((tmp_path / "reconstructions.npy").read_bytes())
-        assert row["accepted"]
-    assert [row["best"] for row in em.rows] == [True, True, False, False, True]
-    assert em.rows[-1]["of"] == 1
-    assert kept[0] != kept[1] == kept[2] == kept[3] == kept[4]
-    data, rows = observations(), np.arange(60)
-    drawn = from_pretrained(tmp_path / "posterior").sample(*data.batch(rows), seeding.item_seeds(0, 1, "e_step", rows))
-    np.testing.assert_allclose(drawn, np.load(tmp_path / "reconstructions.npy"), rtol=1e-4, atol=1e-5)
-
-
-def test_a_sharp_part_that_did_not_pay_trains_no_more(tmp_path, monkeypatch):
-    narrow = (0.4, 0.3)
-    scores_of(monkeypatch, (0.5, 0.9), narrow, narrow, narrow, (0.39, 0.3))
-    sections = {"em": {"guard": True, "iterations": 4, "patience": 0}, "e_step": {"sharp": 1.0, "sharp_ratio": 0.0}}
-    em, trains = DiffEM(settings(**sections), observations(), tmp_path), []
-    for row in em.iterate():
-        trains.append((tmp_path / "current.npy").read_bytes())
-        assert row["accepted"]
-        if row["iteration"] == 4:
-            break
-    start = (tmp_path / "reconstructions.npy").read_bytes()
-    assert [row["best"] for row in em.rows[:5]] == [True, False, False, False, False]
-    assert [bool(row.get("undone")) for row in em.rows[:5]] == [False, False, False, True, False]
-    assert [x == start for x in trains] == [True, False, False, True, False]
-
-
-@pytest.mark.parametrize("prior", ["unconditional", "joint"])
-def test_run_ends_with_the_start_if_a_close_look_says_so(prior, tmp_path, monkeypatch):
-    scores_of(monkeypatch, (0.5, 0.9), (0.4, 0.9), (0.39, 0.9), (0.38, 0.9), (0.37, 0.9), (0.38, 0.9))
-    em = DiffEM(settings(em={"guard": True}, prior={"kind": prior}), observations(), tmp_path)
-    kinds, before, drawn = [], {}, None
-    for row in em.iterate():
-        kinds.append(json.loads((tmp_path / "posterior" / "config.json").read_text())["kind"])
-        if row["iteration"] == 0:
-            before = {p: p.read_bytes() for f in ("posterior/*", "prior/*") for p in tmp_path.glob(f)}
-            drawn = np.load(tmp_path / "reconstructions.npy")
-    assert kinds == ["mixture", "diffusion", "diffusion", "diffusion", "mixture"]
-    last = em.rows[-1]
-    assert (last["of"], last["best"], last["dispersion"], last["network_evaluations"]) == (0, True, None, 0)
-    assert last["score"] == last["start_score"] == pytest.approx(0.37)
-    assert last["start_delta"] == pytest.approx(0.01)  # the iteration's, which lost
-    np.testing.assert_allclose(np.load(tmp_path / "reconstructions.npy"), drawn, rtol=1e-5, atol=1e-6)
-    assert len(before) > 3
-    for path, content in before.items():
-        assert path.read_bytes() == content, path
-    assert em.state.phase == "done"
     assert not (tmp_path / "prior.json").exists()
 
 
+@pytest.mark.parametrize("prior", ["unconditional", "joint"])
+def test_run_holds_the_best_iteration_not_the_last(prior, tmp_path, monkeypatch):
+    # the third one is accepted, and trains; the test observations, which think little of it all, decide nothing
+    scores_of(monkeypatch, 0.5, 0.4, 0.45, (0.41, 0.01), test=(0.5, 0.9))
+    em = DiffEM(settings(em={"guard": True}, prior={"kind": prior}), observations(), tmp_path)
+    kept, trains, models = [], [], []
+    begun, restart = [], Trainer.restart_from_average
+
+    def listen(self):
+        begun.append({k: v.clone() for k, v in self.averaged.network.state_dict().items()})
+        restart(self)
+
+    monkeypatch.setattr(Trainer, "restart_from_average", listen)
+    for _row in em.iterate():
+        kept.append((tmp_path / "reconstructions.npy").read_bytes())
+        models.append((tmp_path / "posterior" / "model.safetensors").read_bytes())
+        if em.state.phase != "done":  # a run that is done has none
+            trains.append((tmp_path / "current.npy").read_bytes())
+    assert [row["accepted"] for row in em.rows] == [True, True, False, True, True]
+    assert [row["best"] for row in em.rows] == [True, True, False, False, True]
+    last = em.rows[-1]
+    assert (last["of"], last["width"], last["network_evaluations"]) == (1, 1.0, 0)
+    assert (last["start_score"], last["score"]) == (pytest.approx(0.5), pytest.approx(0.9))
+    assert last["start_delta"] == pytest.approx(0.4)
+    assert kept[0] != kept[1] == kept[2] == kept[3] == kept[4]
+    assert models[0] != models[1] == models[2] == models[3] == models[4]
+    assert trains[1] == trains[2] == kept[1] != trains[3]
+    data, rows = observations(), np.arange(60)
+    drawn = from_pretrained(tmp_path / "posterior").sample(*data.batch(rows), seeding.item_seeds(0, 1, "e_step", rows))
+    np.testing.assert_allclose(drawn, np.load(tmp_path / "reconstructions.npy"), rtol=1e-4, atol=1e-5)
+    weights = load_file(tmp_path / "posterior" / "model.safetensors")
+    if prior == "unconditional":
+        assert len(begun) == 1
+        assert trains[4] == kept[4]  # it trains on what is kept,
+        assert all(
+            torch.equal(v, weights[f"network.{k}"]) for k, v in begun[0].items()
+        )  # from the weights that are kept
+    else:
+        assert not begun
+        assert (tmp_path / "prior" / "model.safetensors").read_bytes() == models[4]
+
+
 def test_patience_ends_the_run(tmp_path, monkeypatch):
-    scores_of(monkeypatch, (0.5, 0.9), (0.4, 0.9), (0.4, 0.9), (0.4, 0.9), (0.5, 0.9), (0.4, 0.9))
-    sections = {"em": {"guard": True, "iterations": 9, "patience": 2}, "e_step": {"sharp": 0.0, "ratio": 0.0}}
-    em = DiffEM(settings(**sections), observations(), tmp_path)
-    list(em.iterate())
+    scores_of(monkeypatch, 0.5, 0.4, (0.4001, 0.01), 0.45)
+    em = train(tmp_path, em={"guard": True, "iterations": 9, "patience": 2})
     assert [row["iteration"] for row in em.rows] == [0, 1, 2, 3, 4]
     assert [row.get("of") for row in em.rows] == [None] * 4 + [1]
     assert em.state.phase == "done"
 
 
+@pytest.mark.parametrize("guard", [False, True])
+def test_a_run_of_no_iterations_is_the_start_and_is_tested(guard, tmp_path, monkeypatch):
+    scores_of(monkeypatch, 0.5, test=(0.7, 0.7))
+    em = train(tmp_path, em={"guard": guard, "iterations": 0})
+    assert [(row["iteration"], row.get("of")) for row in em.rows] == [(0, None), (1, 0)]
+    assert [row["score"] for row in em.rows] == [pytest.approx(0.5), pytest.approx(0.7)]
+    assert em.rows[1]["start_score"] == em.rows[1]["score"]
+    assert em.state.phase == "done"
+    assert json.loads((tmp_path / "posterior" / "config.json").read_text())["kind"] == "mixture"
+    assert not (tmp_path / "current.npy").exists()
+
+
+CALIBRATED = {
+    # (the width of the E-steps, the ratio of every width, what is chosen, which ones are scored)
+    "honest": (1.0, lambda w: 0.99 if w == 1 else w, 1.0, [1.0, 1.5]),
+    "exactly": (1.0, lambda w: w, 1.0, [1.0, 0.7]),
+    "over-confident": (1.0, lambda w: w / 3.5, 4.0, [1.0, 1.5, 2.5, 4.0]),
+    "the one before is nearer": (1.0, lambda w: w / 2.9, 2.5, [1.0, 1.5, 2.5, 4.0]),
+    "under-confident": (1.0, lambda w: w / 0.6, 0.7, [1.0, 0.7, 0.5]),
+    "to the widest": (1.0, lambda w: w / 100, 9.0, [1.0, 1.5, 2.5, 4.0, 6.0, 9.0]),
+    "to the narrowest": (1.0, lambda w: 100 * w, 0.5, [1.0, 0.7, 0.5]),
+    "as wide as it was": (4.0, lambda w: w / 3.5, 4.0, [1.0, 1.5, 2.5, 4.0]),
+    "of narrower draws": (0.6, lambda w: w / 1.6, 1.5, [1.0, 1.5, 2.5]),
+    "no ratio": (1.5, lambda w: None, 1.5, [1.0]),
+    "plain DDPM": (0.0, lambda w: pytest.fail("is not scored"), 0.0, []),
+}
+
+
+@pytest.mark.parametrize("name", CALIBRATED)
+def test_the_width_is_the_one_whose_ratio_is_nearest_to_one(name, tmp_path, monkeypatch):
+    begin, ratio, chosen, widths = CALIBRATED[name]
+    seen = []
+    scores_of(monkeypatch, 0.5, 0.4, ratios=lambda width: seen.append(width) or ratio(width))
+    em = train(tmp_path, em={"guard": True, "iterations": 1}, e_step={"width": begin})
+    assert [row["width"] for row in em.rows] == [None, begin, chosen]
+    assert seen == widths  # from 1 until the ratio has crossed 1, or there is no other one
+    assert em.rows[2]["of"] == 1
+    posterior = from_pretrained(tmp_path / "posterior")
+    assert posterior.width == chosen
+    anew = chosen != begin  # then everything is drawn again
+    assert em.rows[2]["network_evaluations"] == 60 * 4 * anew
+    data, rows = observations(), np.arange(60)
+    drawn = posterior.sample(*data.batch(rows), seeding.item_seeds(0, 1 + anew, "e_step", rows))
+    np.testing.assert_allclose(drawn, np.load(tmp_path / "reconstructions.npy"), rtol=1e-4, atol=1e-5)
+
+
+def test_wider_draws_have_a_larger_ratio(whole):
+    """What the choice of a width relies on, of a network that was hardly trained."""
+    sampler, data = from_pretrained(whole / "posterior"), observations(200)
+    ratios = []
+    for width in em_module.WIDTHS:
+        sampler.width = width
+        ratios.append(score(sampler, data, np.arange(200), 0, draws=2, splits=2).ratio)
+    assert ratios == sorted(ratios)
+    assert ratios[-1] > 1.3 * ratios[0]
+
+
+def test_without_a_guard_the_width_is_what_was_asked_for(tmp_path, monkeypatch):
+    scores_of(monkeypatch, 0.5, 0.6, 0.7, 0.8, ratios=lambda width: pytest.fail("is not scored"))
+    em = train(tmp_path, e_step={"width": 0.3})
+    assert [row["width"] for row in em.rows] == [None] + [0.3] * 4
+    assert [row.get("of") for row in em.rows] == [None] * 4 + [3]
+
+
+def test_the_last_reconstructions_are_all_drawn_from_the_last_posterior(tmp_path):
+    em = train(tmp_path, em={"refresh": 0.5})
+    assert em.rows[-1]["network_evaluations"] == 60 * 4
+    assert 0 < em.rows[-2]["network_evaluations"] - 3 * 80 < 60 * 4
+    data, rows = observations(), np.arange(60)
+    drawn = from_pretrained(tmp_path / "posterior").sample(*data.batch(rows), seeding.item_seeds(0, 4, "e_step", rows))
+    np.testing.assert_allclose(drawn, np.load(tmp_path / "reconstructions.npy"), rtol=1e-4, atol=1e-5)
+
+
 # --- what trains: reconstructions of training observations, and nothing else ----------------------------
 
 
-def spy(monkeypatch) -> list[tuple[torch.Tensor, torch.Tensor, dict, float]]:
-    """The batches (clean, y, params, dropout) that reach the loss, in model units."""
+def spy(monkeypatch) -> list[tuple[torch.Tensor, torch.Tensor, dict, float, Callable | None]]:
+    """The batches (clean, y, params, dropout, weigh) that reach the loss, in model units."""
     batches, loss = [], Denoiser.loss
 
-    def listen(self, x, y, params, generator, dropout=0.0):
-        batches.append((x.clone(), y.clone(), params, dropout))
-        return loss(self, x, y, params, generator, dropout)
+    def listen(self, x, y, params, generator, dropout=0.0, weigh=None):
+        batches.append((x.clone(), y.clone(), params, dropout, weigh))
+        return loss(self, x, y, params, generator, dropout, weigh)
 
     monkeypatch.setattr(Denoiser, "loss", listen)
     return batches
@@ -434,14 +598,15 @@ def test_prior_trains_on_training_reconstructions(tmp_path, monkeypatch):
     batches = spy(monkeypatch)
     em = train(tmp_path, prior={"steps": 40})
     batches = batches[-40:]
-    assert all(dropout == 1 for *_, dropout in batches)  # without observations
+    assert all((dropout, weigh) == (1, None) for *_, dropout, weigh in batches)  # without observations
     x = torch.cat([b[0] for b in batches])
     assert among(x, model_units(tmp_path, em, em.train)).all()
     assert among(model_units(tmp_path, em, em.train), x).float().mean() > 0.9
-    assert not among(model_units(tmp_path, em, em.held_out), x).any()
+    assert not among(model_units(tmp_path, em, np.concatenate((em.validation, em.test))), x).any()
     posterior, prior = (load_file(tmp_path / n / "model.safetensors") for n in ("posterior", "prior"))
     assert any(not torch.equal(posterior[k], prior[k]) for k in prior if k.startswith("network."))
-    assert (len(posterior["correction"]), len(prior["correction"])) == (4, 5)  # steps of the two samplers, and one
+    samplers = [from_pretrained(tmp_path / name) for name in ("posterior", "prior")]
+    assert [(s.sampler.steps, s.width) for s in samplers] == [(3, 1.0), (4, 1.0)]
     about = json.loads((tmp_path / "prior.json").read_text())
     assert (about["steps"], about["examples"]) == (40, 40 * 16)
 
@@ -457,7 +622,10 @@ def test_joint_prior_is_the_posterior(tmp_path):
 def test_flip_mirrors_half_of_the_items(flip, tmp_path, monkeypatch):
     batches = spy(monkeypatch)
     em = DiffEM(
-        settings(em={"iterations": 1}, m_step={"first_steps": 40, "flip": flip, "thinned": 0.0}),
+        settings(
+            em={"iterations": 1},
+            m_step={"first_steps": 40, "flip": flip, "thinned": 0.0, "imputed_weight": 1.0},
+        ),
         observations(),
         tmp_path,
     )
@@ -503,9 +671,11 @@ def test_clean_examples_are_a_share_of_every_batch(share, tmp_path, monkeypatch)
     if share:
         counts = (x[:, None] == theirs).flatten(2).all(2).sum(0)
         assert (counts > 0.6 * mine.sum() / 4).all()  # all four of them
-        x, y, params, _ = batches[0]
-        noise = em.model_corruption.config["noise"]
-        assert ((x - y)[params["mask"]].abs() < 5 * noise).all()  # they are corrupted like the others
+        x, y, params, *_ = batches[0]
+        noise, whose = em.model_corruption.config["noise"], among(x, theirs)
+        assert (
+            (x - y)[params["mask"] & whose[:, None, None, None]].abs() < 5 * noise
+        ).all()  # corrupted like the others
         assert not y[~params["mask"]].any()
 
 
@@ -536,41 +706,194 @@ def test_clean_examples_that_are_refused(examples, text, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-# --- new weights in the last iterations -----------------------------------------------------------------
+# --- what the M-step sees of real observations, and what an imputed entry weighs ---------------------------
 
 
-@pytest.mark.parametrize("last", [0, 1, 2, 9])
-def test_reinitialised_iterations_begin_with_the_initial_weights(last, tmp_path, monkeypatch):
-    begun, train_on = [], DiffEM._train
+class Watched:
+    """A run of two iterations whose M-step is watched: every batch, and the items and observations behind it."""
 
-    def listen(self, target, dropout, until_settled=False):
-        weights = torch.cat([p.detach().flatten().clone() for p in self.trainer.denoiser.network.parameters()])
-        averaged = torch.cat([p.detach().flatten().clone() for p in self.trainer.averaged.network.parameters()])
-        moments = [k for k in self.trainer.state() if k.startswith("optimizer.")]
-        begun.append((weights, averaged, moments, self.trainer.updates, target))
-        train_on(self, target, dropout, until_settled)
+    def __init__(self, tmp_path: Path, monkeypatch, data: Observations | None = None, **m_step) -> None:
+        found = spy(monkeypatch)
+        data = data or observations(200)
+        steps = {"first_steps": 30, "steps": 30, **m_step}
+        self.em = DiffEM(settings(em={"iterations": 2}, m_step=steps), data, tmp_path / "run")
+        self.y, params = data.batch(self.em.train)
+        self.mask = params["mask"]
+        self.y = self.em.model_corruption.scale_y(self.y, params, *self.em.scaling)
+        self.iterations: list[tuple[torch.Tensor, list]] = []  # what was reconstructed, and the batches made of it
+        rows = self.em.iterate()
+        next(rows)
+        for _ in range(2):
+            centre, half = self.em.scaling
+            items = (torch.from_numpy(np.array(self.em.run.array("current")[self.em.train])) - centre) / half
+            found.clear()
+            assert next(rows)["accepted"]
+            self.iterations.append((items, list(found)))
 
-    monkeypatch.setattr(DiffEM, "_train", listen)
-    em = train(tmp_path, m_step={"first_steps": 7, "reinitialise": last}, prior={"kind": "joint"})
-    anew = [True, *(iteration > 3 - last for iteration in (2, 3))]
-    assert len(begun) == 3
-    for (weights, averaged, moments, updates, target), fresh in zip(begun, anew, strict=True):
-        assert torch.equal(weights, begun[0][0]) == torch.equal(averaged, begun[0][0]) == fresh
-        assert (not moments) == (updates == 0) == fresh
-        assert target == (7 if fresh else 5)
-    assert [row["examples"] for row in em.rows] == [0, *(16 * (7 if fresh else 5) for fresh in anew), 0]
+    def batches(self, iteration: int, mirrored: bool = False):
+        """Items that are reconstructions, or mirrored ones: (y, mask, W of ones) of each; and the whole y, the mask and the
+        item behind it, all of them mirrored then."""
+        items, batches = self.iterations[iteration]
+        items, y, mask = ((v.flip(-1) if mirrored else v) for v in (items, self.y, self.mask))
+        parts = []
+        for x, seen, params, _, weigh in batches:
+            same = (x[:, None] == items).flatten(2).all(2)
+            whose, which = same.any(1), same.long().argmax(1)
+            weight = None if weigh is None else weigh(torch.ones_like(x))[whose]
+            of = which[whose]
+            parts.append((seen[whose], params["mask"][whose], weight, y[of], mask[of], items[of]))
+        return [None if values[0] is None else torch.cat(values) for values in zip(*parts, strict=True)]
 
 
-@pytest.mark.parametrize("where", ["m_step", "e_step"])
-def test_reinitialised_run_resumes(where, tmp_path):
-    # it dies in iteration 2, whose weights are new
-    sections = {"em": {"iterations": 2}, "m_step": {"reinitialise": 1, "steps": 3, "first_steps": 7}}
-    train(tmp_path / "whole", **sections)
-    start_and_die(tmp_path / "run", where, **sections)
-    assert len(bare(tmp_path / "run")) == 2
-    train(tmp_path / "run", **sections)
-    assert_same(tmp_path / "run", tmp_path / "whole")
-    assert bare(tmp_path / "run") == bare(tmp_path / "whole")
+def shows_a_part(y: torch.Tensor, mask: torch.Tensor, real: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
+    """Which observations are a part of the real ones, with the very values: simulated ones have noise of their own."""
+    values = torch.isclose(y, torch.where(mask, real, 0.0), rtol=1e-6, atol=1e-6)
+    return (values & (whole | ~mask)).flatten(1).all(1)
+
+
+@pytest.mark.parametrize("weight", [0.01, 0.5])
+def test_every_item_of_the_first_iteration_shows_a_part_of_its_real_observation(weight, tmp_path, monkeypatch):
+    watched = Watched(tmp_path, monkeypatch, imputed_weight=weight)
+    y, mask, _, real, whole, _ = watched.batches(0)
+    assert len(y) == 30 * 16
+    assert shows_a_part(y, mask, real, whole).all()
+    hidden, seen = (whole & ~mask).sum().item(), whole.sum().item()
+    assert abs(hidden / seen - 0.3) < 4 * math.sqrt(0.3 * 0.7 / seen)
+    assert ((whole & ~mask).flatten(1).sum(1) > 0).float().mean() > 0.8  # of each, not of some
+
+
+def test_half_of_the_items_show_a_part_of_their_real_observation_afterwards(tmp_path, monkeypatch):
+    watched = Watched(tmp_path, monkeypatch)
+    y, mask, _, real, whole, items = watched.batches(1)
+    split, n = shows_a_part(y, mask, real, whole), len(y)
+    assert n == 30 * 16
+    assert em_module.SPLIT == 0.5
+    assert abs(split.float().mean() - 0.5) < 4 * 0.5 / math.sqrt(n)
+    hidden, seen = (whole & ~mask)[split].sum().item(), whole[split].sum().item()
+    assert abs(hidden / seen - 0.3) < 4 * math.sqrt(0.3 * 0.7 / seen)
+    # the others are simulated: of the reconstruction, through a mask of their own, with the noise
+    noise = watched.em.model_corruption.noise
+    assert (items - y)[~split][mask[~split]].square().mean().sqrt() == pytest.approx(noise, rel=0.05)
+    agree = (mask == whole)[~split].float().mean()
+    assert agree == pytest.approx(0.5, abs=0.03)
+
+
+def test_mirrored_items_and_clean_examples_are_never_shown_a_real_observation(tmp_path, monkeypatch):
+    examples = 3 * np.random.default_rng(5).standard_normal((4, *SHAPE))
+    given = {"clean_examples": clean_file(tmp_path, examples), "clean_share": 0.3, "flip": True}
+    watched = Watched(tmp_path, monkeypatch, **given)
+    noise, (centre, half) = watched.em.model_corruption.noise, watched.em.scaling
+    theirs = (torch.from_numpy(examples).float() - centre) / half
+    for iteration, share in ((0, 1.0), (1, 0.5)):
+        y, mask, _, real, whole, _ = watched.batches(iteration)
+        assert 0.25 * 480 < len(y) < 0.45 * 480
+        assert (
+            abs(shows_a_part(y, mask, real, whole).float().mean() - share)
+            < 4 * 0.5 / math.sqrt(len(y)) * (share < 1) + 1e-6
+        )
+        y, mask, _, real, whole, items = watched.batches(iteration, mirrored=True)
+        assert 0.25 * 480 < len(y) < 0.45 * 480
+        assert not shows_a_part(y, mask, real, whole).any()
+        assert not shows_a_part(y, mask, real.flip(-1), whole.flip(-1)).any()
+        assert (items - y)[mask].square().mean().sqrt() == pytest.approx(noise, rel=0.05)
+        _, batches = watched.iterations[iteration]
+        x, y, mask = (torch.cat([(*b[:2], b[2]["mask"])[i] for b in batches]) for i in range(3))
+        mine = among(x, torch.cat((theirs, theirs.flip(-1))))
+        assert 0.2 * 480 < mine.sum() < 0.4 * 480
+        assert (x - y)[mine][mask[mine]].square().mean().sqrt() == pytest.approx(noise, rel=0.05)
+
+
+@pytest.mark.parametrize("weight", [0.01, 0.5])
+@pytest.mark.parametrize("iteration", [0, 1])
+def test_entries_weigh_what_the_source_observation_measured_of_them(iteration, weight, tmp_path, monkeypatch):
+    examples = 3 * np.random.default_rng(5).standard_normal((4, *SHAPE))
+    given = {"clean_examples": clean_file(tmp_path, examples), "clean_share": 0.3, "flip": True}
+    watched = Watched(tmp_path, monkeypatch, imputed_weight=weight, **given)
+    noise, (centre, half) = watched.em.model_corruption.noise, watched.em.scaling
+    measured = 1 / (1 + (noise / 0.5) ** 2)  # of an entry that was seen: all of it, but for the noise
+    assert 0.99 < measured < 1
+    for mirrored in (False, True):
+        _, shown, found, _, whole, _ = watched.batches(iteration, mirrored)
+        expected = torch.where(whole, weight + (1 - weight) * measured, weight)
+        torch.testing.assert_close(found, expected)
+        assert (shown != whole).any()  # it is not what was shown that counts
+        assert (whole != whole.flip(-1)).any()
+    theirs = (torch.from_numpy(examples).float() - centre) / half
+    theirs, some = torch.cat((theirs, theirs.flip(-1))), 0
+    for x, *_, weigh in watched.iterations[iteration][1]:
+        mine = among(x, theirs)
+        some += int(mine.sum())
+        assert torch.equal(weigh(x)[mine], x[mine])  # 1 everywhere
+        # W is linear, symmetric and, of a mask, diagonal
+        a, b = (torch.randn(x.shape, generator=torch.Generator().manual_seed(k)) for k in (1, 2))
+        torch.testing.assert_close(weigh(a), a * weigh(torch.ones_like(a)))
+        torch.testing.assert_close(weigh(a + 2 * b), weigh(a) + 2 * weigh(b))
+    assert some > 50
+
+
+class Paper(DiffEM):
+    """The loop of the paper: its loss sees reconstructions and what is simulated of them, and no observation."""
+
+    def _loss(self, x, generator, dropout):
+        config, (centre, half) = self.config.m_step, self.scaling
+        rows = self.train[torch.randint(len(self.train), (config.batch,), generator=generator).numpy()]
+        clean = torch.from_numpy(x[rows])
+        y, params = self.corruption.observe(clean, generator)
+        kept, _ = self.corruption.thin(y, params, generator)
+        thinned = torch.rand(len(clean), generator=generator) < config.thinned
+        mask = torch.where(thinned[:, None, None, None], kept[1]["mask"], params["mask"])
+        y = torch.where(thinned[:, None, None, None], kept[0], y)
+        y = (y - centre) / half * mask
+        return self.trainer.denoiser.loss((clean - centre) / half, y, {"mask": mask}, generator, dropout)
+
+
+def test_where_imputed_entries_weigh_as_much_the_loop_is_that_of_the_paper(tmp_path, monkeypatch):
+    batches = spy(monkeypatch)
+    sections = settings(m_step={"imputed_weight": 1.0})
+    for name, kind in (("ours", DiffEM), ("paper", Paper)):
+        for _row in kind(sections, observations(), tmp_path / name).iterate():
+            pass
+    assert len(batches) == 2 * (15 + 5)
+    assert all(weigh is None for *_, weigh in batches)
+    assert_same(tmp_path / "ours", tmp_path / "paper")
+    assert bare(tmp_path / "ours") == bare(tmp_path / "paper")
+    train(tmp_path / "weighted")  # which is another loop
+    ours, other = (load_file(tmp_path / n / "posterior" / "model.safetensors") for n in ("ours", "weighted"))
+    assert any(not torch.equal(ours[k], other[k]) for k in ours)
+
+
+@pytest.mark.parametrize(
+    ("corruption", "shape"),
+    [(GaussianBlur(1.0, 0.1), SHAPE), (RandomProjection(3, 0.1), (6,)), (GaussianNoise(0.3), (6,))],
+)
+def test_other_corruptions_are_split_and_weighed_too(corruption, shape, tmp_path, monkeypatch):
+    batches, generator = spy(monkeypatch), torch.Generator().manual_seed(0)
+    x = torch.randn(60, *shape, generator=generator)
+    y, params = corruption.observe(x, generator)
+    data = Observations(y.numpy(), corruption, {k: v.numpy() for k, v in params.items()})
+    em = DiffEM(settings(em={"iterations": 1}, m_step={"imputed_weight": 0.2}), data, tmp_path)
+    rows = em.iterate()
+    next(rows)
+    items = model_units(tmp_path, em, em.train)
+    next(rows)
+    real, source = data.batch(em.train)
+    real = em.model_corruption.scale_y(real, source, *em.scaling)
+    for x, y, shown, _, weigh in batches:
+        of = (x[:, None] == items).flatten(2).all(2).long().argmax(1)
+        theirs = {k: v[of] for k, v in source.items()}
+        a = torch.randn(x.shape, generator=generator)
+        torch.testing.assert_close(weigh(a), 0.2 * a + 0.8 * em.model_corruption.measured(a, theirs))
+        if "matrix" in shown:  # one row is gone
+            kept = (shown["matrix"] != 0).any(-1)
+            assert (kept.sum(1) == 2).all()
+            assert torch.equal(shown["matrix"], theirs["matrix"] * kept[..., None])
+            torch.testing.assert_close(y, real[of] * kept)
+        else:  # some coefficients are
+            there = (lambda v: v) if isinstance(corruption, GaussianNoise) else em.corruption.gains(shape)[0].analyse
+            torch.testing.assert_close(
+                there(y.flatten(1)), (there(real[of].flatten(1)) * shown["mask"].flatten(1)), rtol=1e-4, atol=1e-5
+            )
+            assert 0.55 < shown["mask"].float().mean() < 0.85
 
 
 @pytest.mark.parametrize("what", ["poisoned", "deleted"])
@@ -651,7 +974,7 @@ def test_rows_say_what_scores_took(tmp_path, monkeypatch):
 
     monkeypatch.setattr(em_module, "score", slow)
     rows = list(DiffEM(settings(), observations(), tmp_path).iterate())
-    assert all(0.05 <= row["guard_seconds"] <= row["seconds"] for row in rows)
+    assert all(0.05 <= row["score_seconds"] <= row["seconds"] for row in rows)
 
 
 # --- the start from an earlier run ----------------------------------------------------------------------
@@ -698,10 +1021,6 @@ def test_start_from_a_run_resumes(whole, tmp_path):
     [
         ({"network": {"width": 8}}, "start.run: its network is another one; use the same network section"),
         (
-            {"denoiser": {"precondition": "fuse"}},
-            "start.run: its denoiser.precondition is start, this run's is fuse",
-        ),
-        (
             {"denoiser": {"precondition": "plain"}},
             "start.run: its denoiser.precondition is start, this run's is plain",
         ),
@@ -742,31 +1061,6 @@ def test_model_of_another_corruption(tmp_path):
         from_pretrained(tmp_path, GaussianBlur(2.0, 0.1))
 
 
-def test_calibration_may_not_end_worse_than_the_start(tmp_path, monkeypatch):
-    def wide_is_worse(sampler, *arguments):
-        worse = 5.0 if getattr(sampler, "dispersion", 0) > 1 else 0.0
-        return Score("crps", torch.linspace(0, 1, 6) + worse, torch.full((6,), 0.1 + 0.3 * worse), torch.ones(6))
-
-    monkeypatch.setattr(em_module, "score", wide_is_worse)
-    em = train(tmp_path, e_step={"ratio": 0.8, "gain": 0.0})
-    assert em.rows[-1]["dispersion"] == 1.0
-    assert from_pretrained(tmp_path / "posterior").dispersion == 1.0
-
-
-def test_calibration_reaches_the_ratio_although_hidden_entries_differ_in_it(tmp_path, monkeypatch):
-    def linear(sampler, data, rows, seed, draws, splits, repeats):
-        width = getattr(sampler, "dispersion", 0)
-        level = 0.5 + 0.1 * width if splits > 1 else 0.6 * (0.5 + 0.1 * width)
-        assert repeats == (1 if hasattr(sampler, "dispersion") else em_module.REPEATS)
-        better = 0.1 * hasattr(sampler, "dispersion")
-        return Score("crps", torch.linspace(1, 2, 6) - better, level * torch.ones(6), torch.ones(6), torch.zeros(6))
-
-    monkeypatch.setattr(em_module, "score", linear)
-    em = train(tmp_path, e_step={"ratio": 0.8, "gain": 0.0})
-    assert em.rows[-1]["dispersion"] == pytest.approx(3.0)
-    assert em.rows[-1]["ratio"] == pytest.approx(0.8)
-
-
 # --- the sampler, where the answer is known ------------------------------------------------------------
 
 
@@ -781,12 +1075,12 @@ def covariance(mixture: Mixture) -> torch.Tensor:
     return mixture.factor[0] @ mixture.factor[0].T + mixture.variance[0].diag()
 
 
-def diffusion(corruption, steps: int, dispersion: float, scaling=(0.0, 1.0), start=None) -> DiffusionPosterior:
+def diffusion(corruption, steps: int, width: float, scaling=(0.0, 1.0), start=None) -> DiffusionPosterior:
     denoiser = Denoiser(
         corruption.scaled(*scaling), (6,), DenoiserConfig(precondition="start"), NETWORK, start or gaussian()
     )
     return DiffusionPosterior(
-        corruption, (6,), scaling, denoiser.eval(), SamplerConfig(steps=steps), NETWORK, dispersion=dispersion
+        corruption, (6,), scaling, denoiser.eval(), SamplerConfig(steps=steps), NETWORK, width=width
     )
 
 
@@ -819,9 +1113,9 @@ def posterior_of(case: str):
     return y[None], params, mean + gain @ (y - operator @ mean), cov - gain @ operator @ cov
 
 
-def draws(case: str, steps: int, dispersion: float, given: bool) -> torch.Tensor:
+def draws(case: str, steps: int, width: float, given: bool) -> torch.Tensor:
     corruption = CASES[case][0]
-    sampler = diffusion(corruption, steps, dispersion, start=prior_of(corruption)[0])
+    sampler = diffusion(corruption, steps, width, start=prior_of(corruption)[0])
     seeds = seeding.item_seeds(0, 0, "user", torch.arange(DRAWN))
     if not given:
         return sampler.sample_prior(seeds)
@@ -873,7 +1167,7 @@ def test_draws_that_are_not_finite_end_the_run(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("shares", [torch.ones(6), torch.tensor([1.0, 0.5, 0.1, 1.0, 0.1, 0.5])])
-def test_dispersion_beyond_one_goes_where_there_is_room_for_error(shares):
+def test_width_beyond_one_goes_where_there_is_room_for_error(shares):
     """Against the recursion of each entry's variance, for entries that are independent under the prior."""
     prior = torch.tensor([1e-6, 0.5, 1.0, 1e-6, 0.5, 1.0])  # a thousandth of noise, or unknown; three of them observed
     start = Mixture(torch.zeros(1), torch.zeros(1, 6), torch.zeros(1, 6, 0), prior[None])
@@ -897,27 +1191,6 @@ def test_dispersion_beyond_one_goes_where_there_is_room_for_error(shares):
     assert (found / exact)[5] > 1.5 * shares[5]  # what is not, does
 
 
-def test_measure_finds_what_shares_are_wrong_by():
-    # the exact denoiser leaves all of the reference's variance: of which too little, or too much, was expected
-    corruption, shares = RandomMask(0.5, 0.1), torch.linspace(0.1, 2, 6)
-    start, mean, cov = prior_of(corruption)
-    sampler = diffusion(corruption, 3, 1.0, start=start)
-    expect(sampler, shares)
-    generator = torch.Generator().manual_seed(3)
-    x = mean + torch.randn(4000, 6, generator=generator) @ torch.linalg.cholesky(cov).T
-    y, params = corruption.observe(x, generator)
-    sampler.measure(x, y, params, seeding.item_seeds(0, 0, "user", torch.arange(4000)))
-    seen = params["mask"]
-    for k, sigma in enumerate(sampler.sigmas):
-        level = torch.full((4000,), sigma)
-        for group, (chosen, withheld) in enumerate(((~seen, False), (seen, False), (torch.ones_like(seen), True))):
-            # a Gaussian's variance does not depend on x_t
-            posterior, _, v = sampler.denoiser.predict(x, level, y, params, torch.full((4000,), withheld))
-            torch.testing.assert_close(v, shares.expand(4000, -1))
-            expected = (posterior.variance * chosen).sum() / (posterior.variance * v * chosen).sum()
-            assert sampler.correction[k, group].item() == pytest.approx(expected.item(), rel=0.06)
-
-
 @pytest.mark.parametrize("kind", ["observation", "mixture", "diffusion"])
 def test_save_and_load(kind, tmp_path):
     corruption, scaling = RandomMask(0.5, 0.1), (0.5, 2.0)
@@ -930,7 +1203,6 @@ def test_save_and_load(kind, tmp_path):
         generator = torch.Generator().manual_seed(1)
         for parameter in sampler.denoiser.network.parameters():  # else the network is zero
             parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
-        sampler.correction = torch.rand(4, 3, generator=generator)
     sampler.save_pretrained(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["README.md", "config.json", "model.safetensors"]
     loaded = from_pretrained(tmp_path)
@@ -953,12 +1225,39 @@ def test_saved_model_is_incomplete(tmp_path):
     file.write_bytes(file.read_bytes()[:-8])
     with pytest.raises(DiffemError, match="is not a complete saved model"):
         from_pretrained(tmp_path)
-    diffusion(RandomMask(0.5, 0.1), 3, 1.0).save_pretrained(tmp_path)
-    tensors = load_file(file)
+
+
+def without_a_head(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
     del tensors["network.last.variance.0.weight"]
-    save_file(tensors, file)
-    with pytest.raises(DiffemError, match="was saved by another version of diffem; train it again"):
+    save_file(tensors, folder / "model.safetensors")
+
+
+def configured(change: Callable[[dict], object]) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        change(config)
+        (folder / "config.json").write_text(json.dumps(config))
+
+    return apply
+
+
+@pytest.mark.parametrize(
+    "age",
+    [
+        without_a_head,
+        configured(lambda config: config.update(dispersion=config.pop("width"))),
+        configured(lambda config: config["sampler"].update(kind="ddpm")),
+    ],
+    ids=["no head of variances", "dispersion", "kinds of samplers"],
+)
+def test_saved_model_of_another_version(age, tmp_path):
+    diffusion(RandomMask(0.5, 0.1), 3, 1.0).save_pretrained(tmp_path)
+    from_pretrained(tmp_path)
+    age(tmp_path)
+    with pytest.raises(DiffemError) as caught:
         from_pretrained(tmp_path)
+    assert str(caught.value) == f"{tmp_path}: was saved by another version of diffem; train it again"
 
 
 def test_refresh_replaces_its_fraction_and_keeps_the_rest(whole, tmp_path):

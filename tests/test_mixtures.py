@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from diffem.corruptions import GaussianBlur
-from diffem.mixtures import Basis, Diagonal, Mixture, Rows, em_step
+from diffem.mixtures import Basis, Diagonal, DiagonalPosterior, Mixture, Rows, em_step
 
 DOUBLE = torch.float64
 D, B = 6, 5
@@ -310,6 +310,20 @@ def test_batches_do_not_matter(kind, components, rank, ridge):
     torch.testing.assert_close(parts.covariance(), whole.covariance())
     torch.testing.assert_close(parts.variance, whole.variance)
     assert (whole.mean - model.mean).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("kind", ["masks", "basis"])
+def test_em_computes_no_means_of_items(kind, monkeypatch):
+    """They are the largest of all arrays, and EM needs the latents only."""
+    likelihood, _ = observation(kind, given=False)
+    model = mixture(3, 2)
+    before = em_step(model, [likelihood], ridge=1.0)
+    means = property(lambda posterior: pytest.fail("means are computed"))
+    for name in ("_means", "_mean", "mean", "std"):
+        monkeypatch.setattr(DiagonalPosterior, name, means)
+    after = em_step(model, [likelihood], ridge=1.0)
+    assert after[1] == before[1]
+    assert all(torch.equal(v, before[0].tensors[k]) for k, v in after[0].tensors.items())
 
 
 def test_mean_log_likelihood_is_that_of_the_old_parameters():

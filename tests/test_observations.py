@@ -168,54 +168,57 @@ def test_chunks_cover_all_in_order():
     assert [c.tolist() for c in observations.chunks(np.array([7, 3, 9]), size=2)] == [[7, 3], [9]]
 
 
-@pytest.mark.parametrize(("n", "held_out"), [(4, 2), (9, 2), (20, 2), (1003, 100)])
-def test_split(n, held_out):
+@pytest.mark.parametrize(
+    ("n", "validation", "test"), [(8, 2, 2), (9, 2, 2), (44, 2, 2), (50, 2, 3), (1003, 50, 50), (1010, 50, 51)]
+)
+def test_split(n, validation, test):
     observations = Observations(np.zeros((n, 1)), GaussianNoise(0.1))
-    train, held = observations.split(5)
-    assert len(held) == held_out
-    assert (np.diff(train) > 0).all()
-    assert (np.diff(held) > 0).all()
-    assert np.array_equal(np.sort(np.concatenate((train, held))), np.arange(n))
-    again = observations.split(5)
-    assert np.array_equal(again[0], train)
-    assert np.array_equal(again[1], held)
+    parts = observations.split(5)
+    assert [len(part) for part in parts] == [n - validation - test, validation, test]
+    assert all((np.diff(part) > 0).all() for part in parts)
+    assert np.array_equal(np.sort(np.concatenate(parts)), np.arange(n))
+    assert all(np.array_equal(a, b) for a, b in zip(parts, observations.split(5), strict=True))
 
 
-def test_split_is_seeded_and_spread():
+@pytest.mark.parametrize("part", [1, 2])
+def test_split_is_seeded_and_spread(part):
     observations = Observations(np.zeros((1000, 1)), GaussianNoise(0.1))
     counts = np.zeros(1000)
     for seed in range(200):
-        counts[observations.split(seed)[1]] += 1
-    assert counts.sum() == 20_000
-    assert abs(counts[:500].sum() - 10_000) < 4 * 95  # std of a half's count: sqrt(200 * 22.5)
-    assert counts.max() < 50  # binomial(200, 0.1): mean 20
-    assert not np.array_equal(observations.split(0)[1], observations.split(1)[1])
+        counts[observations.split(seed)[part]] += 1
+    assert counts.sum() == 10_000
+    assert abs(counts[:500].sum() - 5000) < 4 * 69  # std of a half's count: sqrt(200 * 50 * 0.25 * 0.95)
+    assert counts.max() < 30  # binomial(200, 0.05): mean 10
+    assert not np.array_equal(observations.split(0)[part], observations.split(1)[part])
 
 
-def test_a_named_split_is_used_saved_and_part_of_the_checksum(tmp_path):
-    named = np.array([True, False, False, True, True, False])
-    observations = Observations(np.zeros((6, 1)), GaussianNoise(0.1), held_out=named)
+@pytest.mark.parametrize("last", [7, 8])
+def test_a_named_split_is_cut_in_the_middle_saved_and_part_of_the_checksum(last, tmp_path):
+    named = np.isin(np.arange(9), [0, 3, 4, 6, last])
+    observations = Observations(np.zeros((9, 1)), GaussianNoise(0.1), held_out=named)
     observations.save(tmp_path)
     for one in (observations, Observations.load(tmp_path)):
-        train, held = one.split(3)
-        assert (train.tolist(), held.tolist()) == ([1, 2, 5], [0, 3, 4])
-    assert observations.digest() != Observations(np.zeros((6, 1)), GaussianNoise(0.1)).digest()
+        for seed in (3, 4):
+            train, validation, test = one.split(seed)
+            assert train.tolist() == [1, 2, 5, 15 - last]
+            assert (validation.tolist(), test.tolist()) == ([0, 3], [4, 6, last])  # neighbours stay together
+    assert observations.digest() != Observations(np.zeros((9, 1)), GaussianNoise(0.1)).digest()
 
 
 @pytest.mark.parametrize(
     ("held_out", "got"),
     [
         (np.ones(6, bool), "shape (6,) of bool with 6 true"),
-        (np.arange(6) == 2, "shape (6,) of bool with 1 true"),
-        (np.arange(5) > 2, "shape (5,) of bool with 2 true"),
+        (np.arange(6) > 2, "shape (6,) of bool with 3 true"),
+        (np.arange(5) > 0, "shape (5,) of bool with 4 true"),
         (np.arange(6), "shape (6,) of int64 with 5 true"),
     ],
 )
 def test_a_split_that_cannot_be(held_out, got):
     with pytest.raises(DiffemError) as error:
         Observations(np.zeros((6, 1)), GaussianNoise(0.1), source="data", held_out=held_out)
-    assert (
-        str(error.value) == f"data: held_out.npy: must be 6 of bool, at least two of them true and one false, got {got}"
+    assert str(error.value) == (
+        f"data: held_out.npy: must be 6 of bool, at least 4 of them true and one false, got {got}"
     )
 
 
@@ -227,7 +230,8 @@ def test_scaling_from_the_range():
 def test_scaling_reads_only_observed_training_values():
     n = 400
     observations = masked(n, shape=(5,))
-    train, held = observations.split(0)
+    train, *halves = observations.split(0)
+    held = np.concatenate(halves)
     centre, half = observations.scaling(train)
     values = observations.y[train]
     low, high = np.quantile(values[np.isfinite(values)], [0.001, 0.999])
@@ -243,8 +247,8 @@ def test_scaling_reads_only_observed_training_values():
 
 def test_scaling_where_values_say_no_range():
     observations = projected(200)
-    train, held = observations.split(0)
-    observations.y[held] = 1e6
+    train, *halves = observations.split(0)
+    observations.y[np.concatenate(halves)] = 1e6
     centre, half = observations.scaling(train)
     assert centre == 0
     assert half == pytest.approx(2 * np.sqrt(np.square(observations.y[train]).mean()), rel=1e-5)
@@ -420,10 +424,11 @@ def test_not_finite_where_observed(value, item):
     Observations(y, RandomMask(0.5, 0.1), {"mask": mask})
 
 
-def test_too_few_to_split():
-    observations = Observations(np.zeros((1, 3)), GaussianNoise(0.1), source="here")
+@pytest.mark.parametrize("n", [1, 7])
+def test_too_few_to_split(n):
+    observations = Observations(np.zeros((n, 3)), GaussianNoise(0.1), source="here")
     assert error(observations.split, 0) == (
-        "here: 1 observation(s) are too few: a tenth, and at least two, are held out, the rest trains"
+        f"here: {n} observation(s) are too few: a tenth, and at least 4, are held out, the rest trains"
     )
 
 

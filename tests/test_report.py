@@ -28,12 +28,12 @@ def row(iteration, score, *, accepted=True, start=0.208, ratio=0.91, **more):
         "score_name": "crps",
         "score": score,
         "score_se": 0.003,
-        "delta": None if first else -0.01,
-        "delta_se": None if first else 0.002,
+        "criterion_delta": None if first else -0.01,
+        "criterion_delta_se": None if first else 0.002,
         "start_delta": None if first else score - start,
         "start_delta_se": None if first else 0.004,
         "ratio": ratio,
-        "dispersion": 0.4,
+        "width": 1.4,
     }
     return {**values, **more}
 
@@ -267,7 +267,7 @@ def test_summary_table(tmp_path):
         "CRPS, held out                      0.208 ± 0.003  0.171 ± 0.003",
         "paired difference to the start      –              -0.037 ± 0.004",
         "calibration ratio                   0.60           0.91",
-        "dispersion of the E-step            0.40           0.40",
+        "width of the draws                  1.40           1.40",
         "PSNR of one draw [dB] (clean data)  14.00          17.25",
     ]
 
@@ -346,7 +346,7 @@ def test_cost_counts_the_prior_but_not_as_an_iteration(tmp_path):
 
 
 def test_cost_says_what_the_scores_took(tmp_path):
-    run = report._load(make(tmp_path / "run", [{**row, "guard_seconds": 2.5} for row in ROWS]))
+    run = report._load(make(tmp_path / "run", [{**row, "score_seconds": 2.5} for row in ROWS]))
     assert dict(report._cost(run))["of it, scores of the iterations"] == f"{2.5 * len(ROWS):.1f} s"
 
 
@@ -369,10 +369,7 @@ def diagnostics(**more):
 
 
 def scored(rows):
-    return [
-        {**r, "criterion": 10 * r["score"] - 3, "divergence": r["score"] / 10, "divergence_se": 0.001, "ratio_se": 0.04}
-        for r in rows
-    ]
+    return [{**r, "criterion": 10 * r["score"] - 3, "ratio_se": 0.04} for r in rows]
 
 
 def test_diagnostics(tmp_path):
@@ -386,8 +383,8 @@ def test_diagnostics(tmp_path):
     for words in ("0.5 (p = 0.25)", "p &lt; 0.001", "0.84 ± 0.03 (warning)", "prior diversity", "12.5 s"):
         assert words in page
     assert 'alt="Calibration: 50% intervals hold 40%, 80% intervals hold 61%, 95% intervals hold 80%' in page
-    assert sum(kind == "image/svg+xml" for kind, _ in uris(page)) == 12  # five curves and calibration, light and dark
-    assert len(re.findall("; iteration 3 was chosen", page)) == 5
+    assert sum(kind == "image/svg+xml" for kind, _ in uris(page)) == 10  # four curves and calibration, light and dark
+    assert len(re.findall("; iteration 3 was chosen", page)) == 4
 
     (run / "diagnostics.json").write_text(json.dumps(diagnostics(warnings=[])))
     page = report.write(run).read_text()
@@ -433,8 +430,8 @@ def test_in_a_browser(dark, width, ground, tmp_path):
     done = subprocess.run([BROWSER, *flags, page.as_uri()], capture_output=True, text=True, timeout=60)
     assert "CONSOLE" not in done.stderr
     seen = json.loads(re.search("<title>(.*?)</title>", done.stdout).group(1))
-    assert seen["images"] == seen["shown"] == 8
-    assert seen["dark"] == (8 if dark else 0)
+    assert seen["images"] == seen["shown"] == 7
+    assert seen["dark"] == (7 if dark else 0)
     assert seen["ground"] == f"rgb({ground})"
     assert seen["verdict"] > 40
     assert seen["overflow"] <= 0

@@ -1,4 +1,4 @@
-"""The first guess of the start, where the truth is known; EM on it is tested in test_mixtures.py."""
+"""The first guess of the start, where the truth is known, and the acceleration of EM; EM itself is tested in test_mixtures.py."""
 
 from __future__ import annotations
 
@@ -6,9 +6,23 @@ import numpy as np
 import pytest
 import torch
 
-from diffem.corruptions import GaussianBlur
+from diffem import starts
+from diffem.corruptions import GaussianBlur, RandomMask, RandomProjection
+from diffem.mixtures import Mixture, em_step
 from diffem.observations import Observations
-from diffem.starts import StartConfig, _spectrum, fit
+from diffem.starts import (
+    REACH,
+    Batches,
+    StartConfig,
+    _accelerated,
+    _converge,
+    _flat,
+    _mean_log_likelihood,
+    _single,
+    _spectrum,
+    _unflat,
+    fit,
+)
 
 N, SHAPE = 1500, (1, 8, 8)
 CORRUPTION = GaussianBlur(1.2, 0.1)
@@ -50,3 +64,132 @@ def test_start_of_a_noisy_blur_is_nearly_the_best_linear_estimate(noise):
     best = likelihood.basis.synthesise(wiener * likelihood.z).view_as(x)
     ours = mixture.posterior(likelihood).mean.view_as(x)
     assert (ours - x).square().mean() < 1.5 * (best - x).square().mean()
+
+
+# --- EM, accelerated by SQUAREM ---------------------------------------------------------------------------
+
+
+def problem(corruption, d: int, rank: int, n: int = 3000, seed: int = 0) -> tuple[Batches, Batches, Mixture]:
+    """Observations of a Gaussian of low rank, nine tenths to fit and one to validate, and the first guess."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    factor = 0.6 * normal(d, rank)
+    x = normal(n, rank) @ factor.T + 0.2 * normal(n, d) + 0.3 * normal(d)
+    params = corruption.draw(n, (d,), generator)
+    y, cut = corruption.apply(x, params, generator), n * 9 // 10
+    parts = [
+        corruption.likelihood(y[part], {k: v[part] for k, v in params.items()}) for part in (slice(cut), slice(cut, n))
+    ]
+    return lambda: iter(parts[:1]), lambda: iter(parts[1:]), _single(parts[0], rank, d, generator)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_acceleration_saves_more_than_half_of_the_steps(seed, monkeypatch):
+    fitting, validating, first = problem(RandomMask(0.75, 0.05), 24, 4, seed=seed)
+    plain, values = first, []
+    for _ in range(300):
+        plain = em_step(plain, fitting(), ridge=1.0)[0]
+        values.append(_mean_log_likelihood(plain, validating))
+    calls = []
+    monkeypatch.setattr(starts, "em_step", lambda *args, **more: calls.append(1) or em_step(*args, **more))
+    config = StartConfig(iterations=150, tolerance=1e-3)
+    mixture, value, steps = _converge(first, fitting, validating, config)
+    assert steps == len(calls) <= 150
+    assert value == _mean_log_likelihood(mixture, validating) > values[-1] - config.tolerance
+    assert values[steps - 1] < value - 5 * config.tolerance  # as many steps of EM itself are not there yet
+
+
+@pytest.mark.parametrize("ridge", [0.0, 1.0])
+@pytest.mark.parametrize(("corruption", "d"), [(RandomMask(0.75, 0.05), 24), (RandomProjection(3, 0.05), 8)])
+def test_a_round_is_two_steps_of_em_and_one_from_where_they_point(corruption, d, ridge, monkeypatch):
+    fitting, _, first = problem(corruption, d, 2, 400)
+    tried = []
+    monkeypatch.setattr(starts, "em_step", lambda m, *args, **more: tried.append(m) or em_step(m, *args, **more))
+    reach = REACH
+    mixture = first
+    for _ in range(6):
+        tried.clear()
+        after, next_reach, made = _accelerated(mixture, fitting, ridge, reach)
+        one, _ = em_step(mixture, fitting(), ridge=ridge)
+        two, likelihood = em_step(one, fitting(), ridge=ridge)
+        zero, one_, two_ = (_flat(m) for m in (mixture, one, two))
+        r, v = one_ - zero, (two_ - one_) - (one_ - zero)
+        length = min(float(r.norm() / v.norm()), reach)
+        assert made == len(tried) == (3 if length > 1 else 2)
+        if length > 1:
+            torch.testing.assert_close(_flat(tried[2]), zero + 2 * length * r + length**2 * v, rtol=1e-9, atol=1e-9)
+            best, there = em_step(tried[2], fitting(), ridge=ridge)
+            kept = there >= likelihood
+            torch.testing.assert_close(_flat(after), _flat(best if kept else two))
+            assert next_reach == (4 * reach if kept and length == reach else reach if kept else max(reach / 4, REACH))
+        # never lower than EM itself was after one step
+        assert em_step(after, fitting())[1] >= likelihood - (1e-3 if ridge else 1e-9)
+        mixture, reach = after, next_reach
+
+
+@pytest.mark.parametrize("reach", [4.0, 64.0])
+@pytest.mark.parametrize("how", ["wide", "not a number"])
+def test_an_extrapolation_that_lowers_the_likelihood_is_thrown_away(how, reach, monkeypatch):
+    fitting, validating, first = problem(RandomMask(0.75, 0.05), 24, 4, 400)
+    two = em_step(em_step(first, fitting(), ridge=1.0)[0], fitting(), ridge=1.0)[0]
+
+    def beyond(vector: torch.Tensor, like: Mixture) -> Mixture:
+        parts = _unflat(vector, like).tensors
+        worse = {"variance": 1e3 * parts["variance"]} if how == "wide" else {"mean": parts["mean"] * torch.nan}
+        return Mixture(**{**parts, **worse})
+
+    monkeypatch.setattr(starts, "_unflat", beyond)
+    found, next_reach, made = _accelerated(first, fitting, 1.0, reach)
+    assert (made, next_reach) == (3, max(reach / 4, REACH))
+    assert all(torch.equal(v, two.tensors[k]) for k, v in found.tensors.items())
+    # a fit goes on like EM itself
+    mixture, _, steps = _converge(first, fitting, validating, StartConfig(iterations=9, tolerance=0.0))
+    plain = first
+    for _ in range(steps * 2 // 3):
+        plain = em_step(plain, fitting(), ridge=1.0)[0]
+    assert steps == 9
+    assert all(torch.equal(v, plain.tensors[k]) for k, v in mixture.tensors.items())
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-13)])
+@pytest.mark.parametrize("rank", [0, 3])
+def test_parameters_as_a_vector_and_back(rank, dtype, tolerance):
+    generator, basis = torch.Generator().manual_seed(0), CORRUPTION.gains(SHAPE)[0]
+    mixture = Mixture(
+        torch.tensor([0.2, 0.5, 0.3], dtype=dtype).log(),
+        torch.randn(3, 64, generator=generator, dtype=dtype),
+        torch.randn(3, 64, rank, generator=generator, dtype=dtype),
+        torch.logspace(-6, 4, 192, dtype=dtype).view(3, 64),
+        basis,
+    )
+    vector = _flat(mixture)
+    assert vector.shape == (3 + 3 * 64 * (2 + rank),)
+    again = _unflat(vector, mixture)
+    assert again.basis is basis
+    for name, value in mixture.tensors.items():
+        assert (again.tensors[name].dtype, again.tensors[name].shape) == (dtype, value.shape)
+        torch.testing.assert_close(again.tensors[name], value, rtol=tolerance, atol=tolerance)
+    # wherever a step leads, weights add up to 1, and variances are above 0
+    far = _unflat(vector - 9 * torch.rand(len(vector), generator=generator, dtype=torch.float64), mixture)
+    assert far.log_weights.exp().sum().item() == pytest.approx(1, rel=1e-5)
+    assert (far.variance > 0).all()
+
+
+def test_a_fit_counts_its_steps_and_keeps_to_its_limit(monkeypatch):
+    corruption = RandomMask(0.75, 0.05)
+    x = torch.randn(300, 6, generator=torch.Generator().manual_seed(0))
+    y, params = corruption.observe(x, torch.Generator().manual_seed(1))
+    data = Observations(y.numpy(), corruption, {"mask": params["mask"].numpy()}, range=(-1, 1))
+    calls = []
+    monkeypatch.setattr(starts, "em_step", lambda *args, **more: calls.append(1) or em_step(*args, **more))
+    config = StartConfig(components=(1, 2), ranks=(1, 2), iterations=10, tolerance=-1.0)
+    mixture, about = fit(config, data, np.arange(270), corruption, (0.0, 1.0), 0)
+    assert [(c["components"], c["rank"]) for c in about["candidates"]] == [(1, 1), (2, 1), (1, 2), (2, 2)]
+    assert sum(c["iterations"] for c in about["candidates"]) == len(calls)
+    assert all(10 <= c["iterations"] <= 12 for c in about["candidates"])  # a round that has begun is finished
+    best = min(about["candidates"], key=lambda c: c["criterion"])
+    assert (about["components"], about["rank"]) == (best["components"], best["rank"])
+    assert (mixture.components, mixture.rank) == (best["components"], best["rank"])

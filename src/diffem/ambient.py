@@ -149,9 +149,6 @@ class Ambient(DiffEM):
         assert split is not None
         return denoiser.observed_loss(y, params, split[0], generator)
 
-    def _settled(self, window: int = 200) -> bool:
-        return False
-
     def _finish(self) -> None:
-        self._sampler(dispersion=0.0).save_pretrained(self.run.folder / "prior")
+        self._sampler(width=0.0).save_pretrained(self.run.folder / "prior")
         self._next("done")

@@ -257,7 +257,7 @@ def _train(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
             flush=True,
         )
     place = arguments.device, arguments.precision
-    pictures.save(em.run, observations, em.held_out, config.em.seed, folder / "clean.npy", *place)
+    pictures.save(em.run, observations, em.test, config.em.seed, folder / "clean.npy", *place)
     found = _write_diagnostics(out, observations, False, *place)
     page = report.write(out)
     print(report.summary_table(out))

@@ -42,15 +42,12 @@ class EMConfig:
         iterations: Number of EM iterations.
         seed: Seed of everything that is drawn.
         refresh: The fraction of the reconstructions that an E-step replaces; the last one replaces all.
-        score_items: Held-out observations that score an iteration.
-        score_splits: How often each of them is split into a part that is given and one that is predicted. Scores take
-            little of a run, but of one on less than some 5,000 observations; there 1 keeps them near a twentieth.
+        score_items: Validation observations that score an iteration.
+        score_splits: How often each of them is split into a part that is given and one that is predicted.
         score_draws: Draws per split.
-        guard: Whether observations decide which iterations are accepted, saved, and the last (see
-            :mod:`diffem.guard`); if not, all are accepted, and the last one of `iterations` is saved.
-        gate: So many standard errors of a paired difference count as better or worse.
-        patience: So many iterations in a row without an improvement end the sharp part of the run, and after it the run;
-            0 never does.
+        guard: Whether validation observations decide which iterations are accepted and kept, when the run ends, and how wide
+            its draws are (see :mod:`diffem.selection`). If not, all are accepted, and the last one of `iterations` is kept.
+        patience: So many iterations in a row without a new best end the run; 0 never does.
     """
 
     iterations: int = 20
@@ -60,7 +57,6 @@ class EMConfig:
     score_splits: int = 2
     score_draws: int = 2
     guard: bool = True
-    gate: float = 2.0
     patience: int = 8
 
     def __post_init__(self) -> None:
@@ -74,33 +70,20 @@ class EMConfig:
 
 @dataclass(frozen=True)
 class EStepConfig:
-    """The E-step, and the dispersion of its draws over the run: sharp first, calibrated last.
+    """The E-step.
 
     Attributes:
-        sharp: The largest fraction of the iterations, at first, that put no residual variance back (plain DDPM): they
-            learn fast, and narrow.
-        sharp_ratio: The calibration ratio that ends them sooner; two iterations in a row whose score did not fall do, too.
-        dispersion: The share of the residual variance that the others put back (1 is calibrated where the prior is
-            right; more goes where there is room for error, see :mod:`diffem.posteriors`).
-        ratio: The least calibration ratio of held-out observations that counts as calibrated: the network's errors are
-            variance too. After the last iteration the dispersion is raised, to at most 10, until the ratio is this. A
-            black box has none; 0 leaves the dispersion as it is.
-        gain: How much is added to `dispersion` during the run for every unit that the last iteration was below `ratio`.
+        width: How much of the residual variance its draws put back: 1 all of it, 0 none (plain DDPM, as in the paper). The
+            end of a run chooses another one, if that predicts validation observations better.
         batch: Observations at a time.
     """
 
-    sharp: float = 0.5
-    sharp_ratio: float = 0.4
-    dispersion: float = 1.0
-    ratio: float = 0.9
-    gain: float = 5.0
+    width: float = 1.0
     batch: int = 256
 
     def __post_init__(self) -> None:
-        if self.batch < 1 or min(self.dispersion, self.ratio, self.gain, self.sharp_ratio) < 0:
-            raise DiffemError("e_step: batch must be at least 1; dispersion, gain and ratios must be >= 0")
-        if not 0 <= self.sharp <= 1:
-            raise DiffemError(f"e_step.sharp: must be in [0, 1], got {self.sharp}")
+        if self.batch < 1 or self.width < 0:
+            raise DiffemError("e_step: batch must be at least 1, width >= 0")
 
 
 @dataclass(frozen=True)

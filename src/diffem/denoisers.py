@@ -4,18 +4,24 @@ With the noisy item :math:`x_t = x + \sigma_t z`, its observation :math:`y` and 
 :math:`r(x)`, let :math:`m` be the mean of the reference posterior :math:`r(x \mid x_t, y)` and
 :math:`S` a square root of its covariance. The denoiser is
 
-.. math:: d(x_t, \sigma_t, y) = m + S \, f(x_t, \log \sigma_t, y, m, \ldots)
-    \qquad \text{trained by} \qquad E \, \| S^{-1} (x - m) - f \|^2 \, ,
+.. math:: d(x_t, \sigma_t, y) = m + S \, f(x_t, \log \sigma_t, y, m, \ldots) \, ,
 
-so that the network always predicts a quantity of unit variance, whatever the noise level and whatever
-was observed. The choices of the reference (`denoiser.precondition`) are:
+so that the network predicts a quantity of about unit variance, whatever the noise level and whatever
+was observed. There are two references (`denoiser.precondition`):
 
 * `plain`: N(0, I), and y is not used. Then :math:`m = x_t / (\sigma^2 + 1)`, :math:`S = \sigma /
-  \sqrt{\sigma^2 + 1}`: the preconditioning of EDM with unit data variance, and the loss of the DiffEM
-  paper, weighted by :math:`1 / \sigma^2 + 1`.
-* `fuse`: N(0, I), given both x_t and y: what was measured is respected at the noise level.
-* `start`: the mixture fitted to the observations. The untrained denoiser then *is* the exact posterior of
+  \sqrt{\sigma^2 + 1}`: the preconditioning of EDM with unit data variance.
+* `start`: the mixture fitted to the observations. The untrained denoiser is then the exact posterior of
   the initial prior, and training only has to learn what a mixture cannot say.
+
+It is trained on reconstructions :math:`x` and simulated observations :math:`y'` of them. The loss of an item is
+
+.. math:: \frac{d}{\mathrm{tr} \, S S^T} \left\| W^{1/2} \left( x - d(x_t, \sigma_t, y') \right) \right\|^2
+    \, , \qquad W = \lambda I + (1 - \lambda) P \, ,
+
+with P the part of x that the real observation measured (:meth:`Corruption.measured`), and :math:`\lambda` =
+`m_step.imputed_weight`. With :math:`\lambda = 1` and the plain reference it is the loss of the DiffEM paper, weighted by
+:math:`1 / \sigma^2 + 1`.
 
 When y is withheld the same network is the prior's denoiser.
 
@@ -23,12 +29,11 @@ A second head of the network predicts the squared error of the first, entry by e
 reference posterior's variance that is left,
 
 .. math:: v(x_t, \sigma_t, y) \quad \text{trained by} \quad
-    E \left[ e^2 / v + \log v \right] \, , \qquad e = S^{-1} (x - m) - f \, ,
+    E \left[ \frac{e^T W e}{v} + w \log v \right] \, , \qquad e = S^{-1} (x - d) \, ,
 
-which is least at :math:`v = E[e^2 \mid x_t, y]`. Samplers put this variance back (:mod:`diffem.posteriors`): where the
-network knows an entry, next to none of it. Where :math:`S` is not diagonal (a blur, a projection) an item has one share, the mean over
-its entries: scaling them one by one would turn what is uncertain into directions that were observed. The head does not shape
-the features, so that the denoiser is what it would be without.
+with w the diagonal of W, which is least at :math:`v = E[e^T W e \mid x_t, y] / w`. Samplers put this variance back
+(:mod:`diffem.posteriors`). Where :math:`S` is not diagonal (a blur, a projection) an item has one share, the mean over
+its entries: scaling them one by one would turn what is uncertain into directions that were observed.
 
 References:
     | Elucidating the Design Space of Diffusion-Based Generative Models (Karras et al., 2022)
@@ -38,6 +43,7 @@ References:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -62,7 +68,7 @@ class DenoiserConfig:
     """Preconditioning, noise schedule and loss. Noise levels are in model units (data about [-1, 1]).
 
     Attributes:
-        precondition: `plain`, `fuse`, `start`, or `auto`: `start` where the start is a mixture, else `plain`.
+        precondition: `plain`, `start`, or `auto`: `start` where the start is a mixture, else `plain`.
         sigma_min: The least noise level.
         sigma_max: The largest noise level.
         time_alpha: First parameter of the Beta density of the training times.
@@ -74,12 +80,12 @@ class DenoiserConfig:
     sigma_min: float = 1e-2
     sigma_max: float = 1e1
     time_alpha: float = 3.0
-    time_beta: float = 3.0
+    time_beta: float = 1.5
     observation_dropout: float = 0.1
 
     def __post_init__(self) -> None:
-        if self.precondition not in ("auto", "plain", "fuse", "start"):
-            raise DiffemError(f"denoiser.precondition: must be auto, plain, fuse or start, got {self.precondition!r}")
+        if self.precondition not in ("auto", "plain", "start"):
+            raise DiffemError(f"denoiser.precondition: must be auto, plain or start, got {self.precondition!r}")
         if not 0 < self.sigma_min < self.sigma_max:
             raise DiffemError("denoiser.sigma_min: must be > 0 and below denoiser.sigma_max")
         if not 0 <= self.observation_dropout <= 1:
@@ -113,8 +119,6 @@ class Denoiser(nn.Module):
             self.precondition = "plain" if start is None else "start"
         if self.precondition == "start" and start is None:
             raise DiffemError("denoiser.precondition: start needs a Gaussian or mixture start (start.kind)")
-        if self.precondition == "fuse" and not isinstance(corruption, LinearCorruption):
-            raise DiffemError("denoiser.precondition: fuse needs a linear-Gaussian corruption; use plain")
         features = torch.Size(shape).numel()
         self.reference = start if self.precondition == "start" and start is not None else Mixture.standard(features)
         x = torch.zeros(1, *shape)
@@ -179,17 +183,26 @@ class Denoiser(nn.Module):
         posterior, f, _ = self.predict(x_t, sigma, y, params, withheld)
         return (posterior.mean + posterior.scale(f)).view(x_t.shape).to(x_t)
 
-    def loss(self, x: Tensor, y: Tensor, params: Params, generator: torch.Generator, dropout: float = 0.0) -> Tensor:
-        """The denoising loss of a batch of clean items and their observations, in model units.
+    def loss(
+        self,
+        x: Tensor,
+        y: Tensor,
+        params: Params,
+        generator: torch.Generator,
+        dropout: float = 0.0,
+        weigh: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        """The denoising loss of a batch of items and their observations, in model units; a scalar.
 
         Its gradient also trains the variances; its value is that of the mean alone.
 
         Arguments:
-            x: Clean items, shape (B, *shape).
+            x: Items, shape (B, *shape).
             y: Their observations, shape (B, *y shape).
             params: Operator parameters.
             generator: Draws times, noise, and whose observation is withheld.
             dropout: The fraction of the observations that is withheld.
+            weigh: W, a symmetric map of (B, *shape); the identity by default.
         """
         device = generator.device
         sigma = self.times(len(x), generator).to(x)
@@ -197,11 +210,25 @@ class Denoiser(nn.Module):
         withheld = torch.rand(len(x), generator=generator, device=device).to(x.device) < dropout
         x_t = x + sigma.view(-1, *(1,) * (x.ndim - 1)) * noise
         posterior, f, v = self.predict(x_t, sigma, y, params, withheld)
+
+        def product(a: Tensor, b: Tensor) -> Tensor:  # a W b, entry by entry
+            return a * (b if weigh is None else weigh(b.view_as(x)).flatten(1))
+
         with torch.no_grad():
             target = posterior.whiten(x.flatten(1) - posterior.mean).to(x)
-        error = (target - f).square()
-        of_variance = (error.detach() / v + v.log()).mean()
-        return error.mean() + (of_variance - of_variance.detach())
+            left = posterior.variance.mean(1).to(x)
+            if weigh is None:
+                weight = torch.ones_like(target)
+            else:  # z W z with random signs z: the diagonal of W, or in the mean its trace
+                signs = torch.randint(0, 2, target.shape, generator=generator, device=device).to(x) * 2 - 1
+                weight = product(signs, signs)
+        missed = target - f
+        error = posterior.scale(missed).to(x)
+        whitened = product(missed.detach(), missed.detach())
+        if not posterior.by_entry:
+            whitened, weight = (a.mean(1, keepdim=True).expand_as(v) for a in (whitened, weight))
+        of_variance = (whitened / v + weight * v.log()).mean()
+        return (product(error, error).mean(1) / left).mean() + (of_variance - of_variance.detach())
 
     def times(self, n: int, generator: torch.Generator) -> Tensor:
         """Noise levels to train at, shape (n,)."""

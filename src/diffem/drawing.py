@@ -354,7 +354,7 @@ def curves(rows: Sequence[Row], chosen: int, score_name: str) -> list[Figure]:
         (
             "criterion",
             "criterion",
-            "Criterion of held-out observations, lower is better: log CRPS + half the log score; with the divergence it chooses the iteration",
+            "Criterion of held-out observations, lower is better: log CRPS + half the log score; it chooses the iteration",
         ),
         (
             "ratio",

@@ -2,15 +2,15 @@
 
     start: reconstructions x_i ~ q_0(. | y_i) from the initial prior
     for k = 1 .. K
-        M-step: train the denoiser d(x_t, t, y) on (x_i, y'), with y' ~ Q(. | x_i) drawn anew at every step
+        M-step: train the denoiser d(x_t, t, y) on (x_i, y'), with y' ~ Q(. | x_i) drawn anew at every step; what y_i measured of
+                x_i weighs more than what q_k-1 imputed
         E-step: draw x_i ~ q_k(. | y_i) for every observation
-        guard:  refuse the iteration if observations say that it is worse; save it if it is the best; stop in time
-    calibration: widen the best q_k until held-out observations no longer call it over-confident, and draw again; if q_0
-        turns out to be better, it is what the run ends with
+        judge:  refuse the iteration if validation observations say that it is worse; save it if it is the best; stop in time
+    end: choose the width of the best q_k, draw again, and report its score on test observations
     prior: train the denoiser without an observation, d(x_t, t), on the best reconstructions
 
-Held-out observations are reconstructed and scored, never trained on. A refused iteration leaves the reconstructions
-as they were, and the network goes on training on them; :mod:`diffem.guard` has the rules.
+Held-out observations are reconstructed and scored, never trained on. Half of them, the validation part, selects: see
+:mod:`diffem.selection`. The other half, the test part, only reports.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import shutil
 import time
@@ -36,14 +37,11 @@ from diffem.corruptions import LinearCorruption, Params
 from diffem.denoisers import Denoiser
 from diffem.diagnostics import Score, score
 from diffem.diagnostics.divergence import energy_items
-from diffem.diagnostics.scores import standard_error
 from diffem.errors import DiffemError
-from diffem.guard import WIDEST, Guard, compare
 from diffem.m_step import Trainer
 from diffem.mixtures import Mixture
 from diffem.observations import Observations, evenly, open_array
 from diffem.posteriors import (
-    GROUPS,
     DiffusionPosterior,
     MixturePosterior,
     ObservationPosterior,
@@ -52,37 +50,14 @@ from diffem.posteriors import (
     likelihood_basis,
 )
 from diffem.run import Run
+from diffem.selection import Selection, compare
 
 Progress = Callable[[str, int, int], None]
-COMPARED = 2048  # reconstructions whose divergence is computed,
-CORRUPTED = 4  # each of them so often
-MEASURED = 512  # held-out reconstructions that measure the corrections of the residual variances
-CLOSELY = 0.02  # of a run's evaluations go into a close score, on which width and the choice of the start hang:
-PREDICTIONS = 768, 16_384  # at least and at most so many splits of held-out observations are predicted for it,
-AGAIN = 32  # each observation split at most so often
-REPEATS = 16  # of the predictions of a sampler without a network: nearly free, and half of a difference's error
-
-
-def scored(config: Config, held_out: int, spent: float | None = None) -> tuple[int, int]:
-    """How many of the held-out observations a score takes, and how often each of them is split.
-
-    Arguments:
-        config: The configuration.
-        held_out: How many there are.
-        spent: Evaluations of the network by a run that is to be scored closely; None for the score of an iteration.
-    """
-    em = config.em
-    if spent is None:
-        return min(em.score_items, held_out), em.score_splits
-    least, most = PREDICTIONS
-    predictions = round(min(max(CLOSELY * spent / (em.score_draws * config.sampler.evaluations), least), most))
-    items = min(predictions, held_out)
-    return items, max(em.score_splits, min(predictions // items, AGAIN))
-
-
-def repeats(sampler: PosteriorSampler) -> int:
-    """How often a sampler predicts every split of a score."""
-    return 1 if isinstance(sampler, DiffusionPosterior) else REPEATS
+SPLIT = 0.5  # the fraction of the items that are shown a part of their real observation, after the first iteration
+COMPARED = 2048  # reconstructions that score a black box,
+CORRUPTED = 4  # each of them corrupted so often
+WIDTHS = (0.5, 0.7, 1.0, 1.5, 2.5, 4.0, 6.0, 9.0)  # the end chooses among them
+PREDICTIONS, MOST_SPLITS = 1024, 8  # by which the end scores: so many, an observation split at most so often
 
 
 @dataclass
@@ -90,14 +65,13 @@ class State:
     """Where a run is: what a checkpoint holds beside tensors."""
 
     iteration: int = 1
-    phase: str = "m_step"  # then e_step, commit, and m_step of the next one; at the end calibration, prior, done
+    phase: str = "m_step"  # then e_step, commit, and m_step of the next one; at the end last, prior, done
     step: int = 0  # of the optimiser, in this phase
     loss_sum: float = 0.0
-    window: list[float] = field(default_factory=list)  # losses of the first M-step
     examples: int = 0
     evaluations: int = 0
     seconds: float = 0.0
-    guard_seconds: float = 0.0  # of them, what scores took
+    score_seconds: float = 0.0  # of them, what scores took
     row: dict = field(default_factory=dict)  # of the iteration that waits for its commit
     rows: list[dict] = field(default_factory=list)
 
@@ -149,7 +123,7 @@ class DiffEM:
             raise DiffemError(
                 f"reference: shape {tuple(reference.shape)}, but the reconstructions have {(len(observations), *self.shape)}"
             )
-        self.train, self.held_out = observations.split(self.seed)
+        self.train, self.validation, self.test = observations.split(self.seed)
         self.examples = self._clean_examples()
         if start is None and config.start.kind == "run":
             start = self._earlier_posterior()
@@ -168,7 +142,7 @@ class DiffEM:
             facts["clean_examples"] = hashlib.sha256(self.examples.tobytes()).hexdigest()[:16]
         self.run = Run(out, config, facts)
         self.state = State()
-        self.guard: Guard
+        self.selection: Selection
 
     @property
     def rows(self) -> list[dict]:
@@ -192,8 +166,8 @@ class DiffEM:
                 self._m_step()
             if self.state.phase == "e_step":
                 self._e_step()
-            if self.state.phase == "calibration":
-                self._calibration()
+            if self.state.phase == "last":
+                self._last()
             if self.state.phase == "commit":
                 self._commit()
             yield from self.state.rows[known:]
@@ -214,11 +188,12 @@ class DiffEM:
         x = self.run.array("next", (len(self.observations), *self.shape))
         self._reconstruct(sampler, x, iteration=0)
         self._keep_reconstructions(best=True)
-        divergence = self._divergence(x)
-        self.guard = Guard.begin(self.config, self._score(sampler), divergence)
+        em = self.config.em
+        self.selection = Selection.begin(em.guard, em.patience, self._judge(sampler, x))
         self.state.iteration = 0
-        self.state.rows.append(self._row(self.guard.first, divergence, {"accepted": True, "best": True}, 0, sampler, x))
-        self._next("m_step" if self.config.em.iterations else "done", 1)
+        verdict = {"accepted": True, "best": True}
+        self.state.rows.append(self._row(self.selection.first, verdict, 0, sampler, x))
+        self._next("m_step" if em.iterations else "last", 1)
 
     def _save_start(self, sampler: PosteriorSampler) -> None:
         """Makes the start what the run folder holds."""
@@ -230,59 +205,43 @@ class DiffEM:
         elif not isinstance(sampler, ObservationPosterior):
             sampler.save_pretrained(self.run.folder / "prior")
 
-    def _start_sampler(self) -> PosteriorSampler:
-        return from_pretrained(self.run.folder / "start", self.corruption, *self.place)
-
     def _m_step(self) -> None:
         state, config = self.state, self.config.m_step
         first = state.iteration == 1
-        anew = not first and state.iteration > self.config.em.iterations - config.reinitialise
-        if state.step == 0 and anew:
-            old = self.trainer.denoiser
-            self.trainer = self._trainer(old.reference if old.precondition == "start" else None)
-        elif state.step == 0 and config.optimizer == "reset":
+        if state.step == 0 and config.optimizer == "reset":
             self.trainer.reset_optimizer()
-        steps = config.first_steps if first or anew else config.steps
-        self._train(steps, self.config.denoiser.observation_dropout, first)
+        self._train(config.first_steps if first else config.steps, self.config.denoiser.observation_dropout)
         state.phase = "e_step"
         self._checkpoint()
 
     def _e_step(self) -> None:
-        state = self.state
-        sampler = self._sampler(self.guard.width(state.iteration))
-        if sampler.dispersion:
-            self._measure(sampler)
+        state, sampler = self.state, self._sampler(self.config.e_step.width)
         x = self.run.array("next", (len(self.observations), *self.shape))
         drawn = self._reconstruct(sampler, x, state.iteration)
-        current, divergence = self._score(sampler), self._divergence(x)
-        verdict = self.guard.decide(state.iteration, current, divergence)
-        state.row = self._row(current, divergence, verdict, drawn, sampler, x)
-        self.correction, state.phase = sampler.correction, "commit"
+        current = self._judge(sampler, x)
+        state.row = self._row(current, self.selection.decide(current), drawn, sampler, x)
+        state.phase = "commit"
         self._checkpoint()
 
     def _commit(self) -> None:
         # Every action here can be done twice: a run killed between two of them repeats the first.
         state = self.state
-        of = state.row.get("of")  # the calibration's rows have it
+        last = "of" in state.row  # the row of what the run ends with
         if state.row["accepted"]:
             self._keep_reconstructions(state.row["best"])
-        if state.row.get("undone"):
-            files.link(self.run.folder / "reconstructions.npy", self.run.folder / "current.npy")
-        if of == 0:
-            self._save_start(self._start_sampler())
-        elif state.row["best"]:
-            sampler = self._sampler(state.row["dispersion"])
+        if state.row["best"] and state.row.get("of") != 0:
+            sampler = self._sampler(state.row["width"])
             sampler.save_pretrained(self.run.folder / "posterior")
             if self.config.prior.kind == "joint":
                 sampler.save_pretrained(self.run.folder / "prior")
         (self.run.folder / "next.npy").unlink(missing_ok=True)
         state.rows.append(state.row)
-        if of == 0:
-            self._next("done")
-        elif of is not None:
+        if last and state.row["of"]:
             self._finish()
-        elif self.guard.over or state.iteration == self.config.em.iterations:
-            self._next("calibration", state.iteration + 1)
+        elif last:
+            self._next("done")
+        elif self.selection.over or state.iteration == self.config.em.iterations:
+            self._next("last", state.iteration + 1)
         else:
             self._next("m_step", state.iteration + 1)
 
@@ -294,69 +253,49 @@ class DiffEM:
         if best:
             files.link(folder / "current.npy", folder / "reconstructions.npy")
 
-    def _calibration(self) -> None:
-        """What the run ends with, scored closely: the best iteration, widened if held-out observations call it
-        over-confident, with reconstructions that are all drawn from it; or the start."""
-        state, wanted, folder = self.state, self.config.e_step.ratio, self.run.folder
-        last = next(row for row in reversed(state.rows) if row["best"])
-        if last["iteration"] == 0:
-            return self._next("done")
-        saved = from_pretrained(folder / "posterior", self.corruption, *self.place)
-        assert isinstance(saved, DiffusionPosterior)
+    def _last(self) -> None:
+        """What the run ends with: the best iteration at its best width, with reconstructions that are all drawn from it; or
+        the start. Test observations score both."""
+        state, folder = self.state, self.run.folder
+        best = next(row for row in reversed(state.rows) if row["best"])
+        start = from_pretrained(folder / "start", self.corruption, *self.place)
+        sampler, x, drawn = start, self.run.array("reconstructions"), 0
         files.link(folder / "reconstructions.npy", folder / "current.npy")
-        self.trainer.averaged.network.load_state_dict(saved.denoiser.network.state_dict())
-        self.correction = saved.correction
-        sampler = self._sampler(last["dispersion"])
-        start = self._start_sampler()
-        first, current = self._score(start, True), self._score(sampler, True)
-        can_widen = self.config.sampler.kind == "ddpm" and self.config.sampler.guidance == "none"
-        if can_widen and current.ratio is not None and current.ratio < wanted:
-            sampler, current = self._widened(sampler, last["ratio"], current, first)
-        self.correction, x, drawn = sampler.correction, self.run.array("current"), 0
-        kept: PosteriorSampler = sampler
-        if sampler.dispersion != last["dispersion"] or self.config.em.refresh < 1:
-            x = self.run.array("next", (len(self.observations), *self.shape))
-            drawn = self._reconstruct(sampler, x, state.iteration)
-        divergence, of = self._divergence(x) if drawn else self.guard.divergence, last["iteration"]
-        found = compare(current, divergence, first, self.guard.first_divergence)
-        if not self.guard.outdoes(found):
-            x = self.run.array("next", (len(self.observations), *self.shape))
-            self._reconstruct(start, x, iteration=0)
-            kept, current, divergence, of = start, first, self.guard.first_divergence, 0
+        if best["iteration"]:
+            saved = from_pretrained(folder / "posterior", self.corruption, *self.place)
+            assert isinstance(saved, DiffusionPosterior)
+            self.trainer.averaged.network.load_state_dict(saved.denoiser.network.state_dict())
+            sampler = self._sampler(self._chosen_width(best["width"]))
+            if sampler.width != best["width"] or self.config.em.refresh < 1:
+                x = self.run.array("next", (len(self.observations), *self.shape))
+                drawn = self._reconstruct(sampler, x, state.iteration)
+        first, current = (self._closely(s, self.test) for s in (start, sampler))
+        verdict = {"accepted": True, "best": True, "of": best["iteration"], **compare(current, first)}
         about = {"start_score": first.mean, "start_score_se": first.standard_error, "start_ratio": first.ratio}
-        about |= {f"start_{name}": value for name, value in found.items()}
-        verdict = {"accepted": True, "best": True, "of": of, **about}
-        state.row, state.phase = self._row(current, divergence, verdict, drawn, kept, x), "commit"
+        state.row, state.phase = self._row(current, {**verdict, **about}, drawn, sampler, x), "commit"
         self._checkpoint()
 
-    def _widened(
-        self, sampler: DiffusionPosterior, ratio: float, narrow: Score, first: Score
-    ) -> tuple[DiffusionPosterior, Score]:
-        """A sampler that is no longer over-confident, and its score, unless that makes it worse than the start.
-
-        Arguments:
-            sampler: The best iteration's.
-            ratio: What the score of an iteration found of it.
-            narrow: Its close score.
-            first: That of the start.
-        """
-        if not sampler.dispersion:
-            self._measure(sampler)
-        dispersion, sampler.dispersion = sampler.dispersion, WIDEST
-        widest = self._score(sampler).ratio  # on what the iteration was scored on: so far off, it need not be close
-        assert widest is not None
-        assert narrow.ratio is not None
-        # The ratio is nearly linear in the dispersion (concave with few steps, which ends wider), and any two sets of hidden
-        # entries agree on how much it grows.
-        share = (self.config.e_step.ratio / narrow.ratio - 1) / max(widest / ratio - 1, 1e-6)
-        sampler.dispersion = dispersion + min(max(share, 0.0), 1.0) * (WIDEST - dispersion)
-        current = self._score(sampler, True)
-        worse, error = current.difference(first)
-        if worse > self.config.em.gate * error:  # the fault is not in the width
-            sampler.dispersion, current = dispersion, narrow
-        return sampler, current
+    def _chosen_width(self, width: float) -> float:
+        """The width at which the calibration ratio of validation observations is nearest to 1."""
+        can = self.config.sampler.guidance == "none" and isinstance(self.corruption, LinearCorruption)
+        if not (can and self.config.em.guard and width):
+            return width
+        found: dict[float, float] = {}
+        k, step = WIDTHS.index(1.0), 0
+        while 0 <= k < len(WIDTHS):  # the ratio grows with the width: from 1 towards the crossing, and one beyond
+            ratio = self._closely(self._sampler(WIDTHS[k]), self.validation).ratio
+            if ratio is None:
+                return width
+            found[WIDTHS[k]] = abs(math.log(ratio))
+            towards = 1 if ratio < 1 else -1
+            if step and towards != step:
+                break
+            step = towards
+            k += step
+        return min(found, key=found.__getitem__)
 
     def _finish(self) -> None:
+        """Goes on to the prior, unless the posterior's own network is it."""
         if self.config.prior.kind == "unconditional":
             self.trainer.restart_from_average()
             self._next("prior")
@@ -366,8 +305,7 @@ class DiffEM:
     def _prior(self) -> None:
         state = self.state
         self._train(self.config.prior.steps, dropout=1.0)
-        sampler = self._sampler(dispersion=1.0, steps=self.config.prior.sampler_steps)
-        self._measure(sampler)
+        sampler = self._sampler(width=1.0, steps=self.config.prior.sampler_steps)
         sampler.save_pretrained(self.run.folder / "prior")
         about = {"steps": state.step, "examples": state.examples, "seconds": self._seconds()}
         self.run.write("prior.json", json.dumps({**about, "loss": state.loss_sum / state.step}, indent=2).encode())
@@ -391,6 +329,7 @@ class DiffEM:
             self.scaling,
             self.seed,
             lambda text: self.progress(text, 0, 1),
+            self.device,
         )
         return MixturePosterior(self.corruption, self.shape, self.scaling, mixture), {"kind": kind, **about}
 
@@ -429,7 +368,6 @@ class DiffEM:
             tensors = (v.cpu().clone(memory_format=torch.contiguous_format) for v in mixture.tensors.values())
             mixture = Mixture(*tensors, basis=mixture.basis)
         self.trainer = self._trainer(mixture, start.denoiser if type(start) is self.sampler_class else None)
-        self.correction = torch.ones(self.config.sampler.steps + 1, GROUPS)
 
     def _trainer(self, mixture: Mixture | None, earlier: Denoiser | None = None) -> Trainer:
         """A trainer of new weights, or of those of an earlier run."""
@@ -447,7 +385,7 @@ class DiffEM:
             _take_weights(earlier, denoiser)
         return Trainer(denoiser, averaged, self.config.m_step)
 
-    def _train(self, target: int, dropout: float, until_settled: bool = False) -> None:
+    def _train(self, target: int, dropout: float) -> None:
         state, config, x = self.state, self.config.m_step, self.run.array("current")
         what = "prior" if state.phase == "prior" else f"iteration {state.iteration}, M-step"
         self.trainer.denoiser.network.train()
@@ -463,11 +401,7 @@ class DiffEM:
             self.trainer.update(loss, config.learning_rate * self._decay(target))
             state.step += 1
             state.loss_sum += value
-            if until_settled:
-                state.window.append(value)
             self.progress(f"{what}: loss {state.loss_sum / state.step:.3f}", state.step, target)
-            if until_settled and self._settled():
-                break
             if state.step % config.checkpoint == 0:
                 self._checkpoint()
         state.examples, state.evaluations = state.step * config.batch, 3 * state.step * config.batch
@@ -476,17 +410,70 @@ class DiffEM:
         """The loss of one batch of reconstructions, observed anew."""
         config, (centre, half) = self.config.m_step, self.scaling
         rows = torch.randint(len(self.train), (config.batch,), generator=generator, device=self.device)
-        clean = torch.from_numpy(x[self.train[rows.cpu().numpy()]]).to(self.device)
+        index = self.train[rows.cpu().numpy()]
+        clean = torch.from_numpy(x[index]).to(self.device)
+        imputed = torch.ones(len(clean), dtype=torch.bool, device=self.device)
         if self.examples is not None:
             chosen = torch.rand(len(clean), generator=generator, device=self.device) < config.clean_share
             rows = torch.randint(len(self.examples), (config.batch,), generator=generator, device=self.device)
             clean = _pick(chosen, torch.from_numpy(self.examples[rows.cpu().numpy()]).to(clean), clean)
+            imputed &= ~chosen
+        mirrored = torch.zeros_like(imputed)
         if config.flip:
-            chosen = torch.rand(len(clean), generator=generator, device=self.device) < 0.5
-            clean = _pick(chosen, clean.flip(-1), clean)
+            mirrored = torch.rand(len(clean), generator=generator, device=self.device) < 0.5
+            clean = _pick(mirrored, clean.flip(-1), clean)
         y, params = self._corrupt_again(clean, generator)
+        weigh = None
+        if dropout < 1 and config.imputed_weight < 1:
+            real, source = self.observations.batch(index)
+            real, source = real.to(self.device), {k: v.to(self.device) for k, v in source.items()}
+            y, params = self._split((y, params), (real, source), imputed & ~mirrored, generator)
+            weigh = self._weigh(source, imputed, mirrored)
         y = self.model_corruption.scale_y(y, params, centre, half)
-        return self.trainer.denoiser.loss((clean - centre) / half, y, params, generator, dropout)
+        return self.trainer.denoiser.loss((clean - centre) / half, y, params, generator, dropout, weigh)
+
+    def _split(
+        self,
+        simulated: tuple[Tensor, Params],
+        real: tuple[Tensor, Params],
+        allowed: Tensor,
+        generator: torch.Generator,
+    ) -> tuple[Tensor, Params]:
+        """The simulated observations, some of them replaced by a thinned part of the real ones.
+
+        What is hidden of them is real, too: this is what a network on the splitting loss learns from. In the first iteration, in
+        which the reconstructions are the start's, all of them are replaced.
+
+        Arguments:
+            simulated: Observations (B, *y shape) of reconstructions, and their parameters.
+            real: The observations that were reconstructed, and theirs.
+            allowed: Which ones may be replaced (B,).
+            generator: Draws which ones are, and what is hidden of them.
+        """
+        split = self.corruption.thin(*real, generator)
+        if split is None:
+            return simulated
+        share = 1.0 if self.state.iteration == 1 else SPLIT
+        chosen = torch.rand(len(allowed), generator=generator, device=self.device) < share
+        return _mixed(chosen & allowed, split[0], simulated)
+
+    def _weigh(self, source: Params, imputed: Tensor, mirrored: Tensor) -> Callable[[Tensor], Tensor]:
+        """W of :mod:`diffem.denoisers`, of a batch of items.
+
+        Arguments:
+            source: Parameters of the real observations behind the items.
+            imputed: Which items are reconstructions (B,); clean examples are measured in every entry.
+            mirrored: Which of the items were mirrored (B,).
+        """
+        share = self.config.m_step.imputed_weight
+
+        def weigh(x: Tensor) -> Tensor:
+            turned = _pick(mirrored, x.flip(-1), x)
+            measured = self.model_corruption.measured(turned, source)
+            measured = _pick(mirrored, measured.flip(-1), measured)
+            return _pick(imputed, share * x + (1 - share) * measured, x)
+
+        return weigh
 
     def _decay(self, target: int) -> float:
         """The share of the learning rate that is left."""
@@ -498,27 +485,16 @@ class DiffEM:
         )
         return max(0.05, 1 - done)
 
-    def _settled(self, window: int = 200) -> bool:
-        """Whether the loss fell by less than 1 % between the last two windows, after having fallen at all."""
-        step, losses = self.state.step, self.state.window
-        if step < max(2 * window, self.config.m_step.steps) or step % window:
-            return False
-        first = float(np.mean(losses[:50]))
-        before, after = float(np.mean(losses[-2 * window : -window])), float(np.mean(losses[-window:]))
-        return 0.99 * before < after and before < 0.97 * first
-
     def _corrupt_again(self, x: Tensor, generator: torch.Generator) -> tuple[Tensor, Params]:
         """Fresh observations of reconstructions, a part of them thinned."""
         y, params = self.corruption.observe(x, generator)
         split = self.corruption.thin(y, params, generator)
         if split is None or not self.config.m_step.thinned:
             return y, params
-        (thin_y, thin_params), _ = split
         chosen = torch.rand(len(x), generator=generator, device=x.device) < self.config.m_step.thinned
-        whole = {k: params.get(k, torch.ones_like(v)) for k, v in thin_params.items()}
-        return _pick(chosen, thin_y, y), {k: _pick(chosen, v, whole[k]) for k, v in thin_params.items()}
+        return _mixed(chosen, split[0], (y, params))
 
-    def _sampler(self, dispersion: float, steps: int | None = None) -> DiffusionPosterior:
+    def _sampler(self, width: float, steps: int | None = None) -> DiffusionPosterior:
         config = self.config.sampler if steps is None else dataclasses.replace(self.config.sampler, steps=steps)
         return self.sampler_class(
             self.corruption,
@@ -527,16 +503,8 @@ class DiffEM:
             self.trainer.averaged,
             config,
             self.config.network,
-            self.correction if steps is None else None,
-            dispersion,
+            width,
         )
-
-    def _measure(self, sampler: DiffusionPosterior) -> None:
-        """Corrections of the residual variances, on re-corrupted held-out reconstructions of the last accepted iteration."""
-        rows = evenly(self.held_out, MEASURED)
-        x = torch.from_numpy(self.run.array("current")[rows])
-        y, params = self._corrupt_again(x, seeding.generator(self.seed, self.state.iteration, "e_step"))
-        sampler.measure(x, y, params, seeding.item_seeds(self.seed, self.state.iteration, "score", rows))
 
     def _reconstruct(self, sampler: PosteriorSampler, out: np.memmap, iteration: int) -> int:
         """Draws reconstructions into `out`; returns how many were drawn, not kept (em.refresh)."""
@@ -565,31 +533,36 @@ class DiffEM:
         out.flush()  # the memory map is complete before a checkpoint says so
         return drawn
 
-    def _score(self, sampler: PosteriorSampler, closely: bool = False) -> Score:
-        config, began = self.config.em, time.monotonic()
-        spent = sum(row["network_evaluations"] for row in self.state.rows) if closely else None
-        items, splits = scored(self.config, len(self.held_out), spent)
-        rows = evenly(self.held_out, items)
-        found = score(sampler, self.observations, rows, self.seed, config.score_draws, splits, repeats(sampler))
-        self.state.guard_seconds += time.monotonic() - began
-        return found
-
-    def _divergence(self, x: np.ndarray) -> Tensor:
-        """What the reconstructions x of training observations add to their divergence."""
+    def _judge(self, sampler: PosteriorSampler, x: np.ndarray) -> Score:
+        """What the selection compares: the score of validation observations; of a black box, how far its reconstructions x
+        of training observations, observed anew, are from the observations."""
+        if isinstance(self.corruption, LinearCorruption):
+            return self._score(
+                sampler, evenly(self.validation, self.config.em.score_items), self.config.em.score_splits
+            )
         rows, began = evenly(self.train, COMPARED), time.monotonic()
         found = energy_items(torch.from_numpy(x[rows]), self.observations, rows, self.scaling, self.seed, CORRUPTED)
-        self.state.guard_seconds += time.monotonic() - began
+        self.state.score_seconds += time.monotonic() - began
+        return Score("energy_distance", found)
+
+    def _score(self, sampler: PosteriorSampler, rows: np.ndarray, splits: int) -> Score:
+        began = time.monotonic()
+        found = score(sampler, self.observations, rows, self.seed, self.config.em.score_draws, splits)
+        self.state.score_seconds += time.monotonic() - began
         return found
 
-    def _row(
-        self, current: Score, divergence: Tensor, verdict: dict, drawn: int, sampler: PosteriorSampler, x: np.ndarray
-    ) -> dict:
-        """A row of metrics: `verdict` is the guard's, `drawn` the items that the sampler's network drew into x."""
+    def _closely(self, sampler: PosteriorSampler, part: np.ndarray) -> Score:
+        """The score of many predictions of a part of the observations."""
+        rows = evenly(part, PREDICTIONS)
+        return self._score(sampler, rows, min(max(PREDICTIONS // len(rows), 1), MOST_SPLITS))
+
+    def _row(self, current: Score, verdict: dict, drawn: int, sampler: PosteriorSampler, x: np.ndarray) -> dict:
+        """A row of metrics: `verdict` is the selection's, `drawn` the items that the sampler's network drew into x."""
         state = self.state
         return {
             "iteration": state.iteration,
             "seconds": self._seconds(),
-            "guard_seconds": state.guard_seconds,
+            "score_seconds": state.score_seconds,
             "examples": state.examples,
             "network_evaluations": state.evaluations + drawn * self.config.sampler.evaluations,
             "loss": state.loss_sum / state.step if state.step else None,
@@ -598,11 +571,9 @@ class DiffEM:
             "score_se": current.standard_error,
             "log_score": current.log_score,
             "criterion": current.criterion,
-            "divergence": divergence.mean().item(),
-            "divergence_se": standard_error(divergence),
             "ratio": current.ratio,
             "ratio_se": current.ratio_error,
-            "dispersion": getattr(sampler, "dispersion", None),
+            "width": getattr(sampler, "width", None),
             **verdict,
             **self._compared(sampler, x),
         }
@@ -631,10 +602,10 @@ class DiffEM:
     def _checkpoint(self) -> None:
         self.state.seconds = self._seconds()
         denoiser = self.trainer.denoiser
-        tensors = {**self.trainer.state(), **self.guard.tensors, "correction": self.correction}
+        tensors = {**self.trainer.state(), **self.selection.tensors}
         if denoiser.precondition == "start":
             tensors |= {f"start.{k}": v for k, v in denoiser.reference.tensors.items()}
-        self.run.save_checkpoint(tensors, {**dataclasses.asdict(self.state), "guard": self.guard.facts})
+        self.run.save_checkpoint(tensors, {**dataclasses.asdict(self.state), "selection": self.selection.facts})
 
     def _restore(self, tensors: dict[str, Tensor], state: dict) -> None:
         start = None
@@ -643,8 +614,8 @@ class DiffEM:
             start = Mixture(*(tensors[f"start.{n}"] for n in Mixture.names), basis=basis)
         self._build(start)
         self.trainer.load(tensors)
-        self.correction = tensors["correction"]
-        self.guard = Guard.load(self.config, state.pop("guard"), tensors)
+        em = self.config.em
+        self.selection = Selection.load(em.guard, em.patience, state.pop("selection"), tensors)
         self.state = State(**state)
         self.run.save_metrics(self.state.rows)
 
@@ -652,6 +623,12 @@ class DiffEM:
 def _pick(chosen: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """The items of a that are chosen (B,), and those of b that are not."""
     return torch.where(chosen.view(-1, *(1,) * (a.ndim - 1)), a, b)
+
+
+def _mixed(chosen: Tensor, a: tuple[Tensor, Params], b: tuple[Tensor, Params]) -> tuple[Tensor, Params]:
+    """The observations of a that are chosen (B,), and those of b that are not; b may lack masks, as where all is shown."""
+    params = {k: _pick(chosen, v, b[1].get(k, torch.ones_like(v))) for k, v in a[1].items()}
+    return _pick(chosen, a[0], b[0]), params
 
 
 def _take_weights(earlier: Denoiser, denoiser: Denoiser) -> None:

@@ -17,45 +17,46 @@ class MStepConfig:
 
     Attributes:
         steps: Optimiser steps per iteration.
-        first_steps: Steps of the first iteration at most; it ends earlier once the loss has settled.
+        first_steps: Steps of the first iteration.
         batch: Items per step.
         learning_rate: Of Adam.
         schedule: `constant`, or `linear`: falls to a twentieth over all iterations, and again over the prior's steps.
         weight_decay: Decoupled weight decay.
-        clip: The gradient's norm is clipped to this; that of the head of variances by itself.
+        clip: The gradient's norm is clipped to this.
         ema: Decay of the exponential moving average of the weights, which the E-step uses.
         thinned: The fraction of the simulated observations that is thinned.
+        imputed_weight: How much imputed entries of a reconstruction weigh beside measured ones (lambda of
+            :mod:`diffem.denoisers`). With 1 the M-step is the paper's, which never shows the network a real observation.
         optimizer: `carry` or `reset` its state between iterations.
         flip: Mirror half of the items left to right before they are corrupted; for images that may be.
         clean_examples: A .npy of a few clean items, shape (n, *shape), in the units of y; none by default.
         clean_share: The fraction of a batch that is taken from them.
-        reinitialise: In so many of the last iterations the network is trained from new weights, for `first_steps`.
         checkpoint: Steps between two checkpoints.
     """
 
     steps: int = 150
     first_steps: int = 600
     batch: int = 128
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     schedule: str = "linear"
     weight_decay: float = 0.0
     clip: float = 1.0
     ema: float = 0.99
     thinned: float = 0.5
+    imputed_weight: float = 0.003
     optimizer: str = "carry"
     flip: bool = False
     clean_examples: str = ""
     clean_share: float = 0.1
-    reinitialise: int = 0
     checkpoint: int = 500
 
     def __post_init__(self) -> None:
         if min(self.steps, self.first_steps, self.batch, self.checkpoint) < 1:
             raise DiffemError("m_step: steps, first_steps, batch and checkpoint must be at least 1")
-        if not 0 <= self.ema < 1 or not 0 <= self.thinned <= 1 or not 0 <= self.clean_share <= 1:
+        if not 0 <= self.ema < 1 or not all(0 <= share <= 1 for share in (self.thinned, self.clean_share)):
             raise DiffemError("m_step: ema must be in [0, 1), thinned and clean_share in [0, 1]")
-        if self.reinitialise < 0:
-            raise DiffemError(f"m_step.reinitialise: must be a number of iterations >= 0, got {self.reinitialise}")
+        if not 0 < self.imputed_weight <= 1:
+            raise DiffemError(f"m_step.imputed_weight: must be in (0, 1], got {self.imputed_weight}")
         if self.schedule not in ("constant", "linear"):
             raise DiffemError(f"m_step.schedule: must be constant or linear, got {self.schedule!r}")
         if self.optimizer not in ("carry", "reset"):
@@ -75,10 +76,6 @@ class Trainer:
         self.denoiser, self.averaged, self.config, self.updates = denoiser, averaged, config, 0
         self.averaged.network.load_state_dict(self.denoiser.network.state_dict())
         self.averaged.requires_grad_(False).eval()
-        variance = list(denoiser.network.last.variance.parameters())
-        apart = {id(p) for p in variance}
-        # clipped one by one, so that the mean is what it would be without variances
-        self.parts = [p for p in denoiser.network.parameters() if id(p) not in apart], variance
         self.reset_optimizer()
 
     def reset_optimizer(self) -> None:
@@ -100,8 +97,7 @@ class Trainer:
             group["lr"] = learning_rate
         self.optimizer.zero_grad()
         loss.backward()
-        for part in self.parts:
-            torch.nn.utils.clip_grad_norm_(part, self.config.clip)
+        torch.nn.utils.clip_grad_norm_(self.denoiser.network.parameters(), self.config.clip)
         self.optimizer.step()
         self.updates += 1
         decay = min(self.config.ema, (1 + self.updates) / (10 + self.updates))  # a young average forgets quickly

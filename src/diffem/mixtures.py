@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -249,29 +250,44 @@ class DiagonalPosterior(Posterior):
 
     def __init__(self, mixture: Mixture, likelihood: Diagonal) -> None:
         self.mixture, self.likelihood = mixture, likelihood
-        z, lam, psi = likelihood.z, likelihood.precision, mixture.variance[:, None]
+        lam, psi = likelihood.precision, mixture.variance[:, None]
+        seen = lam > 0
+        z = self._z = torch.where(seen, likelihood.z, 0.0)  # so that what was not seen is finite; it weighs nothing
         B, r = len(z), mixture.rank
-        w = lam / (1 + psi * lam)  # (K, B, d)
-        residual = torch.where(lam > 0, z - mixture.mean[:, None], 0.0)
-        weighted = w * residual
-        outer = (w @ mixture._outer).view(len(mixture.mean), B, r, r)
+        # Everything of shape (K, B, d) is large: as few of them as can be, and the means only where they are asked for.
+        inflated = psi * lam + 1  # (K, B, d)
+        weight = self._weight = lam / inflated
+        residual = z - mixture.mean[:, None]
+        weighted = weight * residual
+        outer = (weight @ mixture._outer).view(len(mixture.mean), B, r, r)
         self.chol = torch.linalg.cholesky(outer + torch.eye(r).to(z))
         projection = weighted @ mixture.factor  # (K, B, r)
         self.latent = torch.cholesky_solve(projection[..., None], self.chol)[..., 0]
         quadratic = (weighted * residual).sum(-1) - (projection * self.latent).sum(-1)
-        # log(psi + 1 / lam) of the entries that were seen
-        log_noise = torch.where(lam > 0, -w.clamp(min=torch.finfo(w.dtype).tiny).log(), 0.0).sum(-1)
+        log_noise = inflated.log().sum(-1) - torch.where(seen, lam, 1.0).log().sum(-1)  # of psi + 1 / lam
         log_det = log_noise + 2 * self.chol.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        seen = (lam > 0).sum(-1).to(z)
-        joint = mixture.log_weights[:, None] - 0.5 * (quadratic + log_det + seen * LOG_2PI)  # (K, B)
+        joint = mixture.log_weights[:, None] - 0.5 * (quadratic + log_det + seen.sum(-1).to(z) * LOG_2PI)  # (K, B)
         self.log_evidence = joint.logsumexp(0)
         self.responsibilities = (joint - self.log_evidence).exp().T
-        self._shrink = 1 / (1 + psi * lam)  # (K, B, d)
+
+    @cached_property
+    def _shrink(self) -> Tensor:
+        return 1 / (self.mixture.variance[:, None] * self.likelihood.precision + 1)  # (K, B, d)
+
+    @cached_property
+    def _means(self) -> Tensor:
+        """Posterior means of the components in the basis, shape (K, B, d)."""
+        mixture = self.mixture
         centre = mixture.mean[:, None] + self.latent @ mixture.factor.mT
-        self._means = centre + psi * w * torch.where(lam > 0, z - centre, 0.0)
-        self._mean = torch.einsum("bk,kbd->bd", self.responsibilities, self._means)
-        self.mean = self._synthesise(self._mean)
-        self._std: Tensor | None = None
+        return centre + mixture.variance[:, None] * self._weight * (self._z - centre)
+
+    @cached_property
+    def _mean(self) -> Tensor:
+        return torch.einsum("bk,kbd->bd", self.responsibilities, self._means)
+
+    @cached_property
+    def mean(self) -> Tensor:  # type: ignore[override]
+        return self._synthesise(self._mean)
 
     def _analyse(self, x: Tensor) -> Tensor:
         return x if self.likelihood.basis is None else self.likelihood.basis.analyse(x)
@@ -283,17 +299,15 @@ class DiagonalPosterior(Posterior):
     def by_entry(self) -> bool:
         return self.likelihood.basis is None
 
-    @property
+    @cached_property
     def std(self) -> Tensor:
         """Posterior standard deviations in the basis, shape (B, d)."""
-        if self._std is None:
-            mixture = self.mixture
-            inverse = torch.cholesky_inverse(self.chol) if mixture.rank else self.chol
-            spread = inverse.flatten(2) @ mixture._outer.mT  # (K, B, d): V C V^T
-            variances = mixture.variance[:, None] * self._shrink + self._shrink.square() * spread
-            variances = variances + (self._means - self._mean).square()
-            self._std = torch.einsum("bk,kbd->bd", self.responsibilities, variances).sqrt()
-        return self._std
+        mixture = self.mixture
+        inverse = torch.cholesky_inverse(self.chol) if mixture.rank else self.chol
+        spread = inverse.flatten(2) @ mixture._outer.mT  # (K, B, d): V C V^T
+        variances = mixture.variance[:, None] * self._shrink + self._shrink.square() * spread
+        variances = variances + (self._means - self._mean).square()
+        return torch.einsum("bk,kbd->bd", self.responsibilities, variances).sqrt()
 
     @property
     def spread(self) -> Tensor:
@@ -403,7 +417,7 @@ class _Statistics:
 
     def add(self, likelihood: Likelihood) -> None:
         posterior = self.mixture.posterior(likelihood)
-        self.items += len(posterior.mean)
+        self.items += len(posterior.log_evidence)
         self.log_likelihood += posterior.log_evidence.double().sum().item()
         sums = self._diagonal(posterior) if isinstance(posterior, DiagonalPosterior) else self._rows(posterior)
         if self.sums:

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 from diffem.errors import DiffemError
 
+SHAPES = 0.1  # the share of the second head's gradient that reaches the features
+
 
 @dataclass(frozen=True)
 class NetworkConfig:
@@ -101,7 +103,10 @@ class ResidualBlock(nn.Module):
 
 
 class Heads(nn.Module):
-    """Two heads, whose last layers begin at zero. The second learns from the features, but does not shape them.
+    """Two heads, whose last layers begin at zero: a mean and what a variance is made of. Both shape the features.
+
+    Where entries vary is plainer than by how much their mean is off: the second head's gradient wakes features that the
+    first one needs.
 
     Arguments:
         hidden: The second one's hidden layer, of features to as many.
@@ -115,7 +120,7 @@ class Heads(nn.Module):
         self.mean, self.variance = last, nn.Sequential(hidden, nn.SiLU(), copy.deepcopy(last))
 
     def forward(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        return self.mean(h), self.variance(h.detach())
+        return self.mean(h), self.variance(SHAPES * h + (1 - SHAPES) * h.detach())
 
 
 class Backbone(nn.Module):

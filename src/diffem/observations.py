@@ -6,8 +6,8 @@ On disk they are a folder that anyone can write with numpy:
     mask.npy ...     one file per operator parameter, batch first (mask: true = observed, broadcasts against y)
     corruption.yaml  flat: `name: RandomMask`, `rate: 0.75`, `noise: 0.01`, and optionally
                      `range: [low, high]` of the clean data and `shape: [...]` of one clean item
-    held_out.npy     optional, (N,) true for the observations that are scored and never trained on, e.g. whole
-                     patients, nights or writers; a seeded tenth by default
+    held_out.npy     optional, (N,) true for the observations that never train, e.g. whole patients, nights or writers;
+                     a seeded tenth by default. The first half of them validates, the second half tests
     clean.npy        optional, the clean items; read by evaluation and report only, never by training
 
 Arrays are memory-mapped, so that only the batch in use is in memory.
@@ -33,6 +33,7 @@ from diffem.errors import DiffemError
 
 PARAMETER_FILES = ("mask", "matrix", "kernel")
 HELD_OUT = 0.1
+LEAST_HELD_OUT = 4  # two validate and two test: one alone has no standard error
 CHUNK = 4096
 
 
@@ -153,17 +154,24 @@ class Observations:
         for start in range(0, len(indices), size):
             yield indices[start : start + size]
 
-    def split(self, seed: int) -> tuple[np.ndarray, np.ndarray]:
-        """Indices of the training and of the held-out observations, each ascending."""
+    def split(self, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Indices of the training, the validation and the test observations, each ascending.
+
+        Validation and test are halves of the held-out observations: of :data:`HELD_OUT` of all, drawn by the seed, or of those
+        that the user named, cut in the middle, so that neighbours (one patient, one night) stay together.
+        """
         if self.held_out is not None:
-            return np.flatnonzero(~self.held_out), np.flatnonzero(self.held_out)
-        order = torch.randperm(len(self), generator=seeding.generator(seed, 0, "split")).numpy()
-        held = max(2, round(HELD_OUT * len(self)))  # one alone has no standard error
-        if 2 * held > len(self):
-            raise DiffemError(
-                f"{self.source}: {len(self)} observation(s) are too few: a tenth, and at least two, are held out, the rest trains"
-            )
-        return np.sort(order[held:]), np.sort(order[:held])
+            train, held_out = np.flatnonzero(~self.held_out), np.flatnonzero(self.held_out)
+        else:
+            order = torch.randperm(len(self), generator=seeding.generator(seed, 0, "split")).numpy()
+            held = max(LEAST_HELD_OUT, round(HELD_OUT * len(self)))
+            if 2 * held > len(self):
+                raise DiffemError(
+                    f"{self.source}: {len(self)} observation(s) are too few: a tenth, and at least {LEAST_HELD_OUT}, are held out, the rest trains"
+                )
+            train, held_out = np.sort(order[held:]), order[:held]
+        half = len(held_out) // 2
+        return train, np.sort(held_out[:half]), np.sort(held_out[half:])
 
     def scaling(self, train: np.ndarray) -> tuple[float, float]:
         """(centre, half) of the affine map to model units, from the range or else from training observations."""
@@ -200,9 +208,9 @@ class Observations:
     def _check(self) -> None:
         if self.held_out is not None:
             fits = self.held_out.dtype == bool and self.held_out.shape == (len(self),)
-            if not fits or not 2 <= self.held_out.sum() < len(self):
+            if not fits or not LEAST_HELD_OUT <= self.held_out.sum() < len(self):
                 raise DiffemError(
-                    f"{self.source}: held_out.npy: must be {len(self)} of bool, at least two of them true and one false, "
+                    f"{self.source}: held_out.npy: must be {len(self)} of bool, at least {LEAST_HELD_OUT} of them true and one false, "
                     f"got shape {self.held_out.shape} of {self.held_out.dtype} with {np.count_nonzero(self.held_out)} true"
                 )
         for name, array in self.params.items():

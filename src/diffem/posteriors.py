@@ -5,19 +5,17 @@ All take and return the units of y as stored. :class:`DiffusionPosterior` runs t
 
 .. math:: x_s = x_t - \tau (x_t - \hat x) + \sigma_s \sqrt\tau \, z \, , \qquad
     \tau = 1 - \sigma_s^2 / \sigma_t^2 \, , \qquad
-    \hat x = d(x_t, \sigma_t, y) + \sqrt{\rho_t \, c_t \, v} \, (r - m) \, .
+    \hat x = d(x_t, \sigma_t, y) + \sqrt{w_t \, v} \, (r - m) \, .
 
-With dispersion :math:`\rho = 0` this is DDPM, the sampler of the paper, which at few steps loses
-variance. With :math:`\rho = 1` the residual variance of the denoiser is put back: :math:`r` is a draw
-from the reference posterior, :math:`m` its mean, and :math:`v(x_t, \sigma_t, y)` the share of its variance that the
-denoiser says it leaves unexplained (:mod:`diffem.denoisers`; NPR-DPM, Bao et al., arXiv 2206.07309). How
-far that is from the truth is measured at the sampler's own noise levels, and corrected by :math:`c_t` (as in
-Analytic-DPM, Bao et al., arXiv 2201.06503).
+With width :math:`w = 0` this is DDPM, the sampler of the paper, which loses variance at few steps. With :math:`w = 1` the
+residual variance of the denoiser is put back: :math:`r` is a draw from the reference posterior, :math:`m` its mean, and
+:math:`v(x_t, \sigma_t, y)` the share of its variance that the denoiser says it leaves unexplained
+(:mod:`diffem.denoisers`; NPR-DPM, Bao et al., arXiv 2206.07309).
 
-A network that errs is over-confident even so, and :math:`\rho > 1` puts back more: where there is room for error. With the
+A network that errs is over-confident even so, and :math:`w > 1` puts back more, where there is room for error. With the
 variances :math:`s_t^2` of the entries under the reference posterior,
 
-.. math:: \rho_t = \min(\rho, 1) + \max(\rho - 1, 0) \, s_t^2 / \max s_T^2
+.. math:: w_t = \min(w, 1) + \max(w - 1, 0) \, s_t^2 / \max s_T^2
 
 for every entry: all of it for the least known one at the first step, T, and hardly any for what was observed, for what never
 varies, and at low noise. The same factor everywhere would lay noise over these.
@@ -32,9 +30,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from azula import sample as azula_sample
-from azula.denoise import Denoiser as AzulaDenoiser
-from azula.denoise import DiracPosterior
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as serialise
@@ -48,9 +43,7 @@ from diffem.mixtures import Basis, Diagonal, Mixture
 from diffem.networks import NetworkConfig
 from diffem.observations import Observations
 
-AZULA = {"ddim": azula_sample.DDIMSampler, "heun": azula_sample.HeunSampler, "zab": azula_sample.zABSampler}
 BATCH = 256  # items at a time, where a caller does not say
-GROUPS = 3  # corrections: unseen entries, seen entries, observation withheld
 
 
 @dataclass(frozen=True)
@@ -58,7 +51,6 @@ class SamplerConfig:
     """The reverse diffusion.
 
     Attributes:
-        kind: `ddpm`, or one of azula's deterministic few-step solvers: `ddim`, `heun`, `zab`.
         steps: Number of steps.
         guidance: `none`: the network sees the observation; `mmps` or `dps`: it does not, and its mean is corrected
             (:mod:`diffem.guidance`).
@@ -67,7 +59,6 @@ class SamplerConfig:
         guidance_strength: zeta of `dps`.
     """
 
-    kind: str = "ddpm"
     steps: int = 16
     guidance: str = "none"
     guidance_solver: str = "gmres"
@@ -77,12 +68,8 @@ class SamplerConfig:
     def __post_init__(self) -> None:
         if self.guidance not in ("none", "mmps", "dps"):
             raise DiffemError(f"sampler.guidance: must be none, mmps or dps, got {self.guidance!r}")
-        if self.guidance != "none" and self.kind != "ddpm":
-            raise DiffemError(f"sampler.guidance: needs sampler.kind ddpm, got {self.kind}")
         if self.guidance_solver not in ("gmres", "cg") or self.guidance_iterations < 1:
             raise DiffemError("sampler.guidance_solver: must be gmres or cg, with guidance_iterations at least 1")
-        if self.kind not in ("ddpm", *AZULA):
-            raise DiffemError(f"sampler.kind: must be one of ddpm, {', '.join(AZULA)}, got {self.kind!r}")
         if self.steps < 1:
             raise DiffemError(f"sampler.steps: must be at least 1, got {self.steps}")
 
@@ -225,8 +212,7 @@ class DiffusionPosterior(PosteriorSampler):
 
     Arguments:
         denoiser: In model units.
-        correction: c_t at the sampler's noise levels, for the groups unseen, seen, withheld; (steps + 1, 3).
-        dispersion: rho: up to 1 the share of the residual variance that is put back; beyond, see the module.
+        width: w: up to 1 the share of the residual variance that is put back; beyond, see the module.
     """
 
     kind = "diffusion"
@@ -239,13 +225,11 @@ class DiffusionPosterior(PosteriorSampler):
         denoiser: Denoiser,
         sampler: SamplerConfig,
         network: NetworkConfig,
-        correction: Tensor | None = None,
-        dispersion: float = 1.0,
+        width: float = 1.0,
     ) -> None:
         super().__init__(corruption, shape, scaling)
         sampler.check(corruption)
-        self.denoiser, self.sampler, self.network, self.dispersion = denoiser, sampler, network, dispersion
-        self.correction = torch.ones(sampler.steps + 1, GROUPS) if correction is None else correction
+        self.denoiser, self.sampler, self.network, self.width = denoiser, sampler, network, width
 
     @property
     def device(self) -> torch.device:
@@ -256,50 +240,9 @@ class DiffusionPosterior(PosteriorSampler):
         """The sampler's noise levels, largest first, shape (steps + 1,)."""
         return self.denoiser.schedule.sigma(torch.linspace(1, 0, self.sampler.steps + 1))
 
-    def _seen(self, x: Tensor, y: Tensor, params: Params) -> Tensor:
-        likelihood_in_entries = not isinstance(self.model_corruption, LinearCorruption) or y.shape == x.shape
-        seen = self.model_corruption.seen(y, params)
-        if not likelihood_in_entries or seen.ndim != x.ndim:
-            return torch.ones_like(x, dtype=torch.bool)
-        return seen.expand(x.shape)
-
-    def _groups(self, x: Tensor, y: Tensor, params: Params, withheld: Tensor) -> Tensor:
-        seen = self._seen(x, y, params).long()
-        return torch.where(withheld.view(-1, *(1,) * (x.ndim - 1)), 2, seen).flatten(1)
-
-    @torch.no_grad()
-    def measure(self, x: Tensor, y: Tensor, params: Params, seeds: Tensor) -> None:
-        """Measures residual variances, over those that the denoiser predicts, on clean items and their observations
-        (user units).
-
-        Entries of a group that does not occur keep 1.
-        """
-        centre, half = self.scaling
-        y, params, seeds = self._here(y, params, seeds)
-        x, y = (x.to(y) - centre) / half, self.model_corruption.scale_y(y, params, centre, half)
-        left, predicted = torch.zeros(2, self.sampler.steps + 1, GROUPS)
-        for k, sigma in enumerate(self.sigmas.to(x)):
-            for held in (False, True):
-                withheld = torch.full((len(x),), held, device=x.device)
-                noise = seeding.normal(seeds, self.shape, stream=k)
-                posterior, f, v = self.denoiser.predict(x + sigma * noise, sigma.expand(len(x)), y, params, withheld)
-                error = (x.flatten(1) - posterior.mean - posterior.scale(f)).square()
-                expected, groups = posterior.variance * v, self._groups(x, y, params, withheld)
-                for g in range(GROUPS):
-                    left[k, g] += (error * (groups == g)).sum().cpu()
-                    predicted[k, g] += (expected * (groups == g)).sum().cpu()
-        self.correction = torch.where(predicted > 0, left / predicted.clamp(min=1e-30), 1.0)
-
     def _sample(self, y: Tensor, params: Params, seeds: Tensor, withheld: Tensor) -> Tensor:
-        sigmas = self.sigmas.to(y)
+        sigmas, reference = self.sigmas.to(y), self.denoiser.reference
         x = sigmas[0] * seeding.normal(seeds, self.shape)
-        if self.sampler.kind != "ddpm":
-            bound = _Bound(self.denoiser, y, params, withheld)
-            solver = AZULA[self.sampler.kind](bound, steps=self.sampler.steps, silent=True, dtype=y.dtype)
-            return solver(x)
-        correction, share, excess = self.correction.to(y), min(self.dispersion, 1.0), max(self.dispersion - 1, 0.0)
-        groups = self._groups(x, y, params, withheld)
-        width = (self.denoiser.reference.rank + self.denoiser.reference.features,)
         guided = self.sampler.guidance != "none" and not bool(withheld.all())
         told, widest = self._told(y, params, seeds, withheld), None
         for k, sigma in enumerate(sigmas):
@@ -310,15 +253,14 @@ class DiffusionPosterior(PosteriorSampler):
             else:
                 posterior, f, v = self.denoiser.predict(x, sigma.expand(len(x)), y, told, withheld)
                 clean = posterior.mean + posterior.scale(f)
-                if self.dispersion > 0:
+                if self.width > 0:
                     uniform = seeding.uniform(seeds, stream=3 * k + 1)
-                    normal = seeding.normal(seeds, width, stream=3 * k + 2)
-                    factor: Tensor | float = share
-                    if excess:
+                    normal = seeding.normal(seeds, (reference.rank + reference.features,), stream=3 * k + 2)
+                    factor: Tensor | float = min(self.width, 1.0)
+                    if self.width > 1:
                         widest = posterior.variance.amax(1, keepdim=True) if widest is None else widest
-                        factor = share + excess * posterior.variance / widest
-                    put_back = (correction[k][groups] * v * factor).sqrt()
-                    clean = clean + put_back * (posterior.draw(uniform, normal) - posterior.mean)
+                        factor = 1 + (self.width - 1) * posterior.variance / widest
+                    clean = clean + (v * factor).sqrt() * (posterior.draw(uniform, normal) - posterior.mean)
             clean = clean.view(x.shape).to(x)
             x = x - tau * (x - clean) + after * tau.sqrt() * seeding.normal(seeds, self.shape, stream=3 * k + 3)
         return x
@@ -344,23 +286,12 @@ class DiffusionPosterior(PosteriorSampler):
             "denoiser": asdict(self.denoiser.config),
             "network": asdict(self.network),
             "sampler": asdict(self.sampler),
-            "dispersion": self.dispersion,
+            "width": self.width,
         }
         tensors = {f"network.{k}": v for k, v in self.denoiser.network.state_dict().items()}
         if self.denoiser.precondition == "start":
             tensors |= {f"start.{k}": v for k, v in self.denoiser.reference.tensors.items()}
-        return config, {**tensors, "correction": self.correction}
-
-
-class _Bound(AzulaDenoiser):
-    """Our denoiser with its observation, as azula's samplers want it."""
-
-    def __init__(self, denoiser: Denoiser, y: Tensor, params: Params, withheld: Tensor) -> None:
-        super().__init__()
-        self.denoiser, self.schedule, self.given = denoiser, denoiser.schedule, (y, params, withheld)
-
-    def forward(self, x_t: Tensor, t: Tensor, **kwargs: object) -> DiracPosterior:
-        return DiracPosterior(mean=self.denoiser(x_t, self.denoiser.schedule.sigma(t).expand(len(x_t)), *self.given))
+        return config, tensors
 
 
 def from_pretrained(
@@ -410,10 +341,16 @@ def from_pretrained(
     if config["kind"] == "ambient":
         from diffem.ambient import AmbientDenoiser as denoiser_class
         from diffem.ambient import AmbientPosterior as sampler_class
-    denoiser = denoiser_class(corruption.scaled(*scaling), shape, DenoiserConfig(**config["denoiser"]), network, start)
+    other = DiffemError(f"{folder}: was saved by another version of diffem; train it again")
+    try:
+        settings = DenoiserConfig(**config["denoiser"]), SamplerConfig(**config["sampler"]), float(config["width"])
+    except (KeyError, TypeError):
+        raise other from None
+    denoiser_config, sampler, width = settings
+    denoiser = denoiser_class(corruption.scaled(*scaling), shape, denoiser_config, network, start)
     weights = {k[8:]: v for k, v in tensors.items() if k.startswith("network.")}
     if weights.keys() != denoiser.network.state_dict().keys():
-        raise DiffemError(f"{folder}: was saved by another version of diffem; train it again")
+        raise other
     try:
         denoiser.network.load_state_dict(weights)
     except RuntimeError:
@@ -422,9 +359,7 @@ def from_pretrained(
         ) from None
     denoiser.precision = dtype
     denoiser.to(where).eval().requires_grad_(False)
-    sampler = SamplerConfig(**config["sampler"])
-    correction = tensors["correction"].cpu()
-    return sampler_class(corruption, shape, scaling, denoiser, sampler, network, correction, config["dispersion"])
+    return sampler_class(corruption, shape, scaling, denoiser, sampler, network, width)
 
 
 def draw_many(

@@ -51,7 +51,7 @@ class Run:
 
     @property
     def start(self) -> Row:
-        """The start, scored as closely as the final model."""
+        """The start, scored on the same observations as the final model."""
         return {name: self.final.get(f"start_{name}", value) for name, value in self.rows[0].items()}
 
     @property
@@ -66,7 +66,7 @@ class Run:
 
     @property
     def iterations(self) -> list[Row]:
-        """The rows that can be compared with each other: the last one, of a finished run, is scored on more."""
+        """The rows that can be compared with each other: the last one, of a finished run, is scored on test observations."""
         return [row for row in self.rows if "of" not in row]
 
     @property
@@ -257,8 +257,8 @@ def _table(run: Run) -> tuple[list[str], list[list[str]], list[list[str]]]:
         difference = _fixed(finite(final, "start_delta"), decimals, finite(final, "start_delta_se"))
         rows.append(["paired difference to the start", "–", difference])
     rows.append(["calibration ratio", *(_fixed(finite(m, "ratio"), 2) for m in models)])
-    if any(finite(m, "dispersion") is not None for m in models):
-        rows.append(["dispersion of the E-step", *(_fixed(finite(m, "dispersion"), 2) for m in models)])
+    if any(finite(m, "width") is not None for m in models):
+        rows.append(["width of the draws", *(_fixed(finite(m, "width"), 2) for m in models)])
     cleans = [m["clean"] if isinstance(m.get("clean"), dict) else {} for m in models]
     clean_rows = []
     for key in dict.fromkeys(key for clean in cleans for key in clean):
@@ -370,7 +370,7 @@ def _images(folder: Path, pictures: Pictures) -> list[Figure]:
 def _cost(run: Run, diagnostics: Mapping[str, Any] | None = None) -> list[tuple[str, str]]:
     totals = {
         key: sum(finite(row, key) or 0.0 for row in run.rows)
-        for key in ("seconds", "guard_seconds", "examples", "network_evaluations")
+        for key in ("seconds", "score_seconds", "examples", "network_evaluations")
     }
     with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
         prior = json.loads((run.folder / "prior.json").read_text())
@@ -387,7 +387,7 @@ def _cost(run: Run, diagnostics: Mapping[str, Any] | None = None) -> list[tuple[
             + (f", {refused} of them refused" if refused else ""),
         ),
         ("time", _duration(totals["seconds"])),
-        ("of it, scores of the iterations", _duration(totals["guard_seconds"])),
+        ("of it, scores of the iterations", _duration(totals["score_seconds"])),
         *checked,
         ("training examples", f"{totals['examples']:,.0f}"),
         ("network evaluations", f"{totals['network_evaluations']:,.0f}"),

@@ -1,7 +1,7 @@
 """The run folder: what is on disk, written so that a kill at any moment leaves it whole.
 
 config.yaml             the configuration; resuming with another one is refused
-checkpoint.safetensors  weights, EMA, optimiser, corrections of variances; the rest of the state in its header
+checkpoint.safetensors  weights, EMA, optimiser; the rest of the state in its header
 metrics.jsonl           one object per iteration, the start first
 reconstructions.npy     row i belongs to observation i; the best iteration
 posterior/ prior/       the best models

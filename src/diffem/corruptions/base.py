@@ -20,6 +20,7 @@ from diffem.mixtures import Likelihood
 
 Params = dict[str, Tensor]
 NOISE_FLOOR = 1e-3  # in model units, where data span about [-1, 1]: keeps likelihoods of noise-free data finite
+SPREAD = 0.5  # the standard deviation of such data, by which noise is measured where it hides them
 
 
 class Corruption:
@@ -63,6 +64,19 @@ class Corruption:
         """What the network sees of an observation: y, and every parameter that fits its shape."""
         fitting = [p.to(y) for p in params.values() if p.shape[0] == y.shape[0] and p.shape[2:] == y.shape[2:]]
         return [y, *fitting]
+
+    def measured(self, x: Tensor, params: Params) -> Tensor:
+        """P x: of every item the part that its observation measured, shape (B, *shape).
+
+        With y = A x + N(0, s^2), and c the spread of the data, P = A^T (A A^T + (s / c)^2 I)^-1 A: the mask of a mask, the row
+        space of a projection, h^2 / (h^2 + (s / c)^2) at each frequency of a blur with gains h. The M-step trusts this part of
+        a reconstruction most. Where nothing is known of A, as here, everything counts as measured: P = I.
+
+        Arguments:
+            x: Items in model units, shape (B, *shape).
+            params: Parameters of the observations that were made of them.
+        """
+        return x
 
     def scaled(self, centre: float, half: float) -> Corruption:
         """The corruption that acts on (x - centre) / half and gives :meth:`scale_y` of what this one gives."""

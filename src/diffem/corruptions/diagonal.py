@@ -12,6 +12,7 @@ They are thinned by hiding a further part of the observed coefficients.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from torch import Tensor
 from diffem.errors import DiffemError
 from diffem.mixtures import Basis, Diagonal
 
-from .base import LinearCorruption, Params
+from .base import SPREAD, LinearCorruption, Params
 
 HIDDEN = 0.3  # the fraction of the observed entries that thinning hides
 LEAST_GAIN = 1e-3  # a coefficient that the blur weakens more than this counts as unseen
@@ -39,13 +40,21 @@ class DiagonalCorruption(LinearCorruption):
         return self._filter(y, params, power=1)  # B^T diag(m h) B is symmetric
 
     def _filter(self, x: Tensor, params: Params, power: int) -> Tensor:
+        return self._weigh(x, params, lambda gain: gain**power)
+
+    def _weigh(self, x: Tensor, params: Params, weight: Callable[[Tensor], Tensor]) -> Tensor:
+        """B^T diag(m w) B x, with weights w that are a function of the gains."""
         basis, gain = self.gains(tuple(x.shape[1:]))
-        mask = params["mask"].to(x) if "mask" in params else 1.0
+        factor = weight(torch.as_tensor(gain).to(x))
+        if "mask" in params:
+            factor = factor * params["mask"].to(x)
         if basis is None:
-            return mask * x
-        gain = gain.to(x) if isinstance(gain, Tensor) else gain
-        c = basis.analyse(x.flatten(1)).view_as(x)
-        return basis.synthesise((mask * gain**power * c).flatten(1)).view_as(x)
+            return factor * x
+        return basis.synthesise((factor * basis.analyse(x.flatten(1)).view_as(x)).flatten(1)).view_as(x)
+
+    def measured(self, x: Tensor, params: Params) -> Tensor:
+        noise = self.noise_std / SPREAD
+        return self._weigh(x, params, lambda gain: gain.square() / (gain.square() + noise**2))
 
     def apply(self, x: Tensor, params: Params, generator: torch.Generator) -> Tensor:
         noise = torch.randn(x.shape, generator=generator, device=generator.device).to(x)

@@ -8,7 +8,7 @@ from torch import Tensor
 from diffem.errors import DiffemError
 from diffem.mixtures import Rows
 
-from .base import LinearCorruption, Params
+from .base import SPREAD, LinearCorruption, Params
 
 
 class RandomProjection(LinearCorruption):
@@ -40,6 +40,11 @@ class RandomProjection(LinearCorruption):
 
     def adjoint(self, y: Tensor, params: Params) -> Tensor:
         return (params["matrix"].to(y).mT @ y[..., None])[..., 0]
+
+    def measured(self, x: Tensor, params: Params) -> Tensor:
+        matrix = params["matrix"].to(x)
+        gram = matrix @ matrix.mT + (self.noise_std / SPREAD) ** 2 * torch.eye(matrix.shape[1]).to(x)
+        return (matrix.mT @ torch.linalg.solve(gram, matrix @ x[..., None]))[..., 0]
 
     def apply(self, x: Tensor, params: Params, generator: torch.Generator) -> Tensor:
         y = self.forward(x, params)

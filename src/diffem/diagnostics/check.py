@@ -57,7 +57,7 @@ def check(observations: Observations, config: Config | None = None) -> list[Find
     Raises:
         DiffemError: If there are too few observations, or the configuration does not fit them.
     """
-    train, held_out = observations.split((config or Config()).em.seed)
+    train, *halves = observations.split((config or Config()).em.seed)
     survey, sample = Survey(observations), Sample(observations)
     linear = isinstance(observations.corruption, LinearCorruption)
     spectrum = Spectrum.of(sample.z, sample.seen, sample.matrix, observations.corruption.noise) if linear else None
@@ -66,7 +66,7 @@ def check(observations: Observations, config: Config | None = None) -> list[Find
         *observed(observations, survey),
         *never_together(observations, survey),
         *mask_rate(observations, survey),
-        *duplicates(survey, train, held_out),
+        *duplicates(survey, train, np.concatenate(halves)),
         *quiet,
         *value_range(observations, sample),
     ]

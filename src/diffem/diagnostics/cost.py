@@ -1,13 +1,11 @@
 """What a run costs on this machine: the start, an update and a draw are timed at their real sizes, and multiplied.
 
 The start is timed by one iteration of EM on few items for the candidates of the largest rank; a fit usually takes about
-:data:`FIT` on all of them, for each rank. The E-step may draw fewer than is counted, if the calibration has nothing to
-widen, and the first iteration may end earlier. Other work on the machine lengthens what is timed as it lengthens a run.
+:data:`FIT` on all of them, for each rank. Other work on the machine lengthens what is timed as it lengthens a run.
 """
 
 from __future__ import annotations
 
-import math
 import statistics
 import tempfile
 import time
@@ -18,7 +16,7 @@ import numpy as np
 import torch
 
 from diffem.config import Config
-from diffem.em import MEASURED, DiffEM, scored
+from diffem.em import MOST_SPLITS, PREDICTIONS, DiffEM
 from diffem.observations import Observations
 
 FIT = 30
@@ -45,18 +43,17 @@ def forecast(observations: Observations, config: Config) -> str:
     generator, rows = torch.Generator(em.device).manual_seed(0), np.arange(min(config.e_step.batch, n))
     x = np.broadcast_to(np.float32(em.scaling[0]), (n, *em.shape))
     y, params = observations.batch(rows)
-    sampler = em._sampler(config.e_step.dispersion, steps=1)  # all steps take equally long
+    sampler = em._sampler(config.e_step.width, steps=1)  # all steps take equally long
     update = _seconds(lambda: em.trainer.update(em._loss(x, generator, config.denoiser.observation_dropout), 0.0))
     draw = _seconds(lambda: sampler.sample(y, params, torch.from_numpy(rows)).cpu()) / len(rows)
     draw *= config.sampler.evaluations / sampler.sampler.evaluations
-    firsts = min(em_config.iterations, 1 + m_step.reinitialise)
-    updates = firsts * m_step.first_steps + (em_config.iterations - firsts) * m_step.steps
-    spent = 3 * m_step.batch * updates + em_config.iterations * em_config.refresh * n * config.sampler.evaluations
-    often, closely = (math.prod(scored(config, len(em.held_out), s)) * em_config.score_draws for s in (None, spent))
-    measured = 2 * min(MEASURED, len(em.held_out))
-    draws = em_config.iterations * (em_config.refresh * n + often + measured)
-    if em_config.iterations:
-        draws += n + 2 * closely + often  # the calibration, should it widen
+    iterations = em_config.iterations
+    updates = min(iterations, 1) * m_step.first_steps + max(iterations - 1, 0) * m_step.steps
+    often = min(em_config.score_items, len(em.validation)) * em_config.score_splits * em_config.score_draws
+    draws = iterations * (em_config.refresh * n + often)
+    if iterations:  # the end: widths, the reconstructions, and the test
+        each = [min(PREDICTIONS, MOST_SPLITS * len(part)) for part in (em.validation, em.test)]
+        draws += n + em_config.score_draws * (3 * each[0] + each[1])  # three widths, or so
         updates += config.prior.steps * (config.prior.kind == "unconditional")
     whole, parts = fit + updates * update + draws * draw, (fit, updates * update, draws * draw)
     first, second, third = (_duration(seconds) for seconds in parts)

@@ -72,13 +72,13 @@ def diagnose(
     load = lambda name: from_pretrained(run / name, observations.corruption, device, precision)  # noqa: E731
     posterior = load("posterior")
     prior = load("prior") if (run / "prior" / "config.json").exists() else None
-    train, held_out = observations.split(seed)
-    rows, key = evenly(held_out, ITEMS), seeding.fold(seed, *b"diagnose")  # other draws than those that were trained on
+    train, _, test = observations.split(seed)
+    rows, key = evenly(test, ITEMS), seeding.fold(seed, *b"diagnose")  # other draws than those that were trained on
     result: dict = {"iteration": final["iteration"], "items": len(rows)}
     if len(rows) < FEWEST:
         few = f"{len(rows)} held-out observations are too few to say whether all is well; it takes {FEWEST}"
         return {**result, "seconds": time.monotonic() - began, "warnings": [few]}
-    if (found := coverage(posterior, observations, evenly(held_out, COVERED * (1 + full)), key, DRAWS)) is not None:
+    if (found := coverage(posterior, observations, evenly(test, COVERED * (1 + full)), key, DRAWS)) is not None:
         result["coverage"] = _coverage(found)
     x = draw_many(posterior, observations, rows, 1, key)[:, 0]
     samples = None if prior is None else sample_many(prior, len(rows), key)

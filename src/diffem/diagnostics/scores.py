@@ -50,7 +50,6 @@ from diffem.posteriors import BATCH, PosteriorSampler, draw_many
 SMALLEST = 1e-12  # of a CRPS: few draws estimate it without bias, so that it may be 0
 
 OVER_CONFIDENT, UNDER_CONFIDENT = 0.75, 1.25  # calibration ratios beyond which draws are called so
-CALIBRATED = 0.9  # calibration ratios from this to its inverse are as good as 1 where models are compared
 
 
 @dataclass(frozen=True)
@@ -118,18 +117,6 @@ class Score:
         """That of the criteria, and its standard error (the delta method, in pairs)."""
         return self.criterion - other.criterion, standard_error(self._influence() - other._influence())
 
-    def ratio_difference(self, other: Score) -> tuple[float, float] | None:
-        """How much farther the ratio is from calibrated (0.9 to 1 / 0.9), in logarithms, than another's, and its standard
-        error (the delta method, in pairs); None if one of them has no ratio."""
-        distances, influences = [], []
-        for each in (self, other):
-            if (moments := each._moments()) is None or each.ratio is None:
-                return None
-            distances.append(max(abs(math.log(each.ratio)) + math.log(CALIBRATED), 0.0))
-            sign = math.copysign(1.0, math.log(each.ratio)) if distances[-1] else 0.0
-            influences.append(sign * _ratio_influence(*moments))
-        return distances[0] - distances[1], standard_error(influences[0] - influences[1])
-
     def _moments(self) -> tuple[Tensor, Tensor, Tensor] | None:
         if self.spread is None or self.error is None or self.excess is None:
             return None
@@ -171,13 +158,12 @@ def score(
     seed: int,
     draws: int = 4,
     splits: int = 1,
-    repeats: int = 1,
     batch: int = 256,
 ) -> Score:
     """Scores a sampler on observations, with random numbers that depend on the arguments only.
 
-    Most of the error of a difference is that of the draws: to score closely, raise `splits` first, which adds draws and
-    other hidden parts.
+    Most of the error of a difference is that of the draws. To lower it, raise `splits` first: that adds draws and other
+    hidden parts.
 
     Arguments:
         sampler: What is scored.
@@ -186,8 +172,6 @@ def score(
         seed: Seed of the run: equal seeds give scores that can be compared in pairs.
         draws: Number M of draws per split, at least 2.
         splits: How often each observation is split anew; its value is the mean.
-        repeats: How often every split is predicted anew: less error at the same splits, so that scores of different
-            `repeats` can be compared in pairs.
         batch: Observations at a time.
     """
     if not isinstance(sampler.model_corruption, LinearCorruption):
@@ -195,10 +179,10 @@ def score(
         return Score("energy_distance", energy_items(x, observations, indices, sampler.scaling, seed))
     values, variance, error, count = torch.zeros(4, len(indices))
     noise = sampler.model_corruption.noise
-    for rows, hidden in _hidden(sampler, observations, indices, seed, draws, splits, repeats, batch):
+    for rows, hidden in _hidden(sampler, observations, indices, seed, draws, splits, batch):
         seen, d = hidden.seen, hidden.draws
         each = (crps(hidden.noisy, hidden.target) * seen).sum(1) / seen.sum(1).clamp(min=1)
-        values[rows] += each / (splits * repeats)
+        values[rows] += each / splits
         variance[rows] += (d.var(0) * seen).sum(1)
         error[rows] += ((d.mean(0) - hidden.target).square() * seen).sum(1)
         count[rows] += seen.sum(1)
@@ -261,7 +245,7 @@ def coverage(
         return None
     counts = torch.zeros(len(indices), draws + 1, dtype=torch.long)
     generator = seeding.generator(seed, 0, "score", 1)
-    for rows, hidden in _hidden(sampler, observations, indices, seed, draws, 1, 1, batch):
+    for rows, hidden in _hidden(sampler, observations, indices, seed, draws, 1, batch):
         found = ranks(hidden.noisy, hidden.target, generator)
         counts[rows].scatter_add_(1, found, hidden.seen.long())
     return Coverage(counts.numpy())
@@ -284,7 +268,6 @@ def _hidden(
     seed: int,
     draws: int,
     splits: int,
-    repeats: int,
     batch: int,
 ) -> Iterator[tuple[slice, _Hidden]]:
     """Splits observations, and predicts what was hidden; yields which of the indices, and the predictions."""
@@ -298,19 +281,18 @@ def _hidden(
         given, (hidden, hidden_params) = split
         target = corruption.compared(corruption.scale_y(hidden, hidden_params, centre, half))
         seen = corruption.seen(hidden, hidden_params).expand_as(target).float()
-        for repeat in range(again * repeats, (again + 1) * repeats):
-            predictions, noisy = [], []
-            for some in torch.arange(repeat * draws, (repeat + 1) * draws).split(max(1, BATCH // len(chunk))):
-                n = len(some)  # draws at once, of each observation
-                seeds = torch.cat([seeding.item_seeds(seed, int(j), "score", chunk) for j in some])
-                x = sampler.sample(_tiled(given[0], n), {k: _tiled(v, n) for k, v in given[1].items()}, seeds)
-                predicted = corruption.forward((x - centre) / half, {k: _tiled(v, n) for k, v in hidden_params.items()})
-                noise = corruption.noise * seeding.normal(seeds, tuple(predicted.shape[1:]), stream=10_000)
-                predicted = corruption.compared(predicted)
-                predictions.append(predicted.reshape(n, len(chunk), -1).cpu())
-                noisy.append((predicted + noise).reshape(n, len(chunk), -1).cpu())
-            flat = [torch.cat(predictions), torch.cat(noisy), target.flatten(1).cpu(), seen.flatten(1).cpu()]
-            yield slice(start, start + len(chunk)), _Hidden(*flat)
+        predictions, noisy = [], []
+        for some in torch.arange(again * draws, (again + 1) * draws).split(max(1, BATCH // len(chunk))):
+            n = len(some)  # draws at once, of each observation
+            seeds = torch.cat([seeding.item_seeds(seed, int(j), "score", chunk) for j in some])
+            x = sampler.sample(_tiled(given[0], n), {k: _tiled(v, n) for k, v in given[1].items()}, seeds)
+            predicted = corruption.forward((x - centre) / half, {k: _tiled(v, n) for k, v in hidden_params.items()})
+            noise = corruption.noise * seeding.normal(seeds, tuple(predicted.shape[1:]), stream=10_000)
+            predicted = corruption.compared(predicted)
+            predictions.append(predicted.reshape(n, len(chunk), -1).cpu())
+            noisy.append((predicted + noise).reshape(n, len(chunk), -1).cpu())
+        flat = [torch.cat(predictions), torch.cat(noisy), target.flatten(1).cpu(), seen.flatten(1).cpu()]
+        yield slice(start, start + len(chunk)), _Hidden(*flat)
 
 
 def _tiled(a: Tensor, n: int) -> Tensor:

@@ -1,0 +1,316 @@
+"""What each mechanism buys, at equal cost: the loop as it is, and with one thing changed.
+
+    python benchmarks/ablation.py --tasks digits-mask75-long digits-mask90-long fashion-mask75 --seeds 11 12
+    python benchmarks/table.py                            # the table
+
+Momentum is for corruptions that measure nothing better than the rest: `--tasks digits-noise --arms default momentum`.
+Seeds that no comparison reports. Every arm has the same observations, start, network and budget of evaluations, goes on for the
+same number of iterations, and is judged after the last one, at width 1. One JSON a task and seed, in results/ablation/.
+
+The mechanisms that were deleted stand here as subclasses, so that the table can be made again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from azula import sample as azula_sample
+from azula.denoise import Denoiser as AzulaDenoiser
+from azula.denoise import DiracPosterior
+from compare import TASKS, Method, about, plan
+from judge import Judge
+from torch import Tensor, nn
+
+from diffem import cli, em, networks, seeding
+from diffem.config import Config, load
+from diffem.corruptions import LinearCorruption
+from diffem.denoisers import Denoiser
+from diffem.em import DiffEM
+from diffem.observations import Observations, evenly
+from diffem.posteriors import DiffusionPosterior, from_pretrained
+
+HERE = Path(__file__).parent
+BUDGETS = {
+    "digits-mask75-long": 900_000,
+    "digits-mask90-long": 900_000,
+    "fashion-mask75": 600_000,
+    "digits-noise": 900_000,
+}
+SETTINGS = {
+    "em.guard": "false",
+    "prior.kind": "joint",
+    "denoiser.observation_dropout": "1e-9",
+}  # the prior is not trained
+
+
+class Arm(DiffEM):
+    """Ends after its last iteration."""
+
+    def _last(self) -> None:
+        self._next("done")
+
+
+class Sharp(Arm):
+    """Plain DDPM in the first third of the iterations, and with the residual variance put back in the others."""
+
+    def _sampler(self, width, steps=None):
+        early = self.state.phase == "e_step" and 3 * self.state.iteration <= self.config.em.iterations
+        return super()._sampler(0.0 if early else width, steps)
+
+
+class Follows(Arm):
+    """The width of an E-step follows the calibration ratio of the last iteration."""
+
+    def _sampler(self, width, steps=None):
+        ratio = self.rows[-1]["ratio"] if self.state.iteration > 1 else 1.0
+        return super()._sampler(width + 5 * max(0.9 - ratio, 0), steps)
+
+
+class Corrected(DiffusionPosterior):
+    """The predicted variances are corrected by factors c_t, for observed entries and for others."""
+
+    correction: Tensor
+
+    def measure(self, x: Tensor, y: Tensor, params: dict, seeds: Tensor) -> None:
+        """Squared errors over predicted variances, on items in model units and observations of them."""
+        self.correction = torch.ones(self.sampler.steps + 1, 2)
+        seen = self.model_corruption.seen(y, params).expand_as(x).flatten(1)
+        for k, sigma in enumerate(self.sigmas):
+            noise = seeding.normal(seeds, self.shape, stream=k)
+            posterior, f, v = self.denoiser.predict(x + sigma * noise, sigma.expand(len(x)), y, params)
+            error = (x.flatten(1) - posterior.mean - posterior.scale(f)).square()
+            for group, where in enumerate((~seen, seen)):
+                self.correction[k, group] = (error * where).sum() / (posterior.variance * v * where).sum()
+
+    def _sample(self, y, params, seeds, withheld):
+        seen = self.model_corruption.seen(y, params).expand(len(y), *self.shape).flatten(1).long()
+        predict, levels = self.denoiser.predict, self.sigmas.tolist()
+
+        def corrected(x_t, sigma, *rest):
+            posterior, f, v = predict(x_t, sigma, *rest)
+            k = int(np.argmin([abs(float(sigma[0]) - level) for level in levels]))
+            return posterior, f, v * self.correction[k][seen]
+
+        self.denoiser.predict = corrected  # type: ignore[method-assign]
+        try:
+            return super()._sample(y, params, seeds, withheld)
+        finally:
+            del self.denoiser.predict
+
+
+class Measured(Arm):
+    """c_t, measured in every iteration on re-corrupted reconstructions of validation observations."""
+
+    sampler_class = Corrected
+
+    @torch.no_grad()
+    def _sampler(self, width, steps=None):
+        sampler = super()._sampler(width, steps)
+        rows = evenly(self.validation, 256)
+        x = torch.from_numpy(self.run.array("current")[rows])
+        y, params = self._corrupt_again(x, seeding.generator(self.seed, self.state.iteration, "e_step"))
+        centre, half = self.scaling
+        y = self.model_corruption.scale_y(y, params, centre, half)
+        sampler.measure(
+            (x - centre) / half, y, params, seeding.item_seeds(self.seed, self.state.iteration, "score", rows)
+        )
+        return sampler
+
+
+class Reinitialised(Arm):
+    """New weights in the last third of the iterations, once."""
+
+    def _m_step(self):
+        state, last = self.state, self.config.em.iterations
+        if state.step == 0 and state.iteration == last - last // 3:
+            self.trainer = self._trainer(self.trainer.denoiser.reference)
+        super()._m_step()
+
+
+class _Bound(AzulaDenoiser):
+    """Our denoiser with its observation, as azula's samplers want it."""
+
+    def __init__(self, denoiser: Denoiser, *given: object) -> None:
+        super().__init__()
+        self.denoiser, self.schedule, self.given = denoiser, denoiser.schedule, given
+
+    def forward(self, x_t: Tensor, t: Tensor, **kwargs: object) -> DiracPosterior:
+        return DiracPosterior(mean=self.denoiser(x_t, self.denoiser.schedule.sigma(t).expand(len(x_t)), *self.given))
+
+
+class Heun(DiffusionPosterior):
+    """azula's deterministic second-order solver, in half of the steps."""
+
+    def _sample(self, y, params, seeds, withheld):
+        bound = _Bound(self.denoiser, y, params, withheld)
+        solver = azula_sample.HeunSampler(bound, steps=self.sampler.steps // 2, silent=True, dtype=y.dtype)
+        return solver(self.sigmas[0].to(y) * seeding.normal(seeds, self.shape))
+
+
+class Solver(Arm):
+    """E-steps by a deterministic solver."""
+
+    sampler_class = Heun
+
+
+class Fused(Denoiser):
+    """The reference is N(0, I), given both x_t and y."""
+
+    def _posterior(self, x_t, sigma, y, params, withheld):
+        assert isinstance(self.corruption, LinearCorruption)
+        likelihood = self.corruption.likelihood(y, params).withheld(withheld)
+        return self.reference.posterior(likelihood.given(x_t.flatten(1), sigma[:, None]))
+
+
+class Fuse(Arm):
+    """`precondition: fuse`; with `plain` in the configuration."""
+
+    denoiser_class = Fused
+
+
+class Momentum(Arm):
+    """E-steps by f_k + (f_k - f_k-1) / 2, f the network's correction; from the start again after an iteration that is worse.
+
+    Every draw takes two evaluations where the loop takes one.
+    """
+
+    before: nn.Module | None = None
+
+    def _sampler(self, width, steps=None):
+        sampler = super()._sampler(width, steps)
+        if self.state.phase == "e_step":
+            scores = [row["criterion"] for row in self.rows[-2:]]
+            if len(scores) == 2 and scores[1] > scores[0]:
+                self.before = None
+            sampler.denoiser = Extrapolated(sampler.denoiser, self.before)
+            self.before = copy.deepcopy(sampler.denoiser.now.network)
+        return sampler
+
+
+class Extrapolated(nn.Module):
+    """A denoiser with momentum."""
+
+    def __init__(self, now: Denoiser, before: nn.Module | None) -> None:
+        super().__init__()
+        self.now, self.before = now, before
+        self.network, self.schedule, self.reference = now.network, now.schedule, now.reference
+
+    def predict(self, *given):
+        posterior, f, v = self.now.predict(*given)
+        if self.before is None:
+            return posterior, f, v
+        network, self.now.network = self.now.network, self.before
+        try:
+            _, last, _ = self.now.predict(*given)
+        finally:
+            self.now.network = network
+        return posterior, f + 0.5 * (f - last), v
+
+
+@dataclass(frozen=True)
+class Change:
+    """One thing that is changed.
+
+    Attributes:
+        what: In words.
+        algorithm: The class of the run.
+        settings: Overrides of the task's.
+        constants: Values for constants of modules, by module and name.
+        draws: Evaluations of a draw, over those of the loop.
+    """
+
+    what: str
+    algorithm: type[DiffEM] = Arm
+    settings: dict[str, str] = field(default_factory=dict)
+    constants: dict[tuple[object, str], float] = field(default_factory=dict)
+    draws: int = 1
+
+
+ARMS = {
+    "default": Change("the loop as it is"),
+    "lambda1": Change("the paper's M-step: no weights, no split", settings={"m_step.imputed_weight": "1"}),
+    "lambda01": Change("lambda 0.1 for 0.003", settings={"m_step.imputed_weight": "0.1"}),
+    "no-split": Change("no real observations after the first iteration", constants={(em, "SPLIT"): 0.0}),
+    "detached": Change("the variance head does not shape the features", constants={(networks, "SHAPES"): 0.0}),
+    "times": Change("training times of Beta(3, 3)", settings={"denoiser.time_beta": "3"}),
+    "whole": Change("no simulated observation is thinned", settings={"m_step.thinned": "0"}),
+    "plain": Change("plain preconditioning for the start's", settings={"denoiser.precondition": "plain"}),
+    "fewer": Change("half of the sampler's steps", settings={"sampler.steps": "8"}),
+    "refresh": Change("an E-step renews a third", settings={"em.refresh": "0.34"}),
+    "sharp": Change("with a sharp part: plain DDPM in a third of the run", Sharp),
+    "follows": Change("with a width that follows the ratio", Follows),
+    "corrected": Change("with measured corrections c_t", Measured),
+    "reinitialised": Change("with new weights once", Reinitialised),
+    "fuse": Change("precondition fuse", Fuse, {"denoiser.precondition": "plain"}),
+    "heun": Change("a deterministic solver (Heun)", Solver),
+    "momentum": Change("momentum on the denoiser", Momentum, draws=2),
+}
+
+
+def run(task: str, name: str, seed: int, runs: Path, root: str | None) -> dict:
+    """The columns of an arm after its last iteration."""
+    change = ARMS[name]
+    folder, observed = runs / task / str(seed) / name, runs / task / str(seed) / "observations"
+    settings = {**TASKS[task].settings, **SETTINGS, **change.settings, "em.seed": str(seed)}
+    config: Config = load(TASKS[task].preset, list(settings.items()))
+    if not (observed / "y.npy").exists():
+        cli.make_observations(config, task, observed, root)
+    observations, start = Observations.load(observed), runs / task / str(seed) / "start"
+    if not (start / "posterior").exists():
+        list(DiffEM(replace(config, em=replace(config.em, iterations=0)), observations, start).iterate())
+    planned = plan(config, Method(), len(observations), BUDGETS[task])
+    if change.draws > 1:
+        item, draw = 3 * config.m_step.batch, change.draws * config.sampler.evaluations * len(observations)
+        left = BUDGETS[task] - item * config.m_step.first_steps - draw
+        planned["em.iterations"] = str(1 + left // (item * config.m_step.steps + draw))
+    config = load(TASKS[task].preset, list({**settings, **planned}.items()))
+    before = {key: getattr(*key) for key in change.constants}
+    for (module, constant), value in change.constants.items():
+        setattr(module, constant, value)
+    try:
+        arm = change.algorithm(config, observations, folder, start=from_pretrained(start / "posterior"))
+        rows = list(arm.iterate())
+        judge = Judge(observed, seed, seed)
+        columns = judge.posterior(arm._sampler(1.0))
+    finally:
+        for (module, constant), value in before.items():
+            setattr(module, constant, value)
+    spent = sum(3 * row["examples"] for row in rows)
+    spent += change.draws * (sum(row["network_evaluations"] for row in rows) - spent)
+    return {**columns, "evaluations": spent, "iterations": len(rows) - 1}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", nargs="+", choices=list(BUDGETS), default=list(BUDGETS))
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[11])
+    parser.add_argument("--runs", type=Path, default=Path("runs/ablation"))
+    parser.add_argument("--results", type=Path, default=HERE / "results" / "ablation")
+    parser.add_argument("--root", help="the folder of a data set that is not built in")
+    arguments = parser.parse_args()
+    for seed in arguments.seeds:
+        for task in arguments.tasks:
+            file = arguments.results / f"{task}-{seed}.json"
+            command = f"python benchmarks/ablation.py --tasks {task} --seeds {seed}"
+            result = json.loads(file.read_text()) if file.exists() else {"task": task, "seed": seed, **about(command)}
+            arms = result.setdefault("arms", {})
+            for name in (a for a in arguments.arms if a not in arms):
+                arms[name] = run(task, name, seed, arguments.runs, arguments.root)
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_text(json.dumps(result, indent=1) + "\n")
+                print(
+                    f"{task} {seed} {name}: CRPS {arms[name]['crps']:.4f}, ratio {arms[name]['ratio']:.2f}", flush=True
+                )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,106 @@
+"""The rival for a point estimate: one network on the splitting loss (SSDU; deepinv's `SplittingLoss`).
+
+The network is shown a part of what was observed and scored on all that was observed:
+
+    E || M (f(M' y, M') - y) ||^2,    M' keeps 70 % of the observed pixels M.
+
+f(y, M) then estimates E[x | y]. Masks only. `deepinv` trains deepinv's own U-Net with deepinv's own loss (`pip install deepinv`).
+
+Reference:
+    | Self-supervised learning of physics-guided reconstruction neural networks without fully sampled reference data
+    | (Yaman et al., 2020)
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from diffem import networks, seeding
+from diffem.config import Config
+from diffem.corruptions import Params
+from diffem.observations import Observations
+
+HIDDEN = 0.3  # the fraction of the observed pixels that the network is not shown
+Estimate = Callable[[Tensor, Params], Tensor]  # of observations in the units of y: E[x | y], in model units
+
+
+def train(observations: Observations, config: Config, seed: int, budget: int, library: bool = False) -> Estimate:
+    """The estimate that a network of the run's size reaches with a budget of evaluations; an update takes 3 an item.
+
+    Arguments:
+        observations: Masked ones.
+        config: Network, batch, learning rate and average of the run that it is compared with.
+        seed: Of the split, the weights and the batches.
+        budget: Evaluations of the network.
+        library: deepinv's U-Net and loss, instead of ours.
+    """
+    train_rows, *_ = observations.split(seed)
+    centre, half = observations.scaling(train_rows)
+    m_step, shape = config.m_step, observations.shape
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model, loss_of = _deepinv(shape) if library else _ours(config, shape)
+    averaged = copy.deepcopy(model).requires_grad_(False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=m_step.learning_rate, weight_decay=m_step.weight_decay)
+    steps = budget // (3 * m_step.batch)
+    for step in range(steps):
+        generator = seeding.generator(seed, 0, "m_step", step)
+        rows = torch.randint(len(train_rows), (m_step.batch,), generator=generator)
+        y, params = observations.batch(train_rows[rows.numpy()])
+        mask = params["mask"]
+        y = mask * (y - centre) / half
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seeding.fold(seed, step) >> 1)
+            loss = loss_of(model, y, mask)
+        decay = 1.0 if m_step.schedule == "constant" else max(0.05, 1 - step / steps)
+        for group in optimizer.param_groups:
+            group["lr"] = m_step.learning_rate * decay
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), m_step.clip)
+        optimizer.step()
+        share = min(m_step.ema, (2 + step) / (11 + step))
+        with torch.no_grad():
+            torch._foreach_lerp_([*averaged.parameters()], [*model.parameters()], 1 - share)
+
+    @torch.no_grad()
+    def estimate(y: Tensor, params: Params) -> Tensor:
+        mask = params["mask"]
+        return _call(averaged, mask * (y - centre) / half, mask)
+
+    return estimate
+
+
+def _call(model: nn.Module, y: Tensor, mask: Tensor) -> Tensor:
+    if isinstance(model, networks.Backbone):
+        return model([y, mask.to(y).expand_as(y)], torch.zeros(len(y)))[0]
+    return model(torch.cat((y, mask.to(y).expand_as(y)), 1))
+
+
+def _ours(config: Config, shape: tuple[int, ...]) -> tuple[nn.Module, Callable[[nn.Module, Tensor, Tensor], Tensor]]:
+    def loss(model: nn.Module, y: Tensor, mask: Tensor) -> Tensor:
+        shown = mask & (torch.rand(mask.shape) > HIDDEN)
+        seen = mask.expand_as(y)
+        return (_call(model, shown * y, shown) - y)[seen].square().mean()
+
+    return networks.build(config.network, shape, [shape, shape]), loss
+
+
+def _deepinv(shape: tuple[int, ...]) -> tuple[nn.Module, Callable[[nn.Module, Tensor, Tensor], Tensor]]:
+    import deepinv
+
+    model = deepinv.models.UNet(2 * shape[0], shape[0], scales=2, residual=False, batch_norm=False)
+    split = deepinv.loss.SplittingLoss(split_ratio=1 - HIDDEN, pixelwise=True)
+
+    def loss(model: nn.Module, y: Tensor, mask: Tensor) -> Tensor:
+        physics = deepinv.physics.Inpainting(img_size=shape, mask=mask.to(y).expand_as(y))
+        reconstruct = lambda y, physics, **_: _call(model, y, physics.mask)  # noqa: E731
+        adapted = split.adapt_model(reconstruct)
+        x = adapted(y, physics, update_parameters=True)
+        return split(x, y, physics, adapted).mean()
+
+    return model, loss

@@ -1,0 +1,89 @@
+"""What validation observations decide: whether an iteration is accepted, which one is kept, and when a run ends.
+
+One number compares two models: the criterion of their scores (:mod:`diffem.diagnostics.scores`). Its difference is taken in
+pairs, observation by observation, and has a standard error.
+
+accepted  the criterion is not worse than the best so far by more than :data:`GATE` standard errors. What is refused trains
+          nothing: the next M-step goes on with the reconstructions that were there
+best      accepted, and the criterion is smaller than the best so far; the first to beat is the start
+stop      `em.patience` iterations in a row were not the best
+
+A criterion that is not a number is refused.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from diffem.diagnostics import Score
+
+GATE = 2.0
+
+
+@dataclass
+class Selection:
+    """The decisions of a run so far; see the module.
+
+    Attributes:
+        guard: Whether there are any; if not, every iteration is accepted, and the last one is the best.
+        patience: Iterations in a row without a new best that end the run; 0 never does.
+        first: The score of the start.
+        best: The score of the best iteration; at first the start's.
+        stale: Iterations since the last best one.
+    """
+
+    guard: bool
+    patience: int
+    first: Score
+    best: Score
+    stale: int = 0
+
+    @classmethod
+    def begin(cls, guard: bool, patience: int, start: Score) -> Selection:
+        return cls(guard, patience, start, start)
+
+    @property
+    def over(self) -> bool:
+        """Whether patience has run out."""
+        return self.guard and 0 < self.patience <= self.stale
+
+    def decide(self, current: Score) -> dict[str, float | bool]:
+        """Whether an iteration is `accepted` and `best`, and the differences that say so, each with its standard error
+        (NAME_se): `criterion_delta` to the best before, `start_delta` of the score to the start.
+
+        Arguments:
+            current: The score of the iteration.
+        """
+        delta, error = current.criterion_difference(self.best)
+        accepted = not self.guard or delta <= GATE * error
+        best = not self.guard or (accepted and delta < 0)
+        self.stale = 0 if best else self.stale + 1
+        if best:
+            self.best = current
+        return {"accepted": accepted, "best": best, "criterion_delta": delta, "criterion_delta_se": error} | compare(
+            current, self.first
+        )
+
+    @property
+    def facts(self) -> dict:
+        """What a checkpoint holds of it beside :attr:`tensors`."""
+        return {"name": self.first.name, "stale": self.stale}
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        return {f"{name}.{k}": v for name in ("first", "best") for k, v in getattr(self, name).tensors.items()}
+
+    @classmethod
+    def load(cls, guard: bool, patience: int, facts: dict, tensors: dict[str, Tensor]) -> Selection:
+        def score(which: str) -> Score:
+            found = {k[len(which) + 1 :]: v for k, v in tensors.items() if k.startswith(f"{which}.")}
+            return Score(facts["name"], **found)
+
+        return cls(guard, patience, score("first"), score("best"), facts["stale"])
+
+
+def compare(current: Score, start: Score) -> dict[str, float]:
+    """The paired difference of a score to the start's, and its standard error."""
+    return dict(zip(("start_delta", "start_delta_se"), current.difference(start), strict=True))
