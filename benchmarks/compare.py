@@ -135,6 +135,9 @@ CIFAR = {
     "data.corruption": "{name: RandomMask, rate: 0.75, noise: 0.64}",
     "network.channels": "[24, 48]",
     "network.blocks": "[1, 1]",
+    "start.components": "[1]",
+    "start.ranks": "[8, 16, 32]",
+    "start.items": "4096",
 }
 
 TASKS: dict[str, Task] = {

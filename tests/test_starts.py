@@ -1,4 +1,4 @@
-"""The first guess of the start, where the truth is known, and the acceleration of EM; EM itself is tested in test_mixtures.py."""
+"""The first guess of the start, where the truth is known, the acceleration of EM, and which candidate is chosen; EM itself is tested in test_mixtures.py."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 
 from diffem import starts
 from diffem.corruptions import GaussianBlur, RandomMask, RandomProjection
+from diffem.diagnostics import Score
 from diffem.mixtures import Mixture, em_step
 from diffem.observations import Observations
 from diffem.starts import (
@@ -193,3 +194,61 @@ def test_a_fit_counts_its_steps_and_keeps_to_its_limit(monkeypatch):
     best = min(about["candidates"], key=lambda c: c["criterion"])
     assert (about["components"], about["rank"]) == (best["components"], best["rank"])
     assert (mixture.components, mixture.rank) == (best["components"], best["rank"])
+
+
+# --- which candidate it is --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("least", [(1, 1), (1, 3), (3, 1), (3, 3)])
+def test_the_candidate_that_predicts_best_is_chosen_whatever_its_likelihood(least, monkeypatch):
+    corruption, train = RandomMask(0.5, 0.05), np.arange(1, 400, 2)
+    x = torch.randn(400, 6, generator=torch.Generator().manual_seed(0))
+    y, params = corruption.observe(x, torch.Generator().manual_seed(1))
+    data = Observations(y.numpy(), corruption, {"mask": params["mask"].numpy()}, range=(-2, 2))
+    calls, parts, read, converge, batch = [], [], [], starts._converge, data.batch
+
+    def scored(sampler, observations, rows, *arguments) -> Score:
+        calls.append((sampler, rows))
+        of = sampler.mixture.components, sampler.mixture.rank
+        return Score("crps", torch.full((6,), 0.0 if of == least else 1.0 + len(calls)))
+
+    def reading(rows):
+        read.extend(rows)
+        return batch(rows)
+
+    def listen(mixture, fitting, validating, config):
+        for part in (fitting, validating):
+            read.clear()
+            list(part())
+            parts.append(set(read))
+        return converge(mixture, fitting, validating, config)
+
+    monkeypatch.setattr(data, "batch", reading)
+    monkeypatch.setattr(starts, "score", scored)
+    monkeypatch.setattr(starts, "_converge", listen)
+    config = StartConfig(components=(3,), ranks=(1, 3), iterations=6)
+    mixture, about = fit(config, data, train, corruption.scaled(0.0, 2.0), (0.0, 2.0), 0)
+    assert [(c["components"], c["rank"]) for c in about["candidates"]] == [(1, 1), (3, 1), (1, 3), (3, 3)]
+    assert (about["components"], about["rank"]) == (mixture.components, mixture.rank) == least
+    assert [c["criterion"] == 0 for c in about["candidates"]].count(True) == 1
+    # by a tenth of the training observations, which is not fitted
+    fitted, validated = parts[:2]
+    assert (len(fitted), len(validated)) == (180, 20)
+    assert fitted | validated == set(train)
+    assert all(set(rows) == validated for _, rows in calls)
+    assert all((sampler.corruption is corruption) and sampler.scaling == (0.0, 2.0) for sampler, _ in calls)
+
+
+def test_a_rank_is_what_the_posterior_predicts_best_with():
+    """Of items of rank two, a diagonal misses what entries say of each other."""
+    corruption = RandomMask(0.5, 0.05)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(800, 2, generator=generator) @ torch.randn(2, 8, generator=generator)
+    x = 0.3 * x + 0.05 * torch.randn(x.shape, generator=generator)
+    y, params = corruption.observe(x, generator)
+    data = Observations(y.numpy(), corruption, {"mask": params["mask"].numpy()}, range=(-1, 1))
+    config = StartConfig(components=(1,), ranks=(0, 1, 2))
+    mixture, about = fit(config, data, np.arange(800), corruption, (0.0, 1.0), 0)
+    found = [c["criterion"] for c in about["candidates"]]
+    assert found[0] > found[1] + 0.3 > found[2] + 0.6
+    assert mixture.rank == 2
