@@ -171,3 +171,11 @@ def test_it_is_rebuilt_from_what_a_checkpoint_holds(make):
     for mean in (0.43, 0.39, 0.5):
         assert again.decide(make(mean, noise=0.1)) == found.decide(make(mean, noise=0.1))
         assert (again.stale, again.over) == (found.stale, found.over)
+
+
+def test_a_finite_score_beats_a_start_that_has_none():
+    found = selection(box(torch.nan))
+    assert not found.decide(box(torch.nan))["best"]
+    verdict = found.decide(box(0.9))
+    assert (verdict["accepted"], verdict["best"]) == (True, True)
+    assert not found.decide(box(1.0))["best"]  # and is what later ones are compared with

@@ -45,8 +45,8 @@ class EMConfig:
         score_items: Validation observations that score an iteration.
         score_splits: How often each of them is split into a part that is given and one that is predicted.
         score_draws: Draws per split.
-        guard: Whether validation observations decide which iterations are accepted and kept, when the run ends, and how wide
-            its draws are (see :mod:`diffem.selection`). If not, all are accepted, and the last one of `iterations` is kept.
+        guard: Whether validation observations decide: which iterations are accepted and kept, when the run ends
+            (:mod:`diffem.selection`), and how wide its last draws are. If not, all are accepted, and the last one is kept.
         patience: So many iterations in a row without a new best end the run; 0 never does.
     """
 
@@ -74,7 +74,7 @@ class EStepConfig:
 
     Attributes:
         width: How much of the residual variance its draws put back: 1 all of it, 0 none (plain DDPM, as in the paper). The
-            end of a run chooses another one, if that predicts validation observations better.
+            end of a run chooses the one at which the calibration ratio of validation observations is nearest to 1.
         batch: Observations at a time.
     """
 

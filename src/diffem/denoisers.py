@@ -225,7 +225,8 @@ class Denoiser(nn.Module):
         missed = target - f
         error = posterior.scale(missed).to(x)
         whitened = product(missed.detach(), missed.detach())
-        if not posterior.by_entry:
+        entries = weigh is None or getattr(self.corruption, "by_entry", False)
+        if not (posterior.by_entry and entries):  # else e_i (W e)_i may be negative
             whitened, weight = (a.mean(1, keepdim=True).expand_as(v) for a in (whitened, weight))
         of_variance = (whitened / v + weight * v.log()).mean()
         return (product(error, error).mean(1) / left).mean() + (of_variance - of_variance.detach())

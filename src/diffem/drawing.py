@@ -346,12 +346,6 @@ def curves(rows: Sequence[Row], chosen: int, score_name: str) -> list[Figure]:
             f"{name} of held-out observations, lower is better; band: ± one standard error. The table of a finished run is of more predictions",
         ),
         (
-            "divergence",
-            "divergence",
-            "Divergence of re-corrupted reconstructions from the observations, as a share of the distance of two of these; "
-            "0 if they could be observed; band: ± one standard error",
-        ),
-        (
             "criterion",
             "criterion",
             "Criterion of held-out observations, lower is better: log CRPS + half the log score; it chooses the iteration",

@@ -284,7 +284,7 @@ class DiffEM:
         k, step = WIDTHS.index(1.0), 0
         while 0 <= k < len(WIDTHS):  # the ratio grows with the width: from 1 towards the crossing, and one beyond
             ratio = self._closely(self._sampler(WIDTHS[k]), self.validation).ratio
-            if ratio is None:
+            if ratio is None or not math.isfinite(ratio):
                 return width
             found[WIDTHS[k]] = abs(math.log(ratio))
             towards = 1 if ratio < 1 else -1
@@ -426,9 +426,10 @@ class DiffEM:
         weigh = None
         if dropout < 1 and config.imputed_weight < 1:
             real, source = self.observations.batch(index)
-            real, source = real.to(self.device), {k: v.to(self.device) for k, v in source.items()}
-            y, params = self._split((y, params), (real, source), imputed & ~mirrored, generator)
-            weigh = self._weigh(source, imputed, mirrored)
+            if source:  # without parameters every observation measures the same, and there is nothing to weigh
+                real, source = real.to(self.device), {k: v.to(self.device) for k, v in source.items()}
+                y, params = self._split((y, params), (real, source), imputed & ~mirrored, generator)
+                weigh = self._weigh(source, imputed, mirrored)
         y = self.model_corruption.scale_y(y, params, centre, half)
         return self.trainer.denoiser.loss((clean - centre) / half, y, params, generator, dropout, weigh)
 

@@ -344,7 +344,7 @@ def from_pretrained(
     other = DiffemError(f"{folder}: was saved by another version of diffem; train it again")
     try:
         settings = DenoiserConfig(**config["denoiser"]), SamplerConfig(**config["sampler"]), float(config["width"])
-    except (KeyError, TypeError):
+    except (KeyError, TypeError, DiffemError):
         raise other from None
     denoiser_config, sampler, width = settings
     denoiser = denoiser_class(corruption.scaled(*scaling), shape, denoiser_config, network, start)

@@ -13,6 +13,7 @@ A criterion that is not a number is refused.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -57,6 +58,8 @@ class Selection:
             current: The score of the iteration.
         """
         delta, error = current.criterion_difference(self.best)
+        if not math.isfinite(self.best.criterion) and math.isfinite(current.criterion):
+            delta, error = -1.0, 0.0  # anything beats what is not a number
         accepted = not self.guard or delta <= GATE * error
         best = not self.guard or (accepted and delta < 0)
         self.stale = 0 if best else self.stale + 1

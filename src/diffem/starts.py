@@ -158,7 +158,7 @@ def fit(
             found = criterion(mixture)
             about = {"components": count, "rank": rank, "log_likelihood": likelihood, "iterations": iterations}
             record.append({**about, "criterion": found})
-            if best is None or found < best[0]:
+            if best is None or found < best[0] or not math.isfinite(best[0]):
                 best = found, mixture
     assert best is not None
     chosen = best[1].to(torch.float32)

@@ -100,6 +100,11 @@ class LinearCorruption(Corruption):
         """The standard deviation of the noise, kept away from 0 for likelihoods."""
         return max(self.noise, NOISE_FLOOR)
 
+    @property
+    def by_entry(self) -> bool:
+        """Whether A acts on every entry of x alone."""
+        return False
+
     def forward(self, x: Tensor, params: Params) -> Tensor:
         """A x."""
         raise NotImplementedError

@@ -33,6 +33,10 @@ class DiagonalCorruption(LinearCorruption):
         """The basis and the gains h (shape of an item), for items of `shape`."""
         return None, 1.0
 
+    @property
+    def by_entry(self) -> bool:
+        return type(self).gains is DiagonalCorruption.gains
+
     def forward(self, x: Tensor, params: Params) -> Tensor:
         return self._filter(x, params, power=1)
 

@@ -1,6 +1,6 @@
 """What a run costs on this machine: the start, an update and a draw are timed at their real sizes, and multiplied.
 
-The start is timed by one iteration of EM on few items for the candidates of the largest rank; a fit usually takes about
+The start is timed by one round of EM on few items for the candidates of the largest rank; a fit usually takes about
 :data:`FIT` on all of them, for each rank. Other work on the machine lengthens what is timed as it lengthens a run.
 """
 
@@ -19,7 +19,7 @@ from diffem.config import Config
 from diffem.em import MOST_SPLITS, PREDICTIONS, DiffEM
 from diffem.observations import Observations
 
-FIT = 30
+FIT = 8
 FIT_ITEMS = 1024
 
 
@@ -39,7 +39,7 @@ def forecast(observations: Observations, config: Config) -> str:
         em = DiffEM(replace(config, start=start), observations, folder, allow_unobserved=True)
         em._build(em._initial_prior()[0])
         more = min(full.items, len(em.train)) / min(start.items, len(em.train)) * len(full.ranks)
-        fit = _seconds(em._initial_prior) * more * min(FIT, full.iterations)
+        fit = _seconds(em._initial_prior) * more * FIT
     generator, rows = torch.Generator(em.device).manual_seed(0), np.arange(min(config.e_step.batch, n))
     x = np.broadcast_to(np.float32(em.scaling[0]), (n, *em.shape))
     y, params = observations.batch(rows)
