@@ -130,8 +130,8 @@ def _digits(corruption: str, budget: int = 1_200_000, settings: dict[str, str] |
 
 # some forty iterations of a small network, which nothing ends early: does quality turn?
 LONG = {"network.channels": "[16, 32]", "network.blocks": "[1, 1]", "m_step.steps": "75", "em.patience": "0"}
+FASHION = {"data.limit": "8192", "m_step.steps": "200", "prior.steps": "300", "prior.sampler_steps": "16"}
 CIFAR = {
-    "data.limit": "8192",
     "data.corruption": "{name: RandomMask, rate: 0.75, noise: 0.64}",
     "network.channels": "[24, 48]",
     "network.blocks": "[1, 1]",
@@ -149,9 +149,9 @@ TASKS: dict[str, Task] = {
     "digits-mask90-long": _digits("{name: RandomMask, rate: 0.9, noise: 0.08}", 2_650_000, LONG),
     "digits-noise": _digits("{name: GaussianNoise, noise: 4.0}", 900_000, LONG),
     "digits-blur": _digits("{name: GaussianBlur, std: 1.0, noise: 0.08}"),
-    "fashion-mask75": Task("fashion-mask75", 600_000, {"data.limit": "8192", "prior.steps": "300"}),
-    "fashion-mask75-long": Task("fashion-mask75", 2_500_000, {"data.limit": "8192", "prior.steps": "300"}),
-    "cifar10-mask75": Task("fashion-mask75", 900_000, {"data.source": "cifar10", **CIFAR, "prior.steps": "300"}),
+    "fashion-mask75": Task("fashion-mask75", 600_000, FASHION),
+    "fashion-mask75-long": Task("fashion-mask75", 1_800_000, FASHION),
+    "cifar10-mask75": Task("fashion-mask75", 900_000, {"data.source": "cifar10", **FASHION, **CIFAR}),
 }
 
 
@@ -168,6 +168,11 @@ def plan(config: Config, method: Method, n: int, budget: int) -> dict[str, str]:
     left = budget - item * first - some
     left -= draw if config.em.guard or config.em.refresh < 1 else 0  # the last E-step
     iterations = 1 + max(0, left // (some + item * steps))
+    spare = max(0, left - (iterations - 1) * (some + item * steps)) // item  # steps that would not fill an iteration
+    if iterations > 1:
+        steps += spare // (iterations - 1)
+    else:
+        first += spare
     return {"em.iterations": str(iterations), "m_step.first_steps": str(first), "m_step.steps": str(steps)}
 
 

@@ -28,12 +28,12 @@ from diffem import metrics, seeding
 from diffem.corruptions import LinearCorruption, Params
 from diffem.datasets import manifold_curve
 from diffem.diagnostics import Score, score
+from diffem.em import MOST_SPLITS, PREDICTIONS
 from diffem.errors import DiffemError
 from diffem.observations import Observations, evenly
 from diffem.posteriors import PosteriorSampler, draw_many, from_pretrained, sample_many
 
 DRAWS = 4
-SPLITS = 8
 MEAN = 32  # draws of a posterior mean
 ITEMS = 4096  # reconstructions and prior samples that are compared with clean items
 SCORED = 512  # test observations at most
@@ -121,7 +121,8 @@ class Judge:
 
     def score(self, sampler: PosteriorSampler) -> Score:
         """The score of a posterior sampler."""
-        return score(sampler, self.observations, self.test, self.seed, DRAWS, SPLITS)
+        splits = min(max(PREDICTIONS // len(self.test), 1), MOST_SPLITS)
+        return score(sampler, self.observations, self.test, self.seed, DRAWS, splits)
 
     def posterior(self, sampler: PosteriorSampler, first: Score | None = None) -> dict:
         """The columns of a posterior sampler; `first`: the start's score, for a paired difference."""

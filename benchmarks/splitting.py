@@ -4,7 +4,7 @@ The network is shown a part of what was observed and scored on all that was obse
 
     E || M (f(M' y, M') - y) ||^2,    M' keeps 70 % of the observed pixels M.
 
-f(y, M) then estimates E[x | y]. Masks only. `deepinv` trains deepinv's own U-Net with deepinv's own loss (`pip install deepinv`).
+f(y, M) then estimates E[x | y]. Masks only. `library` trains deepinv's own U-Net with deepinv's own loss (`pip install -e .[benchmarks]`).
 
 Reference:
     | Self-supervised learning of physics-guided reconstruction neural networks without fully sampled reference data

@@ -74,7 +74,7 @@ class EStepConfig:
 
     Attributes:
         width: How much of the residual variance its draws put back: 1 all of it, 0 none (plain DDPM, as in the paper). The
-            end of a run chooses the one at which the calibration ratio of validation observations is nearest to 1.
+            end of a run chooses the one of the least criterion on validation observations.
         batch: Observations at a time.
     """
 

@@ -24,6 +24,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +54,7 @@ from diffem.run import Run
 from diffem.selection import Selection, compare
 
 Progress = Callable[[str, int, int], None]
-SPLIT = 0.5  # the fraction of the items that are shown a part of their real observation, after the first iteration
+PASSES = 20  # over the training observations, in which every item is shown a part of its real one; later ever fewer are
 COMPARED = 2048  # reconstructions that score a black box,
 CORRUPTED = 4  # each of them corrupted so often
 WIDTHS = (0.5, 0.7, 1.0, 1.5, 2.5, 4.0, 6.0, 9.0)  # the end chooses among them
@@ -276,23 +277,22 @@ class DiffEM:
         self._checkpoint()
 
     def _chosen_width(self, width: float) -> float:
-        """The width at which the calibration ratio of validation observations is nearest to 1."""
+        """The width whose criterion on validation observations is least, of those beside 1."""
         can = self.config.sampler.guidance == "none" and isinstance(self.corruption, LinearCorruption)
         if not (can and self.config.em.guard and width):
             return width
-        found: dict[float, float] = {}
-        k, step = WIDTHS.index(1.0), 0
-        while 0 <= k < len(WIDTHS):  # the ratio grows with the width: from 1 towards the crossing, and one beyond
-            ratio = self._closely(self._sampler(WIDTHS[k]), self.validation).ratio
-            if ratio is None or not math.isfinite(ratio):
-                return width
-            found[WIDTHS[k]] = abs(math.log(ratio))
-            towards = 1 if ratio < 1 else -1
-            if step and towards != step:
-                break
-            step = towards
-            k += step
-        return min(found, key=found.__getitem__)
+
+        @cache
+        def criterion(k: int) -> float:
+            return self._closely(self._sampler(WIDTHS[k]), self.validation).criterion
+
+        k = WIDTHS.index(1.0)
+        if not math.isfinite(criterion(k)):
+            return width
+        for step in (1, -1):
+            while 0 <= k + step < len(WIDTHS) and criterion(k + step) < criterion(k):
+                k += step
+        return WIDTHS[k]
 
     def _finish(self) -> None:
         """Goes on to the prior, unless the posterior's own network is it."""
@@ -442,8 +442,8 @@ class DiffEM:
     ) -> tuple[Tensor, Params]:
         """The simulated observations, some of them replaced by a thinned part of the real ones.
 
-        What is hidden of them is real, too: this is what a network on the splitting loss learns from. In the first iteration, in
-        which the reconstructions are the start's, all of them are replaced.
+        What is hidden of them is real, too: this is what a network on the splitting loss learns from. All are replaced in the
+        first :data:`PASSES` over the training observations; after n passes PASSES / n of them, or they would be learned by heart.
 
         Arguments:
             simulated: Observations (B, *y shape) of reconstructions, and their parameters.
@@ -454,8 +454,8 @@ class DiffEM:
         split = self.corruption.thin(*real, generator)
         if split is None:
             return simulated
-        share = 1.0 if self.state.iteration == 1 else SPLIT
-        chosen = torch.rand(len(allowed), generator=generator, device=self.device) < share
+        passes = self.config.m_step.batch * self.trainer.updates / len(self.train)
+        chosen = torch.rand(len(allowed), generator=generator, device=self.device) * passes < PASSES
         return _mixed(chosen & allowed, split[0], simulated)
 
     def _weigh(self, source: Params, imputed: Tensor, mirrored: Tensor) -> Callable[[Tensor], Tensor]:
