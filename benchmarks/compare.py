@@ -132,6 +132,8 @@ def _digits(corruption: str, budget: int = 1_200_000, settings: dict[str, str] |
 LONG = {"network.channels": "[16, 32]", "network.blocks": "[1, 1]", "m_step.steps": "75", "em.patience": "0"}
 FASHION = {"data.limit": "8192", "m_step.steps": "200", "prior.steps": "300", "prior.sampler_steps": "16"}
 CIFAR = {
+    **FASHION,
+    "data.source": "cifar10",
     "data.corruption": "{name: RandomMask, rate: 0.75, noise: 0.64}",
     "network.channels": "[24, 48]",
     "network.blocks": "[1, 1]",
@@ -151,7 +153,8 @@ TASKS: dict[str, Task] = {
     "digits-blur": _digits("{name: GaussianBlur, std: 1.0, noise: 0.08}"),
     "fashion-mask75": Task("fashion-mask75", 600_000, FASHION),
     "fashion-mask75-long": Task("fashion-mask75", 1_800_000, FASHION),
-    "cifar10-mask75": Task("fashion-mask75", 900_000, {"data.source": "cifar10", **FASHION, **CIFAR}),
+    "cifar10-mask75": Task("fashion-mask75", 900_000, CIFAR),
+    "cifar10-mask75-long": Task("fashion-mask75", 2_700_000, CIFAR),
 }
 
 
