@@ -2,8 +2,8 @@
 
     start: reconstructions x_i ~ q_0(. | y_i) from the initial prior
     for k = 1 .. K
-        M-step: train the denoiser d(x_t, t, y) on (x_i, y'), with y' ~ Q(. | x_i) drawn anew at every step; what y_i measured of
-                x_i weighs more than what q_k-1 imputed
+        M-step: train the denoiser d(x_t, t, y) on (x_i, y'), with y' ~ Q(. | x_i), or a part of y_i, drawn anew at every step;
+                what y_i measured of x_i weighs more than what q_k-1 imputed
         E-step: draw x_i ~ q_k(. | y_i) for every observation
         judge:  refuse the iteration if validation observations say that it is worse; save it if it is the best; stop in time
     end: choose the width of the best q_k, draw again, and report its score on test observations
