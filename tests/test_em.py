@@ -508,6 +508,7 @@ def test_a_run_of_no_iterations_is_the_start_and_is_tested(guard, tmp_path, monk
     assert not (tmp_path / "current.npy").exists()
 
 
+UNCERTAIN = 0.9 + 0.8 * torch.linspace(-1, 1, 6)  # ratios of six observations
 CALIBRATED = {
     # (the width of the E-steps, the ratio of every width, what is chosen, which ones are scored)
     "honest": (1.0, lambda w: 0.99 if w == 1 else w, 1.0, [1.0, 1.5, 0.7]),
@@ -518,6 +519,7 @@ CALIBRATED = {
     "to the narrowest": (1.0, lambda w: 100 * w, 0.5, [1.0, 1.5, 0.7, 0.5]),
     "as wide as it was": (4.0, lambda w: w / 3.5, 4.0, [1.0, 1.5, 2.5, 4.0, 6.0]),
     "of narrower draws": (0.6, lambda w: w / 1.6, 1.5, [1.0, 1.5, 2.5]),
+    "better by less than its error": (1.0, lambda w: UNCERTAIN if w == 1 else w / 1.5, 1.0, [1.0, 1.5, 2.5]),
     "not a number": (1.5, lambda w: math.nan, 1.5, [1.0]),
     "plain DDPM": (0.0, lambda w: pytest.fail("is not scored"), 0.0, []),
 }

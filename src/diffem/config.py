@@ -74,7 +74,7 @@ class EStepConfig:
 
     Attributes:
         width: How much of the residual variance its draws put back: 1 all of it, 0 none (plain DDPM, as in the paper). The
-            end of a run chooses the one of the least criterion on validation observations.
+            end of a run takes another one than 1 if validation observations say that it is better.
         batch: Observations at a time.
     """
 

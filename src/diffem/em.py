@@ -51,7 +51,7 @@ from diffem.posteriors import (
     likelihood_basis,
 )
 from diffem.run import Run
-from diffem.selection import Selection, compare
+from diffem.selection import GATE, Selection, compare
 
 Progress = Callable[[str, int, int], None]
 PASSES = 20  # over the training observations, in which every item is shown a part of its real one; later ever fewer are
@@ -277,22 +277,23 @@ class DiffEM:
         self._checkpoint()
 
     def _chosen_width(self, width: float) -> float:
-        """The width whose criterion on validation observations is least, of those beside 1."""
+        """1, or the width that is better on validation observations, by more than the error."""
         can = self.config.sampler.guidance == "none" and isinstance(self.corruption, LinearCorruption)
         if not (can and self.config.em.guard and width):
             return width
 
         @cache
-        def criterion(k: int) -> float:
-            return self._closely(self._sampler(WIDTHS[k]), self.validation).criterion
+        def score(k: int) -> Score:
+            return self._closely(self._sampler(WIDTHS[k]), self.validation)
 
-        k = WIDTHS.index(1.0)
-        if not math.isfinite(criterion(k)):
+        k = one = WIDTHS.index(1.0)
+        if not math.isfinite(score(one).criterion):
             return width
         for step in (1, -1):
-            while 0 <= k + step < len(WIDTHS) and criterion(k + step) < criterion(k):
+            while 0 <= k + step < len(WIDTHS) and score(k + step).criterion < score(k).criterion:
                 k += step
-        return WIDTHS[k]
+        delta, error = score(k).criterion_difference(score(one))
+        return WIDTHS[k] if delta < -GATE * error else 1.0
 
     def _finish(self) -> None:
         """Goes on to the prior, unless the posterior's own network is it."""
