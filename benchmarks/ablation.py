@@ -57,6 +57,10 @@ class Arm(DiffEM):
     def _last(self) -> None:
         self._next("done")
 
+    def final(self) -> DiffusionPosterior:
+        """What is judged."""
+        return DiffEM._sampler(self, 1.0)
+
 
 class Sharp(Arm):
     """Plain DDPM in the first third of the iterations, and with the residual variance put back in the others."""
@@ -114,8 +118,8 @@ class Measured(Arm):
     @torch.no_grad()
     def _sampler(self, width, steps=None):
         sampler = super()._sampler(width, steps)
-        rows = evenly(self.validation, 256)
-        x = torch.from_numpy(self.run.array("current")[rows])
+        rows, name = evenly(self.validation, 256), "reconstructions" if self.state.phase == "done" else "current"
+        x = torch.from_numpy(self.run.array(name)[rows])
         y, params = self._corrupt_again(x, seeding.generator(self.seed, self.state.iteration, "e_step"))
         centre, half = self.scaling
         y = self.model_corruption.scale_y(y, params, centre, half)
@@ -124,9 +128,12 @@ class Measured(Arm):
         )
         return sampler
 
+    def final(self):
+        return self._sampler(1.0)
+
 
 class Reinitialised(Arm):
-    """New weights in the last third of the iterations, once."""
+    """New weights in the last third of the iterations, once; they see real observations alone for 20 passes again."""
 
     def _m_step(self):
         state, last = self.state, self.config.em.iterations
@@ -267,7 +274,7 @@ class Change:
     """
 
     what: str
-    algorithm: type[DiffEM] = Arm
+    algorithm: type[Arm] = Arm
     settings: dict[str, str] = field(default_factory=dict)
     constants: dict[tuple[object, str], float] = field(default_factory=dict)
     draws: float = 1
@@ -279,7 +286,9 @@ ARMS = {
     "lambda01": Change("lambda 0.1 for 0.003", settings={"m_step.imputed_weight": "0.1"}),
     "no-split": Change("no real observations in the M-step", constants={(em, "PASSES"): 0.0}),
     "all-split": Change("real observations alone, in every iteration", constants={(em, "PASSES"): 1e9}),
-    "detached": Change("the variance head does not shape the features", constants={(networks, "SHAPES"): 0.0}),
+    "detached": Change(
+        "the variance head does not shape the features", constants={(networks, "VARIANCE_GRADIENT"): 0.0}
+    ),
     "times": Change("training times of Beta(3, 3)", settings={"denoiser.time_beta": "3"}),
     "whole": Change("no simulated observation is thinned", settings={"m_step.thinned": "0"}),
     "plain": Change("plain preconditioning for the start's", settings={"denoiser.precondition": "plain"}),
@@ -322,12 +331,14 @@ def run(task: str, name: str, seed: int, runs: Path, root: str | None) -> dict:
         arm = change.algorithm(config, observations, folder, start=from_pretrained(start / "posterior"))
         rows = list(arm.iterate())
         judge = Judge(observed, seed, seed)
-        columns = judge.posterior(arm._sampler(1.0))
+        columns = judge.posterior(arm.final())
     finally:
         for (module, constant), value in before.items():
             setattr(module, constant, value)
-    spent = sum(3 * row["examples"] for row in rows)
-    spent += change.draws * (sum(row["network_evaluations"] for row in rows) - spent)
+    spent = 0.0
+    for row in rows:  # the first E-step has neither a reconstruction to go on from, nor a direction
+        training = 3 * row["examples"]
+        spent += training + (change.draws if row["iteration"] > 1 else 1) * (row["network_evaluations"] - training)
     return {**columns, "evaluations": spent, "iterations": len(rows) - 1}
 
 

@@ -22,7 +22,8 @@ PANELS = {
     "coverage": "coverage of the clean items",
 }
 # of a method the same in every figure; the start is where the others begin, and the observed are far away
-COLOURS = {m: f"C{i}" for i, m in enumerate(("clean", "diffem", "em-mmps", "emdiffusion", "ambient", "scsi"))}
+DRAWN = ("clean", "diffem", "lambda1", "paper", "scsi", "scsi+weights", "em-mmps", "emdiffusion", "ambient")
+COLOURS = {m: f"C{i}" for i, m in enumerate(DRAWN)}
 
 
 def curves(folder: Path, out: Path) -> None:
@@ -33,10 +34,10 @@ def curves(folder: Path, out: Path) -> None:
         for method, results in runs.items():
             style = {"color": COLOURS[method], "lw": 1, "alpha": 0.8}
             for j, result in enumerate(results):
-                points = [p for p in result["curve"] if p.get(name) is not None]
+                # the last point is of other observations, the test part
+                points = [p for p in result["curve"] if p.get(name) is not None and not p["last"]]
                 if name == "crps":
                     points = [{**p, name: p[name] / points[0][name]} for p in points]
-                    points = points[: 1 + result["iterations"]]  # the calibration is scored on other splits
                 style["label"] = method if j == 0 else None
                 if result["iterations"] == 1:
                     axis.axhline(points[-1][name], ls="--", **style)
@@ -75,7 +76,8 @@ def gallery(runs: Path, folder: Path, out: Path) -> None:
         line[10].text(0.5, 0.5, name, ha="center", va="center", fontsize=7)
         for offset, items in ((0, left), (11, right)):
             for axis, item in zip(line[offset:], () if items is None else items[:10], strict=False):
-                axis.imshow(np.nan_to_num(item[0]), cmap="gray", vmin=low, vmax=high)
+                shown = (np.nan_to_num(np.moveaxis(item, 0, -1)) - low) / (high - low)
+                axis.imshow(shown.clip(0, 1), cmap="gray", vmin=0, vmax=1)
     figure.suptitle(f"{folder.name}: draws for held-out observations, and samples of the prior", fontsize=9)
     figure.savefig(out / f"gallery-{folder.name}.png", dpi=100)
     plt.close(figure)

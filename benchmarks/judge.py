@@ -27,8 +27,7 @@ from torch import Tensor, nn
 from diffem import metrics, seeding
 from diffem.corruptions import LinearCorruption, Params
 from diffem.datasets import manifold_curve
-from diffem.diagnostics import Score, score
-from diffem.em import MOST_SPLITS, PREDICTIONS
+from diffem.diagnostics import Score, score, splits
 from diffem.errors import DiffemError
 from diffem.observations import Observations, evenly
 from diffem.posteriors import PosteriorSampler, draw_many, from_pretrained, sample_many
@@ -121,8 +120,7 @@ class Judge:
 
     def score(self, sampler: PosteriorSampler) -> Score:
         """The score of a posterior sampler."""
-        splits = min(max(PREDICTIONS // len(self.test), 1), MOST_SPLITS)
-        return score(sampler, self.observations, self.test, self.seed, DRAWS, splits)
+        return score(sampler, self.observations, self.test, self.seed, DRAWS, splits(len(self.test)))
 
     def posterior(self, sampler: PosteriorSampler, first: Score | None = None) -> dict:
         """The columns of a posterior sampler; `first`: the start's score, for a paired difference."""

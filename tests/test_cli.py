@@ -197,7 +197,7 @@ def test_corrupt_to_report(here, capsys):
     assert "iteration   0 start" in out
     assert "iteration   1 " in out
     assert "iteration   2 final " in out
-    assert "warning: 3 held-out observations are too few" in out
+    assert "warning: 3 test observations are too few" in out
     run = here / "run"
     for name in (
         "config.yaml",

@@ -133,7 +133,7 @@ def test_command(tmp_path, capsys):
 
 def test_too_few_held_out_observations_say_nothing(tmp_path):
     found = diagnose(tmp_path, make(tmp_path, width=0.6, held_out=21))
-    assert found["warnings"] == ["11 held-out observations are too few to say whether all is well; it takes 16"]
+    assert found["warnings"] == ["11 test observations are too few to say whether all is well; it takes 16"]
     assert set(found) == {"iteration", "items", "seconds", "warnings"}
 
 

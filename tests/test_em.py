@@ -26,6 +26,7 @@ from diffem import em as em_module
 from diffem.corruptions import GaussianBlur, GaussianNoise, RandomMask, RandomProjection
 from diffem.denoisers import LEAST, Denoiser, DenoiserConfig
 from diffem.diagnostics import Score, score
+from diffem.diagnostics import scores as scores_module
 from diffem.em import DiffEM
 from diffem.errors import DiffemError
 from diffem.m_step import Trainer
@@ -379,6 +380,7 @@ def test_what_is_scored_on_which_observations(guard, predictions, tmp_path, monk
 
     monkeypatch.setattr(em_module, "score", listen)
     monkeypatch.setattr(em_module, "PREDICTIONS", predictions)
+    monkeypatch.setattr(scores_module, "PREDICTIONS", predictions)
     em = train(tmp_path, observations(200), em={"guard": guard, "score_items": 6, "score_splits": 3})
     assert (len(em.validation), len(em.test)) == (10, 10)
     some = evenly(em.validation, 6).tolist()
@@ -386,7 +388,7 @@ def test_what_is_scored_on_which_observations(guard, predictions, tmp_path, monk
     assert calls[1:4] == [(some, 3, True, 1.0)] * 3
     *widths, start, last = calls[4:]
     # the end looks closer: at more observations, or splits of them
-    splits = 1 if predictions == 6 else em_module.MOST_SPLITS
+    splits = 1 if predictions == 6 else scores_module.MOST_SPLITS
     validation, test = (evenly(part, predictions).tolist() for part in (em.validation, em.test))
     assert all(call[:3] == (validation, splits, True) for call in widths)
     assert (len(widths) >= 2) == (len(widths) > 0) == guard
@@ -611,10 +613,14 @@ def test_prior_trains_on_training_reconstructions(tmp_path, monkeypatch):
     assert (about["steps"], about["examples"]) == (40, 40 * 16)
 
 
-def test_joint_prior_is_the_posterior(tmp_path):
-    train(tmp_path, prior={"kind": "joint"})
-    for name in ("model.safetensors", "config.json"):
-        assert (tmp_path / "prior" / name).read_bytes() == (tmp_path / "posterior" / name).read_bytes()
+def test_joint_prior_is_the_posterior_with_all_of_its_variance(tmp_path, monkeypatch):
+    scores_of(monkeypatch, 0.5, 0.4, ratios=lambda w: w / 3.5)
+    train(tmp_path, prior={"kind": "joint"}, em={"guard": True, "iterations": 1})
+    prior, posterior = (tmp_path / name / "model.safetensors" for name in ("prior", "posterior"))
+    assert prior.read_bytes() == posterior.read_bytes()
+    prior, posterior = (json.loads((tmp_path / n / "config.json").read_text()) for n in ("prior", "posterior"))
+    assert (prior.pop("width"), posterior.pop("width")) == (1.0, 4.0)  # the width was chosen for the posterior
+    assert prior == posterior
     assert not (tmp_path / "prior.json").exists()
 
 
@@ -896,6 +902,14 @@ def test_projections_are_split_and_weighed_too(tmp_path, monkeypatch):
         assert (kept.sum(1) == 2).all()
         assert torch.equal(shown["matrix"], theirs["matrix"] * kept[..., None])
         torch.testing.assert_close(y, real[of] * kept)
+
+
+def test_a_projection_on_a_single_row_is_shown_simulated(tmp_path, monkeypatch):
+    """Thinning hides the only row: a real observation would show nothing."""
+    batches, data = spy(monkeypatch), observed_by(RandomProjection(1, 0.1), (6,))
+    train(tmp_path, data, em={"iterations": 1, "guard": False}, m_step={"imputed_weight": 0.2, "thinned": 0.0})
+    assert batches
+    assert all((shown["matrix"] != 0).all() for _, _, shown, *_ in batches)
 
 
 @pytest.mark.parametrize(("corruption", "shape"), [(GaussianBlur(1.0, 0.1), SHAPE), (GaussianNoise(0.3), (6,))])

@@ -67,9 +67,9 @@ def test_the_second_head_shapes_the_features_less_than_the_first():
         for parameter in heads.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator))
     cotangent = torch.randn(4, 3, generator=generator)
-    assert 0 < networks.SHAPES < 1
+    assert 0 < networks.VARIANCE_GRADIENT < 1
     whole = heads.mean(h), heads.variance(h)
-    for out, expected, factor in zip(heads(h), whole, (1.0, networks.SHAPES), strict=True):
+    for out, expected, factor in zip(heads(h), whole, (1.0, networks.VARIANCE_GRADIENT), strict=True):
         torch.testing.assert_close(out, expected)
         found, of_all = (torch.autograd.grad(v, h, cotangent)[0] for v in (out, expected))
         torch.testing.assert_close(found, factor * of_all)
@@ -99,7 +99,7 @@ def test_both_heads_reach_every_feature(kind, shape, monkeypatch):
     assert len(features) > 8
 
     def gradients(shapes: float, head: int) -> tuple[torch.Tensor, ...]:
-        monkeypatch.setattr(networks, "SHAPES", shapes)
+        monkeypatch.setattr(networks, "VARIANCE_GRADIENT", shapes)
         return torch.autograd.grad(network(inputs, log_sigma)[head].square().sum(), list(features.values()))
 
     for name, found, of_all, first in zip(

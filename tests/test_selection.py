@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from diffem.diagnostics import Score
-from diffem.selection import GATE, Selection, compare
+from diffem.selection import GATE, Selection, to_start
 
 N = 64
 NOISE = torch.randn(N, generator=torch.Generator().manual_seed(0))
@@ -101,7 +101,7 @@ def test_start_delta_is_that_of_the_score():
     verdict = selection(scored(0.5)).decide(other)
     assert verdict["start_delta"] == pytest.approx(-0.1, abs=1e-6)
     assert verdict["start_delta_se"] == pytest.approx(0.4 * 0.1 / 8, rel=1e-4)
-    assert compare(other, scored(0.5)) == {k: verdict[k] for k in ("start_delta", "start_delta_se")}
+    assert to_start(other, scored(0.5)) == {k: verdict[k] for k in ("start_delta", "start_delta_se")}
 
 
 def test_patience_counts_iterations_since_the_best():
@@ -179,3 +179,12 @@ def test_a_finite_score_beats_a_start_that_has_none():
     verdict = found.decide(box(0.9))
     assert (verdict["accepted"], verdict["best"]) == (True, True)
     assert not found.decide(box(1.0))["best"]  # and is what later ones are compared with
+
+
+def test_draws_that_agree_and_are_wrong_have_the_worst_criterion():
+    same = Score("crps", 0.3 * torch.ones(N), torch.zeros(N), torch.ones(N), torch.zeros(N))
+    assert same.criterion == torch.inf
+    found = selection(same)
+    assert not found.decide(same)["best"]
+    assert found.decide(scored(5.0))["best"]
+    assert not found.decide(same)["accepted"]

@@ -73,8 +73,8 @@ class EStepConfig:
     """The E-step.
 
     Attributes:
-        width: How much of the residual variance its draws put back: 1 all of it, 0 none (plain DDPM, as in the paper). The
-            end of a run takes another one than 1 if validation observations say that it is better.
+        width: How much of the residual variance its draws put back: 1 all of it, 0 none (plain DDPM, as in the paper). It
+            holds while the run goes on. At the end the width is 1, or another one if that is better (0 stays 0).
         batch: Observations at a time.
     """
 
@@ -92,7 +92,7 @@ class PriorConfig:
 
     Attributes:
         kind: `unconditional`: after the last iteration the denoiser goes on training without observations,
-            on the last reconstructions (the paper's separate model); `joint`: the posterior's own network,
+            on the best reconstructions (the paper's separate model); `joint`: the posterior's own network,
             its observation withheld.
         steps: Optimiser steps of `unconditional`.
         sampler_steps: Steps of its sampler.

@@ -16,7 +16,7 @@ was observed. There are two references (`denoiser.precondition`):
 
 It is trained on reconstructions :math:`x` and simulated observations :math:`y'` of them. The loss of an item is
 
-.. math:: \frac{d}{\mathrm{tr} \, S S^T} \left\| W^{1/2} \left( x - d(x_t, \sigma_t, y') \right) \right\|^2
+.. math:: \frac{1}{\mathrm{tr} \, S S^T} \left\| W^{1/2} \left( x - d(x_t, \sigma_t, y') \right) \right\|^2
     \, , \qquad W = \lambda I + (1 - \lambda) P \, ,
 
 with P the part of x that the real observation measured (:meth:`Corruption.measured`), and :math:`\lambda` =
@@ -225,7 +225,7 @@ class Denoiser(nn.Module):
         missed = target - f
         error = posterior.scale(missed).to(x)
         whitened = product(missed.detach(), missed.detach())
-        entries = weigh is None or getattr(self.corruption, "by_entry", False)
+        entries = weigh is None or self.corruption.by_entry
         if not (posterior.by_entry and entries):  # else e_i (W e)_i may be negative
             whitened, weight = (a.mean(1, keepdim=True).expand_as(v) for a in (whitened, weight))
         of_variance = (whitened / v + weight * v.log()).mean()

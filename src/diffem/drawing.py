@@ -343,7 +343,7 @@ def curves(rows: Sequence[Row], chosen: int, score_name: str) -> list[Figure]:
         (
             "score",
             score_name,
-            f"{name} of held-out observations, lower is better; band: ± one standard error. The table of a finished run is of more predictions",
+            f"{name} of held-out observations, lower is better; band: ± one standard error. The table of a finished run is of test observations",
         ),
         (
             "criterion",

@@ -36,7 +36,7 @@ from diffem import devices, files, metrics, seeding, starts
 from diffem.config import Config
 from diffem.corruptions import LinearCorruption, Params
 from diffem.denoisers import Denoiser
-from diffem.diagnostics import Score, score
+from diffem.diagnostics import PREDICTIONS, Score, score, splits
 from diffem.diagnostics.divergence import energy_items
 from diffem.errors import DiffemError
 from diffem.m_step import Trainer
@@ -51,14 +51,13 @@ from diffem.posteriors import (
     likelihood_basis,
 )
 from diffem.run import Run
-from diffem.selection import GATE, Selection, compare
+from diffem.selection import GATE, Selection, to_start
 
 Progress = Callable[[str, int, int], None]
 PASSES = 20  # over the training observations, in which every item is shown a part of its real one; later ever fewer are
-COMPARED = 2048  # reconstructions that score a black box,
-CORRUPTED = 4  # each of them corrupted so often
+COMPARED = 2048  # at most so many reconstructions score a black box;
+CORRUPTED = 4  # each is corrupted so often
 WIDTHS = (0.5, 0.7, 1.0, 1.5, 2.5, 4.0, 6.0, 9.0)  # the end chooses among them
-PREDICTIONS, MOST_SPLITS = 1024, 8  # by which the end scores: so many, an observation split at most so often
 
 
 @dataclass
@@ -234,7 +233,7 @@ class DiffEM:
             sampler = self._sampler(state.row["width"])
             sampler.save_pretrained(self.run.folder / "posterior")
             if self.config.prior.kind == "joint":
-                sampler.save_pretrained(self.run.folder / "prior")
+                self._sampler(1.0).save_pretrained(self.run.folder / "prior")
         (self.run.folder / "next.npy").unlink(missing_ok=True)
         state.rows.append(state.row)
         if last and state.row["of"]:
@@ -271,7 +270,7 @@ class DiffEM:
                 x = self.run.array("next", (len(self.observations), *self.shape))
                 drawn = self._reconstruct(sampler, x, state.iteration)
         first, current = (self._closely(s, self.test) for s in (start, sampler))
-        verdict = {"accepted": True, "best": True, "of": best["iteration"], **compare(current, first)}
+        verdict = {"accepted": True, "best": True, "of": best["iteration"], **to_start(current, first)}
         about = {"start_score": first.mean, "start_score_se": first.standard_error, "start_ratio": first.ratio}
         state.row, state.phase = self._row(current, {**verdict, **about}, drawn, sampler, x), "commit"
         self._checkpoint()
@@ -413,13 +412,13 @@ class DiffEM:
         rows = torch.randint(len(self.train), (config.batch,), generator=generator, device=self.device)
         index = self.train[rows.cpu().numpy()]
         clean = torch.from_numpy(x[index]).to(self.device)
-        imputed = torch.ones(len(clean), dtype=torch.bool, device=self.device)
+        reconstructed = torch.ones(len(clean), dtype=torch.bool, device=self.device)
         if self.examples is not None:
             chosen = torch.rand(len(clean), generator=generator, device=self.device) < config.clean_share
             rows = torch.randint(len(self.examples), (config.batch,), generator=generator, device=self.device)
             clean = _pick(chosen, torch.from_numpy(self.examples[rows.cpu().numpy()]).to(clean), clean)
-            imputed &= ~chosen
-        mirrored = torch.zeros_like(imputed)
+            reconstructed &= ~chosen
+        mirrored = torch.zeros_like(reconstructed)
         if config.flip:
             mirrored = torch.rand(len(clean), generator=generator, device=self.device) < 0.5
             clean = _pick(mirrored, clean.flip(-1), clean)
@@ -429,8 +428,8 @@ class DiffEM:
             real, source = self.observations.batch(index)
             if source:  # without parameters every observation measures the same, and there is nothing to weigh
                 real, source = real.to(self.device), {k: v.to(self.device) for k, v in source.items()}
-                y, params = self._split((y, params), (real, source), imputed & ~mirrored, generator)
-                weigh = self._weigh(source, imputed, mirrored)
+                y, params = self._split((y, params), (real, source), reconstructed & ~mirrored, generator)
+                weigh = self._weigh(source, reconstructed, mirrored)
         y = self.model_corruption.scale_y(y, params, centre, half)
         return self.trainer.denoiser.loss((clean - centre) / half, y, params, generator, dropout, weigh)
 
@@ -457,14 +456,15 @@ class DiffEM:
             return simulated
         passes = self.config.m_step.batch * self.trainer.updates / len(self.train)
         chosen = torch.rand(len(allowed), generator=generator, device=self.device) * passes < PASSES
-        return _mixed(chosen & allowed, split[0], simulated)
+        some = (split[0][0] != 0).flatten(1).any(1)  # a single row of a projection leaves nothing to show
+        return _mixed(chosen & allowed & some, split[0], simulated)
 
-    def _weigh(self, source: Params, imputed: Tensor, mirrored: Tensor) -> Callable[[Tensor], Tensor]:
+    def _weigh(self, source: Params, reconstructed: Tensor, mirrored: Tensor) -> Callable[[Tensor], Tensor]:
         """W of :mod:`diffem.denoisers`, of a batch of items.
 
         Arguments:
             source: Parameters of the real observations behind the items.
-            imputed: Which items are reconstructions (B,); clean examples are measured in every entry.
+            reconstructed: Which items are reconstructions (B,); clean examples are measured in every entry.
             mirrored: Which of the items were mirrored (B,).
         """
         share = self.config.m_step.imputed_weight
@@ -473,7 +473,7 @@ class DiffEM:
             turned = _pick(mirrored, x.flip(-1), x)
             measured = self.model_corruption.measured(turned, source)
             measured = _pick(mirrored, measured.flip(-1), measured)
-            return _pick(imputed, share * x + (1 - share) * measured, x)
+            return _pick(reconstructed, share * x + (1 - share) * measured, x)
 
         return weigh
 
@@ -556,7 +556,7 @@ class DiffEM:
     def _closely(self, sampler: PosteriorSampler, part: np.ndarray) -> Score:
         """The score of many predictions of a part of the observations."""
         rows = evenly(part, PREDICTIONS)
-        return self._score(sampler, rows, min(max(PREDICTIONS // len(rows), 1), MOST_SPLITS))
+        return self._score(sampler, rows, splits(len(rows)))
 
     def _row(self, current: Score, verdict: dict, drawn: int, sampler: PosteriorSampler, x: np.ndarray) -> dict:
         """A row of metrics: `verdict` is the selection's, `drawn` the items that the sampler's network drew into x."""

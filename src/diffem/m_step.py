@@ -26,8 +26,8 @@ class MStepConfig:
         ema: Decay of the exponential moving average of the weights, which the E-step uses.
         thinned: The fraction of the simulated observations that is thinned.
         imputed_weight: How much imputed entries of a reconstruction weigh beside measured ones (lambda of
-            :mod:`diffem.denoisers`). With 1 the M-step is the paper's, which never shows the network a real observation. So it is
-            where all observations measure the same (noise, blur, black boxes), and in guided runs.
+            :mod:`diffem.denoisers`). With 1 the M-step is the paper's, which never shows the network a real observation.
+            Taken as 1 for noise, blurs and black boxes, whose observations all measure the same, and in guided runs.
         optimizer: `carry` or `reset` its state between iterations.
         flip: Mirror half of the items left to right before they are corrupted; for images that may be.
         clean_examples: A .npy of a few clean items, shape (n, *shape), in the units of y; none by default.

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from diffem.errors import DiffemError
 
-SHAPES = 0.1  # the share of the second head's gradient that reaches the features
+VARIANCE_GRADIENT = 0.1  # the share of the variance head's gradient that reaches the features
 
 
 @dataclass(frozen=True)
@@ -105,8 +105,7 @@ class ResidualBlock(nn.Module):
 class Heads(nn.Module):
     """Two heads, whose last layers begin at zero: a mean and what a variance is made of. Both shape the features.
 
-    Where entries vary is plainer than by how much their mean is off: the second head's gradient wakes features that the
-    first one needs.
+    The variance is easier to learn than the mean. Its gradient starts features that the mean needs, too.
 
     Arguments:
         hidden: The second one's hidden layer, of features to as many.
@@ -120,7 +119,7 @@ class Heads(nn.Module):
         self.mean, self.variance = last, nn.Sequential(hidden, nn.SiLU(), copy.deepcopy(last))
 
     def forward(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        return self.mean(h), self.variance(SHAPES * h + (1 - SHAPES) * h.detach())
+        return self.mean(h), self.variance(VARIANCE_GRADIENT * h + (1 - VARIANCE_GRADIENT) * h.detach())
 
 
 class Backbone(nn.Module):

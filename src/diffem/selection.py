@@ -28,7 +28,7 @@ class Selection:
     """The decisions of a run so far; see the module.
 
     Attributes:
-        guard: Whether there are any; if not, every iteration is accepted, and the last one is the best.
+        guard: Whether scores decide; if not, every iteration is accepted, and the last one is the best.
         patience: Iterations in a row without a new best that end the run; 0 never does.
         first: The score of the start.
         best: The score of the best iteration; at first the start's.
@@ -58,14 +58,13 @@ class Selection:
             current: The score of the iteration.
         """
         delta, error = current.criterion_difference(self.best)
-        if not math.isfinite(self.best.criterion) and math.isfinite(current.criterion):
-            delta, error = -1.0, 0.0  # anything beats what is not a number
-        accepted = not self.guard or delta <= GATE * error
-        best = not self.guard or (accepted and delta < 0)
+        first = math.isfinite(current.criterion) and not math.isfinite(self.best.criterion)  # anything beats no number
+        accepted = not self.guard or first or delta <= GATE * error
+        best = not self.guard or first or (accepted and delta < 0)
         self.stale = 0 if best else self.stale + 1
         if best:
             self.best = current
-        return {"accepted": accepted, "best": best, "criterion_delta": delta, "criterion_delta_se": error} | compare(
+        return {"accepted": accepted, "best": best, "criterion_delta": delta, "criterion_delta_se": error} | to_start(
             current, self.first
         )
 
@@ -87,6 +86,6 @@ class Selection:
         return cls(guard, patience, score("first"), score("best"), facts["stale"])
 
 
-def compare(current: Score, start: Score) -> dict[str, float]:
+def to_start(current: Score, start: Score) -> dict[str, float]:
     """The paired difference of a score to the start's, and its standard error."""
     return dict(zip(("start_delta", "start_delta_se"), current.difference(start), strict=True))

@@ -58,8 +58,9 @@ class StartConfig:
         components: Candidates for the number of components; 1 is always tried.
         ranks: Candidates for the rank of the low-rank part.
         items: At most this many training observations are used.
-        iterations: At most this many EM iterations per fit.
-        tolerance: A fit ends when the validation log likelihood has not risen by this for three rounds of three iterations.
+        iterations: A fit ends after the round that reaches this many EM steps.
+        tolerance: A fit ends when the validation log likelihood has not risen by this for three rounds (each two or three EM
+            steps).
         ridge: Pseudo-observations that regularise each component; 0 is maximum likelihood.
     """
 
@@ -167,7 +168,7 @@ def fit(
 
 def _mean_log_likelihood(mixture: Mixture, batches: Batches) -> float:
     values = torch.cat([mixture.posterior(b).log_evidence for b in batches()])
-    return values.double().mean().item()
+    return values.cpu().double().mean().item()
 
 
 def _converge(
@@ -202,9 +203,12 @@ def _accelerated(mixture: Mixture, batches: Batches, ridge: float, reach: float)
     r = one - start
     v = two - one - r
     length = min((r.norm() / v.norm().clamp(min=torch.finfo(v.dtype).tiny)).item(), reach)
-    if length <= 1:  # no farther than EM itself
+    if not length > 1:  # no farther than EM itself; or not a number, where the weight of a component has become 0
         return second, reach, 2
-    third, after = em_step(_unflat(start + 2 * length * r + length**2 * v, mixture), batches(), ridge=ridge)
+    farther = _unflat(start + 2 * length * r + length**2 * v, mixture)
+    if not all(bool(part.isfinite().all()) for part in farther.tensors.values()):
+        return second, max(reach / 4, REACH), 2
+    third, after = em_step(farther, batches(), ridge=ridge)
     if not after >= before:
         return second, max(reach / 4, REACH), 3
     return third, 4 * reach if length == reach else reach, 3
@@ -213,7 +217,7 @@ def _accelerated(mixture: Mixture, batches: Batches, ridge: float, reach: float)
 def _flat(mixture: Mixture) -> Tensor:
     """The parameters as one vector, in which every value is allowed: variances by their logarithms."""
     parts = mixture.log_weights, mixture.mean, mixture.factor, mixture.variance.log()
-    return torch.cat([part.flatten().double() for part in parts])
+    return torch.cat([part.flatten().cpu().double() for part in parts])  # mps knows no float64
 
 
 def _unflat(vector: Tensor, like: Mixture) -> Mixture:

@@ -20,13 +20,14 @@ from diffem.mixtures import Likelihood
 
 Params = dict[str, Tensor]
 NOISE_FLOOR = 1e-3  # in model units, where data span about [-1, 1]: keeps likelihoods of noise-free data finite
-SPREAD = 0.5  # the standard deviation of such data, by which noise is measured where it hides them
+SPREAD = 0.5  # the assumed standard deviation of such data; noise well above it hides them
 
 
 class Corruption:
     """How clean becomes observed."""
 
     noise: float = 0.0
+    by_entry = False  # whether every entry of y tells of the same entry of x alone
 
     @property
     def config(self) -> dict[str, object]:
@@ -99,11 +100,6 @@ class LinearCorruption(Corruption):
     def noise_std(self) -> float:
         """The standard deviation of the noise, kept away from 0 for likelihoods."""
         return max(self.noise, NOISE_FLOOR)
-
-    @property
-    def by_entry(self) -> bool:
-        """Whether A acts on every entry of x alone."""
-        return False
 
     def forward(self, x: Tensor, params: Params) -> Tensor:
         """A x."""

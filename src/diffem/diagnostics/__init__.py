@@ -10,6 +10,6 @@
 """
 
 from .diagnose import diagnose
-from .scores import Coverage, Score, coverage, crps, score
+from .scores import PREDICTIONS, Coverage, Score, coverage, crps, score, splits
 
-__all__ = ["Coverage", "Score", "coverage", "crps", "diagnose", "score"]
+__all__ = ["PREDICTIONS", "Coverage", "Score", "coverage", "crps", "diagnose", "score", "splits"]

@@ -1,7 +1,7 @@
 """What a run costs on this machine: the start, an update and a draw are timed at their real sizes, and multiplied.
 
-The start is timed by one round of EM on few items for the candidates of the largest rank; a fit usually takes about
-:data:`FIT` on all of them, for each rank. Other work on the machine lengthens what is timed as it lengthens a run.
+The start is timed by one and by two rounds of EM on few items, for the candidates of the largest rank; a fit usually takes
+about :data:`FIT` rounds on all of them, for each rank. Other work on the machine lengthens what is timed as it lengthens a run.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ import numpy as np
 import torch
 
 from diffem.config import Config
-from diffem.em import MOST_SPLITS, PREDICTIONS, DiffEM
+from diffem.corruptions import LinearCorruption
+from diffem.diagnostics.scores import PREDICTIONS, splits
+from diffem.em import DiffEM
 from diffem.observations import Observations
 
 FIT = 8
@@ -34,12 +36,16 @@ def forecast(observations: Observations, config: Config) -> str:
         DiffemError: If the configuration does not fit the observations.
     """
     full, n, em_config, m_step = config.start, len(observations), config.em, config.m_step
-    start = replace(full, items=min(full.items, FIT_ITEMS), iterations=1, ranks=(max(full.ranks),))
+    start = replace(full, items=min(full.items, FIT_ITEMS), ranks=(max(full.ranks),))
+    once, twice = (replace(config, start=replace(start, iterations=steps)) for steps in (1, 4))
     with tempfile.TemporaryDirectory(prefix="diffem-check-") as folder:
-        em = DiffEM(replace(config, start=start), observations, folder, allow_unobserved=True)
+        em = DiffEM(once, observations, folder, allow_unobserved=True)
         em._build(em._initial_prior()[0])
-        more = min(full.items, len(em.train)) / min(start.items, len(em.train)) * len(full.ranks)
-        fit = _seconds(em._initial_prior) * more * FIT
+        more = min(full.items, len(em.train)) / min(start.items, len(em.train))
+        first = _seconds(em._initial_prior)
+        em.config = twice
+        a_round = max(_seconds(em._initial_prior) - first, 0.0)
+        fit = len(full.ranks) * (first + (FIT * more - 1) * a_round)
     generator, rows = torch.Generator(em.device).manual_seed(0), np.arange(min(config.e_step.batch, n))
     x = np.broadcast_to(np.float32(em.scaling[0]), (n, *em.shape))
     y, params = observations.batch(rows)
@@ -49,11 +55,12 @@ def forecast(observations: Observations, config: Config) -> str:
     draw *= config.sampler.evaluations / sampler.sampler.evaluations
     iterations = em_config.iterations
     updates = min(iterations, 1) * m_step.first_steps + max(iterations - 1, 0) * m_step.steps
-    often = min(em_config.score_items, len(em.validation)) * em_config.score_splits * em_config.score_draws
+    scored = em_config.score_draws * isinstance(em.corruption, LinearCorruption)
+    often = min(em_config.score_items, len(em.validation)) * em_config.score_splits * scored
     draws = iterations * (em_config.refresh * n + often)
     if iterations:  # the end: widths, the reconstructions, and the test
-        each = [min(PREDICTIONS, MOST_SPLITS * len(part)) for part in (em.validation, em.test)]
-        draws += n + em_config.score_draws * (3 * each[0] + each[1])  # three widths, or so
+        few, last = (n * splits(n) for n in (min(len(part), PREDICTIONS) for part in (em.validation, em.test)))
+        draws += n + scored * (3 * few + last)  # three widths, or so
         updates += config.prior.steps * (config.prior.kind == "unconditional")
     whole, parts = fit + updates * update + draws * draw, (fit, updates * update, draws * draw)
     first, second, third = (_duration(seconds) for seconds in parts)

@@ -76,7 +76,7 @@ def diagnose(
     rows, key = evenly(test, ITEMS), seeding.fold(seed, *b"diagnose")  # other draws than those that were trained on
     result: dict = {"iteration": final["iteration"], "items": len(rows)}
     if len(rows) < FEWEST:
-        few = f"{len(rows)} held-out observations are too few to say whether all is well; it takes {FEWEST}"
+        few = f"{len(rows)} test observations are too few to say whether all is well; it takes {FEWEST}"
         return {**result, "seconds": time.monotonic() - began, "warnings": [few]}
     if (found := coverage(posterior, observations, evenly(test, COVERED * (1 + full)), key, DRAWS)) is not None:
         result["coverage"] = _coverage(found)

@@ -47,6 +47,7 @@ from diffem.diagnostics.divergence import energy_items
 from diffem.observations import Observations
 from diffem.posteriors import BATCH, PosteriorSampler, draw_many
 
+PREDICTIONS, MOST_SPLITS = 1024, 8  # of a final score: about so many predictions, of each observation at most so many
 SMALLEST = 1e-12  # of a CRPS: few draws estimate it without bias, so that it may be 0
 
 OVER_CONFIDENT, UNDER_CONFIDENT = 0.75, 1.25  # calibration ratios beyond which draws are called so
@@ -104,8 +105,15 @@ class Score:
         return (v.log() + (e - c) / v).item()
 
     @property
+    def certain(self) -> bool:
+        """Whether all draws agree and are wrong: no log score is worse."""
+        return self.spread is not None and self.error is not None and bool(self.spread.sum() == 0 < self.error.sum())
+
+    @property
     def criterion(self) -> float:
         """What iterations are compared by; the energy distance of a black box."""
+        if self.certain:
+            return math.inf
         return self.mean if self.log_score is None else math.log(max(self.mean, SMALLEST)) + self.log_score / 2
 
     def difference(self, other: Score) -> tuple[float, float]:
@@ -130,6 +138,11 @@ class Score:
         v, e, c = (m.mean() for m in moments)
         on_log_score = (1 / v - (e - c) / v**2) * moments[0] + (moments[1] - moments[2]) / v
         return self.items / self.items.mean() + on_log_score / 2
+
+
+def splits(n: int) -> int:
+    """How often each of n observations is split for a final score."""
+    return min(max(PREDICTIONS // n, 1), MOST_SPLITS)
 
 
 def _ratio_influence(spread: Tensor, error: Tensor, excess: Tensor) -> Tensor:
