@@ -27,7 +27,11 @@ class Corruption:
     """How clean becomes observed."""
 
     noise: float = 0.0
-    by_entry = False  # whether every entry of y tells of the same entry of x alone
+
+    @property
+    def by_entry(self) -> bool:
+        """Whether every entry of y tells of the same entry of x alone."""
+        return False
 
     @property
     def config(self) -> dict[str, object]:
