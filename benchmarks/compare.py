@@ -153,7 +153,7 @@ TASKS: dict[str, Task] = {
     "digits-noise": _digits("{name: GaussianNoise, noise: 4.0}", 900_000, LONG),
     "digits-blur": _digits("{name: GaussianBlur, std: 1.0, noise: 0.08}"),
     "fashion-mask75": Task("fashion-mask75", 600_000, FASHION),
-    "fashion-mask75-long": Task("fashion-mask75", 1_800_000, FASHION),
+    "fashion-mask75-long": Task("fashion-mask75", 2_500_000, FASHION),
     "cifar10-mask75": Task("fashion-mask75", 900_000, CIFAR),
     "cifar10-mask75-long": Task("fashion-mask75", 2_700_000, CIFAR),
 }
