@@ -131,7 +131,13 @@ def _digits(corruption: str, budget: int = 1_200_000, settings: dict[str, str] |
 
 # some thirty iterations of a small network, which nothing ends early: does quality turn?
 LONG = {"network.channels": "[16, 32]", "network.blocks": "[1, 1]", "m_step.steps": "150", "em.patience": "0"}
-FASHION = {"data.limit": "8192", "m_step.steps": "200", "prior.steps": "300", "prior.sampler_steps": "16"}
+FASHION = {
+    "data.limit": "8192",
+    "m_step.first_steps": "300",
+    "m_step.steps": "200",
+    "prior.steps": "300",
+    "prior.sampler_steps": "16",
+}
 CIFAR = {
     **FASHION,
     "data.source": "cifar10",
