@@ -292,7 +292,7 @@ ARMS = {
     "times": Change("training times of Beta(3, 3)", settings={"denoiser.time_beta": "3"}),
     "whole": Change("no simulated observation is thinned", settings={"m_step.thinned": "0"}),
     "plain": Change("plain preconditioning for the start's", settings={"denoiser.precondition": "plain"}),
-    "fewer": Change("a sampler of 8 steps, for 16 on digits and 10 on garments", settings={"sampler.steps": "8"}),
+    "fewer": Change("a sampler of 4 steps, for 16 on digits and 6 on garments", settings={"sampler.steps": "4"}),
     "refresh": Change("an E-step renews a third", settings={"em.refresh": "0.34"}),
     "sharp": Change("with a sharp part: plain DDPM in a third of the run", Sharp),
     "follows": Change("with a width that follows the ratio", Follows),
