@@ -270,7 +270,7 @@ class Change:
         algorithm: The class of the run.
         settings: Overrides of the task's.
         constants: Values for constants of modules, by module and name.
-        draws: Evaluations of a draw, over those of the loop.
+        draws: Evaluations of a draw after the first E-step, over those of the loop.
     """
 
     what: str
@@ -317,12 +317,7 @@ def run(task: str, name: str, seed: int, runs: Path, root: str | None) -> dict:
     observations, start = Observations.load(observed), runs / task / str(seed) / "start"
     if not (start / "posterior").exists():
         list(DiffEM(replace(config, em=replace(config.em, iterations=0)), observations, start).iterate())
-    planned = plan(config, Method(), len(observations), BUDGETS[task])
-    if change.draws != 1:
-        item, draw = 3 * config.m_step.batch, config.sampler.evaluations * len(observations)
-        left = BUDGETS[task] - item * config.m_step.first_steps - draw
-        planned["em.iterations"] = str(1 + int(left / (item * config.m_step.steps + change.draws * draw)))
-        planned["m_step.steps"] = str(config.m_step.steps)
+    planned = plan(config, Method(), len(observations), BUDGETS[task], change.draws)
     config = load(TASKS[task].preset, list({**settings, **planned}.items()))
     before = {key: getattr(*key) for key in change.constants}
     for (module, constant), value in change.constants.items():

@@ -165,8 +165,16 @@ TASKS: dict[str, Task] = {
 }
 
 
-def plan(config: Config, method: Method, n: int, budget: int) -> dict[str, str]:
-    """The settings that spend the budget: the number of iterations, or of steps of the only one; at least one iteration."""
+def plan(config: Config, method: Method, n: int, budget: int, later: float = 1.0) -> dict[str, str]:
+    """The settings that spend the budget: the number of iterations, or of steps of the only one; at least one iteration.
+
+    Arguments:
+        config: The configuration of the run.
+        method: What is run.
+        n: The number of observations.
+        budget: Evaluations of the network.
+        later: What a draw of a later E-step costs, over one of the first.
+    """
     draw, item = config.sampler.evaluations * n, 3 * config.m_step.batch
     if method.single:
         return {"em.iterations": "1", "m_step.first_steps": str(max(1, (budget - draw) // item))}
@@ -177,8 +185,9 @@ def plan(config: Config, method: Method, n: int, budget: int) -> dict[str, str]:
     some = round(config.em.refresh * draw)
     left = budget - item * first - some
     left -= draw if config.em.guard or config.em.refresh < 1 else 0  # the last E-step
-    iterations = 1 + max(0, left // (some + item * steps))
-    spare = max(0, left - (iterations - 1) * (some + item * steps)) // item  # steps that would not fill an iteration
+    each = round(later * some) + item * steps
+    iterations = 1 + max(0, left // each)
+    spare = max(0, left - (iterations - 1) * each) // item  # steps that would not fill an iteration
     if iterations > 1:
         steps += spare // (iterations - 1)
     else:
@@ -294,12 +303,13 @@ def _order(methods: list[str]) -> list[str]:
     return [name for name in (*METHODS, *SPLITTING) if name in wanted]
 
 
-def _suits(name: str, task: str) -> bool:
+def _unsuited(name: str, task: str) -> str:
+    """Why a method is left out of a task; empty if it is not."""
     if name == "paper" and task.startswith(("fashion", "cifar10")):
-        return False  # one of its iterations takes ten times the budget
-    if name in SPLITTING:
-        return "mask" in task
-    return name != "ambient" or "blur" not in task
+        return "one of its iterations takes ten times the budget"
+    if name in SPLITTING and "mask" not in task:
+        return "it is for masks"
+    return "it is for masks and projections" if name == "ambient" and "blur" in task else ""
 
 
 def main() -> int:
@@ -316,8 +326,8 @@ def main() -> int:
         for task in arguments.tasks:
             budget = arguments.budget or TASKS[task].budget
             for name in _order(arguments.methods):
-                if not _suits(name, task):
-                    print(f"{task} {name}: left out; see compare.py, _suits")
+                if why := _unsuited(name, task):
+                    print(f"{task} {name}: left out; {why}")
                     continue
                 file = arguments.results / task / f"{name}-{seed}.json"
                 if file.exists() and json.loads(file.read_text())["budget"] == budget:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from diffem import metrics, seeding
 from diffem.corruptions import LinearCorruption, Params
 from diffem.datasets import manifold_curve
-from diffem.diagnostics import Score, score, splits
+from diffem.diagnostics import Score, final_splits, score
 from diffem.errors import DiffemError
 from diffem.observations import Observations, evenly
 from diffem.posteriors import PosteriorSampler, draw_many, from_pretrained, sample_many
@@ -120,7 +120,7 @@ class Judge:
 
     def score(self, sampler: PosteriorSampler) -> Score:
         """The score of a posterior sampler."""
-        return score(sampler, self.observations, self.test, self.seed, DRAWS, splits(len(self.test)))
+        return score(sampler, self.observations, self.test, self.seed, DRAWS, final_splits(len(self.test)))
 
     def posterior(self, sampler: PosteriorSampler, first: Score | None = None) -> dict:
         """The columns of a posterior sampler; `first`: the start's score, for a paired difference."""

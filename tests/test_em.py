@@ -546,7 +546,7 @@ def test_the_width_is_the_one_whose_criterion_is_least(name, tmp_path, monkeypat
 
 
 def test_wider_draws_have_a_larger_ratio(whole):
-    """What the choice of a width relies on, of a network that was hardly trained."""
+    """Of a network that was hardly trained, too."""
     sampler, data = from_pretrained(whole / "posterior"), observations(200)
     ratios = []
     for width in em_module.WIDTHS:
@@ -1275,8 +1275,9 @@ def configured(change: Callable[[dict], object]) -> Callable[[Path], None]:
         without_a_head,
         configured(lambda config: config.update(dispersion=config.pop("width"))),
         configured(lambda config: config["sampler"].update(kind="ddpm")),
+        configured(lambda config: config["denoiser"].update(precondition="fuse")),
     ],
-    ids=["no head of variances", "dispersion", "kinds of samplers"],
+    ids=["no head of variances", "dispersion", "kinds of samplers", "fuse"],
 )
 def test_saved_model_of_another_version(age, tmp_path):
     diffusion(RandomMask(0.5, 0.1), 3, 1.0).save_pretrained(tmp_path)

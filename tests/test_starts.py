@@ -268,3 +268,15 @@ def test_a_rank_is_what_the_posterior_predicts_best_with():
     found = [c["criterion"] for c in about["candidates"]]
     assert found[0] > found[1] + 0.3 > found[2] + 0.6
     assert mixture.rank == 2
+
+
+def test_a_candidate_without_a_criterion_is_never_kept(monkeypatch):
+    criteria = [torch.nan, 0.3, torch.nan, 0.4]
+    monkeypatch.setattr(starts, "score", lambda *_: Score("energy_distance", torch.full((4,), criteria.pop(0))))
+    generator = torch.Generator().manual_seed(0)
+    corruption = RandomMask(0.5, 0.1)
+    y, params = corruption.observe(torch.randn(60, 6, generator=generator), generator)
+    data = Observations(y.numpy(), corruption, {k: v.numpy() for k, v in params.items()}, range=(-1, 1))
+    config = StartConfig(components=(1,), ranks=(1, 2, 3, 4), iterations=3)
+    _mixture, about = fit(config, data, np.arange(60), corruption, (0.0, 1.0), 0)
+    assert about["rank"] == 2

@@ -36,7 +36,7 @@ from diffem import devices, files, metrics, seeding, starts
 from diffem.config import Config
 from diffem.corruptions import LinearCorruption, Params
 from diffem.denoisers import Denoiser
-from diffem.diagnostics import PREDICTIONS, Score, score, splits
+from diffem.diagnostics import PREDICTIONS, Score, final_splits, score
 from diffem.diagnostics.divergence import energy_items
 from diffem.errors import DiffemError
 from diffem.m_step import Trainer
@@ -54,9 +54,8 @@ from diffem.run import Run
 from diffem.selection import GATE, Selection, to_start
 
 Progress = Callable[[str, int, int], None]
-PASSES = 20  # over the training observations, in which every item is shown a part of its real one; later ever fewer are
-COMPARED = 2048  # at most so many reconstructions score a black box;
-CORRUPTED = 4  # each is corrupted so often
+PASSES = 20  # passes over the data in which every item shows a part of its real observation; after n, PASSES / n do
+COMPARED, CORRUPTED = 2048, 4  # at most 2,048 reconstructions score a black box; each is corrupted 4 times
 WIDTHS = (0.5, 0.7, 1.0, 1.5, 2.5, 4.0, 6.0, 9.0)  # the end chooses among them
 
 
@@ -282,16 +281,16 @@ class DiffEM:
             return width
 
         @cache
-        def score(k: int) -> Score:
+        def found(k: int) -> Score:
             return self._closely(self._sampler(WIDTHS[k]), self.validation)
 
         k = one = WIDTHS.index(1.0)
-        if not math.isfinite(score(one).criterion):
+        if not math.isfinite(found(one).criterion):
             return width
         for step in (1, -1):
-            while 0 <= k + step < len(WIDTHS) and score(k + step).criterion < score(k).criterion:
+            while 0 <= k + step < len(WIDTHS) and found(k + step).criterion < found(k).criterion:
                 k += step
-        delta, error = score(k).criterion_difference(score(one))
+        delta, error = found(k).criterion_difference(found(one))
         return WIDTHS[k] if delta < -GATE * error else 1.0
 
     def _finish(self) -> None:
@@ -424,12 +423,12 @@ class DiffEM:
             clean = _pick(mirrored, clean.flip(-1), clean)
         y, params = self._corrupt_again(clean, generator)
         weigh = None
-        if dropout < 1 and config.imputed_weight < 1:
+        # without parameters every observation measures the same, and there is nothing to weigh
+        if dropout < 1 and config.imputed_weight < 1 and self.observations.params:
             real, source = self.observations.batch(index)
-            if source:  # without parameters every observation measures the same, and there is nothing to weigh
-                real, source = real.to(self.device), {k: v.to(self.device) for k, v in source.items()}
-                y, params = self._split((y, params), (real, source), reconstructed & ~mirrored, generator)
-                weigh = self._weigh(source, reconstructed, mirrored)
+            real, source = real.to(self.device), {k: v.to(self.device) for k, v in source.items()}
+            y, params = self._split((y, params), (real, source), reconstructed & ~mirrored, generator)
+            weigh = self._weigh(source, reconstructed, mirrored)
         y = self.model_corruption.scale_y(y, params, centre, half)
         return self.trainer.denoiser.loss((clean - centre) / half, y, params, generator, dropout, weigh)
 
@@ -556,7 +555,7 @@ class DiffEM:
     def _closely(self, sampler: PosteriorSampler, part: np.ndarray) -> Score:
         """The score of many predictions of a part of the observations."""
         rows = evenly(part, PREDICTIONS)
-        return self._score(sampler, rows, splits(len(rows)))
+        return self._score(sampler, rows, final_splits(len(rows)))
 
     def _row(self, current: Score, verdict: dict, drawn: int, sampler: PosteriorSampler, x: np.ndarray) -> dict:
         """A row of metrics: `verdict` is the selection's, `drawn` the items that the sampler's network drew into x."""

@@ -343,10 +343,10 @@ def from_pretrained(
         from diffem.ambient import AmbientPosterior as sampler_class
     other = DiffemError(f"{folder}: was saved by another version of diffem; train it again")
     try:
-        settings = DenoiserConfig(**config["denoiser"]), SamplerConfig(**config["sampler"]), float(config["width"])
+        denoiser_config, sampler = DenoiserConfig(**config["denoiser"]), SamplerConfig(**config["sampler"])
+        width = float(config["width"])
     except (KeyError, TypeError, DiffemError):
         raise other from None
-    denoiser_config, sampler, width = settings
     denoiser = denoiser_class(corruption.scaled(*scaling), shape, denoiser_config, network, start)
     weights = {k[8:]: v for k, v in tensors.items() if k.startswith("network.")}
     if weights.keys() != denoiser.network.state_dict().keys():

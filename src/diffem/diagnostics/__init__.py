@@ -10,6 +10,6 @@
 """
 
 from .diagnose import diagnose
-from .scores import PREDICTIONS, Coverage, Score, coverage, crps, score, splits
+from .scores import PREDICTIONS, Coverage, Score, coverage, crps, final_splits, score
 
-__all__ = ["PREDICTIONS", "Coverage", "Score", "coverage", "crps", "diagnose", "score", "splits"]
+__all__ = ["PREDICTIONS", "Coverage", "Score", "coverage", "crps", "diagnose", "final_splits", "score"]

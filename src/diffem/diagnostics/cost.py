@@ -17,7 +17,7 @@ import torch
 
 from diffem.config import Config
 from diffem.corruptions import LinearCorruption
-from diffem.diagnostics.scores import PREDICTIONS, splits
+from diffem.diagnostics.scores import PREDICTIONS, final_splits
 from diffem.em import DiffEM
 from diffem.observations import Observations
 
@@ -59,8 +59,8 @@ def forecast(observations: Observations, config: Config) -> str:
     often = min(em_config.score_items, len(em.validation)) * em_config.score_splits * scored
     draws = iterations * (em_config.refresh * n + often)
     if iterations:  # the end: widths, the reconstructions, and the test
-        few, last = (n * splits(n) for n in (min(len(part), PREDICTIONS) for part in (em.validation, em.test)))
-        draws += n + scored * (3 * few + last)  # three widths, or so
+        rated, tested = (min(len(part), PREDICTIONS) for part in (em.validation, em.test))
+        draws += n + scored * (3 * rated * final_splits(rated) + tested * final_splits(tested))  # three widths, or so
         updates += config.prior.steps * (config.prior.kind == "unconditional")
     whole, parts = fit + updates * update + draws * draw, (fit, updates * update, draws * draw)
     first, second, third = (_duration(seconds) for seconds in parts)

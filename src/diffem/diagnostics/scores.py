@@ -47,7 +47,7 @@ from diffem.diagnostics.divergence import energy_items
 from diffem.observations import Observations
 from diffem.posteriors import BATCH, PosteriorSampler, draw_many
 
-PREDICTIONS, MOST_SPLITS = 1024, 8  # of a final score: about so many predictions, of each observation at most so many
+PREDICTIONS, MOST_SPLITS = 1024, 8  # a final score is of some 1,024 predictions, at most 8 of each observation
 SMALLEST = 1e-12  # of a CRPS: few draws estimate it without bias, so that it may be 0
 
 OVER_CONFIDENT, UNDER_CONFIDENT = 0.75, 1.25  # calibration ratios beyond which draws are called so
@@ -140,7 +140,7 @@ class Score:
         return self.items / self.items.mean() + on_log_score / 2
 
 
-def splits(n: int) -> int:
+def final_splits(n: int) -> int:
     """How often each of n observations is split for a final score."""
     return min(max(PREDICTIONS // n, 1), MOST_SPLITS)
 
