@@ -6,8 +6,8 @@
 
 The budget is counted in evaluations of the network: a forward pass of one item is 1, a derivative through it 2 more. It pays
 for the training and the E-steps; the paper's schedule takes one iteration at least, whatever that costs. Held-out scores are not
-counted, nor are the steps that train every method's prior at the end. One JSON a run is written to `results/compare/`; a run that has one is not repeated, and a run that was killed
-goes on. `table.py` makes tables of them, `figures.py` figures.
+counted, nor are the steps that train every method's prior at the end. One JSON a run is written to `results/compare/`; a run
+that has one is not repeated, and a run that was killed goes on. `table.py` makes tables of them, `figures.py` figures.
 """
 
 from __future__ import annotations
@@ -92,8 +92,9 @@ MMPS = {**BARE, "sampler.guidance": "mmps", "denoiser.observation_dropout": "1"}
 # the strengths of DPS are the best of 0.1, 0.3, 1, 3, 10 on held-out observations of digits-mask75, at 16 steps
 DPS = {**BARE, "sampler.guidance": "dps", "denoiser.observation_dropout": "1", "sampler.guidance_strength": "3"}
 BOUND = {**LAMBDA1, "em.guard": "false", "em.refresh": "1"}
-# an M-step of a few updates on a pool of which a small part is new: SCSI with a replay of 0.9
-POOL = {"m_step.steps": "15", "em.refresh": "0.1", "em.score_items": "64"}
+# an M-step of a few updates on a pool of which a small part is new: SCSI with a replay of 0.9; nothing ends its many short
+# iterations early
+POOL = {"m_step.steps": "15", "em.refresh": "0.1", "em.score_items": "64", "em.patience": "0"}
 
 METHODS: dict[str, Method] = {
     "start": Method({"em.iterations": "0"}),
