@@ -85,9 +85,9 @@ class Method:
     after: str = ""
 
 
-# EM as published: plain DDPM, no selection, and imputed entries weigh as much as measured ones
+# EM as published: plain DDPM, no selection, nothing thinned, and imputed entries weigh as much as measured ones
 LAMBDA1 = {"m_step.imputed_weight": "1"}
-BARE = {**LAMBDA1, "e_step.width": "0", "em.guard": "false"}
+BARE = {**LAMBDA1, "m_step.thinned": "0", "e_step.width": "0", "em.guard": "false"}
 MMPS = {**BARE, "sampler.guidance": "mmps", "denoiser.observation_dropout": "1"}
 # the strengths of DPS are the best of 0.1, 0.3, 1, 3, 10 on held-out observations of digits-mask75, at 16 steps
 DPS = {**BARE, "sampler.guidance": "dps", "denoiser.observation_dropout": "1", "sampler.guidance_strength": "3"}
