@@ -19,7 +19,6 @@ import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from azula import sample as azula_sample
 from azula.denoise import Denoiser as AzulaDenoiser
@@ -28,13 +27,14 @@ from compare import TASKS, Method, about, plan
 from judge import Judge
 from torch import Tensor, nn
 
-from diffem import cli, em, networks, seeding
-from diffem.config import Config, load
-from diffem.corruptions import LinearCorruption
-from diffem.denoisers import Denoiser
-from diffem.em import DiffEM
-from diffem.observations import Observations, evenly
-from diffem.posteriors import DiffusionPosterior, from_pretrained
+from diffem import cli, networks, seeding, trainer
+from diffem.config import Config, load_config
+from diffem.corruptions import Params
+from diffem.data import Observations, evenly
+from diffem.denoiser import Denoiser
+from diffem.em import STEPS, DiffEM, e_step, m_step
+from diffem.posterior import from_pretrained
+from diffem.samplers import DiffusionSampler, Query, Sampler
 
 HERE = Path(__file__).parent
 BUDGETS = {
@@ -51,61 +51,71 @@ SETTINGS = {
 }  # the prior is not trained
 
 
+def stop(em: DiffEM) -> None:
+    """In the place of the end: the last iteration is what is judged."""
+    em.next_iteration("done")
+
+
 class Arm(DiffEM):
     """Ends after its last iteration."""
 
-    def _last(self) -> None:
-        self._next("done")
+    steps = {**STEPS, "end": stop}  # noqa: RUF012
 
-    def final(self) -> DiffusionPosterior:
+    def final(self) -> Sampler:
         """What is judged."""
-        return DiffEM._sampler(self, 1.0)
+        return self.diffusion(width=1.0)
 
 
 class Sharp(Arm):
     """Plain DDPM in the first third of the iterations, and with the residual variance put back in the others."""
 
-    def _sampler(self, width, steps=None):
-        early = self.state.phase == "e_step" and 3 * self.state.iteration <= self.config.em.iterations
-        return super()._sampler(0.0 if early else width, steps)
+    @property
+    def sampler(self) -> Sampler:
+        early = self.state.width is not None and 3 * self.state.iteration <= self.config.em.iterations
+        return self.diffusion(width=0.0) if early else super().sampler
 
 
 class Follows(Arm):
     """The width of an E-step follows the calibration ratio of the last iteration."""
 
-    def _sampler(self, width, steps=None):
-        ratio = self.rows[-1]["ratio"] if self.state.iteration > 1 else 1.0
-        return super()._sampler(width + 5 * max(0.9 - ratio, 0), steps)
+    @property
+    def sampler(self) -> Sampler:
+        if self.state.width is None:
+            return super().sampler
+        before = [row["ratio"] for row in self.rows if 0 < row["iteration"] < self.state.iteration]
+        return self.diffusion(width=self.state.width + 5 * max(0.9 - (before[-1] if before else 1.0), 0))
 
 
-class Corrected(DiffusionPosterior):
+class Corrected(DiffusionSampler):
     """The predicted variances are corrected by factors c_t, for observed entries and for others."""
 
-    correction: Tensor
+    correction: Tensor | None = None
 
     def measure(self, x: Tensor, y: Tensor, params: dict, seeds: Tensor) -> None:
-        """Squared errors over predicted variances, on items in model units and observations of them."""
-        self.correction = torch.ones(self.sampler.steps + 1, 2)
-        seen = self.model_corruption.seen(y, params).expand_as(x).flatten(1)
+        """Squared errors over predicted variances, on items and observations of them."""
+        correction = torch.ones(self.sampler.steps + 1, 2)
+        seen = self.corruption.seen(y, params).expand_as(x).flatten(1)
         for k, sigma in enumerate(self.sigmas):
             noise = seeding.normal(seeds, self.shape, stream=k)
             posterior, f, v = self.denoiser.predict(x + sigma * noise, sigma.expand(len(x)), y, params)
             error = (x.flatten(1) - posterior.mean - posterior.scale(f)).square()
             for group, where in enumerate((~seen, seen)):
-                self.correction[k, group] = (error * where).sum() / (posterior.variance * v * where).sum()
+                correction[k, group] = (error * where).sum() / (posterior.variance * v * where).sum()
+        self.correction = correction
 
-    def _sample(self, y, params, seeds, withheld):
-        seen = self.model_corruption.seen(y, params).expand(len(y), *self.shape).flatten(1).long()
-        predict, levels = self.denoiser.predict, self.sigmas.tolist()
+    def estimate(self, x: Tensor, sigma: Tensor, tau: Tensor, query: Query, stream: int) -> Tensor:
+        assert self.correction is not None
+        predict, k = self.denoiser.predict, (stream - 1) // 3
+        seen = self.corruption.seen(query.y, query.params).expand_as(x).flatten(1).long()
+        of_step = self.correction[k][seen]
 
-        def corrected(x_t, sigma, *rest):
-            posterior, f, v = predict(x_t, sigma, *rest)
-            k = int(np.argmin([abs(float(sigma[0]) - level) for level in levels]))
-            return posterior, f, v * self.correction[k][seen]
+        def corrected(*given):
+            posterior, f, v = predict(*given)
+            return posterior, f, v * of_step
 
         self.denoiser.predict = corrected  # type: ignore[method-assign]
         try:
-            return super()._sample(y, params, seeds, withheld)
+            return super().estimate(x, sigma, tau, query, stream)
         finally:
             del self.denoiser.predict
 
@@ -113,72 +123,76 @@ class Corrected(DiffusionPosterior):
 class Measured(Arm):
     """c_t, measured in every iteration on re-corrupted reconstructions of validation observations."""
 
-    sampler_class = Corrected
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.sampler_class = Corrected
 
     @torch.no_grad()
-    def _sampler(self, width, steps=None):
-        sampler = super()._sampler(width, steps)
-        rows, name = evenly(self.validation, 256), "reconstructions" if self.state.phase == "done" else "current"
-        x = torch.from_numpy(self.run.array(name)[rows])
-        y, params = self._corrupt_again(x, seeding.generator(self.seed, self.state.iteration, "e_step"))
-        centre, half = self.scaling
-        y = self.model_corruption.scale_y(y, params, centre, half)
-        sampler.measure(
-            (x - centre) / half, y, params, seeding.item_seeds(self.seed, self.state.iteration, "score", rows)
-        )
+    def diffusion(self, **changes) -> DiffusionSampler:
+        sampler = super().diffusion(**changes)
+        if not (self.run.folder / "current.npy").exists():
+            return sampler
+        rows = evenly(self.validation, 256)
+        x = self.items("current")[rows]
+        y, params = self.examples.simulate(x, seeding.generator(self.seed, self.state.iteration, "e_step"))
+        sampler.measure(x, y, params, seeding.item_seeds(self.seed, self.state.iteration, "score", rows))
         return sampler
 
-    def final(self):
-        return self._sampler(1.0)
+
+def with_new_weights(em: DiffEM) -> None:
+    """New weights in the last third of the iterations, once; they see real observations alone for 20 passes again."""
+    state, last = em.state, em.config.em.iterations
+    if state.updates == 0 and state.iteration == last - last // 3:
+        em.build()
+    m_step(em)
 
 
 class Reinitialised(Arm):
-    """New weights in the last third of the iterations, once; they see real observations alone for 20 passes again."""
+    """See :func:`with_new_weights`."""
 
-    def _m_step(self):
-        state, last = self.state, self.config.em.iterations
-        if state.step == 0 and state.iteration == last - last // 3:
-            self.trainer = self._trainer(self.trainer.denoiser.reference)
-        super()._m_step()
+    steps = {**Arm.steps, "m_step": with_new_weights}  # noqa: RUF012
 
 
-class Middle(DiffusionPosterior):
-    """Draws from `begin`, items in model units, noised to a middle level; from pure noise where there are none."""
+class Middle(DiffusionSampler):
+    """Draws from `begin`, items noised to a middle level; from pure noise where there are none."""
 
     begin: Tensor | None = None
 
-    def _sample(self, y, params, seeds, withheld):
+    @torch.no_grad()
+    def draw(self, y: Tensor, params: Params, seeds: Tensor, withheld: Tensor | None = None) -> Tensor:
         if self.begin is None:
-            return super()._sample(y, params, seeds, withheld)
-        sigmas, reference = self.denoiser.schedule.sigma(torch.linspace(2 / 3, 0, 5)), self.denoiser.reference
+            return super().draw(y, params, seeds, withheld)
+        sigmas = self.denoiser.schedule.sigma(torch.linspace(2 / 3, 0, 5))
+        query = Query(y, params, torch.zeros(len(y), dtype=torch.bool), seeds)
         x = self.begin + sigmas[0] * seeding.normal(seeds, self.shape)
         for k, sigma in enumerate(sigmas):
             after = sigmas[k + 1] if k < 4 else torch.zeros(())
             tau = 1 - (after / sigma).square()
-            posterior, f, v = self.denoiser.predict(x, sigma.expand(len(x)), y, params, withheld)
-            uniform = seeding.uniform(seeds, stream=3 * k + 1)
-            normal = seeding.normal(seeds, (reference.rank + reference.features,), stream=3 * k + 2)
-            left = v.sqrt() * (posterior.draw(uniform, normal) - posterior.mean)
-            clean = (posterior.mean + posterior.scale(f) + left).view(x.shape).to(x)
+            clean = self.estimate(x, sigma, tau, query, stream=3 * k + 1).view(x.shape).to(x)
             x = x - tau * (x - clean) + after * tau.sqrt() * seeding.normal(seeds, self.shape, stream=3 * k + 3)
         return x
 
 
-class Renoised(Arm):
+def from_the_middle(em: DiffEM) -> None:
     """E-steps that noise the last reconstruction to a middle level, and take 5 evaluations from there."""
+    if em.state.iteration < 2:
+        e_step(em)
+        return
+    assert isinstance(em, Renoised)
+    out, before = em.run.array("next", (len(em.data), *em.data.shape)), em.items("current")
+    sampler = Middle(em.trainer.averaged, em.config.sampler)
+    for rows in em.data.chunks(size=em.batch):
+        sampler.begin = before[rows]
+        x = sampler.draw(*em.data.batch(rows), seeding.item_seeds(em.seed, em.state.iteration, "e_step", rows))
+        out[rows] = em.data.units.restore(x).numpy()
+    out.flush()
+    em.next("judge", drawn=len(em.data))
 
-    sampler_class = Middle
 
-    def _reconstruct(self, sampler, out, iteration):
-        if iteration < 2:
-            return super()._reconstruct(sampler, out, iteration)
-        before, (centre, half) = self.run.array("current"), self.scaling
-        for chunk in self.observations.chunks(size=self.config.e_step.batch):
-            sampler.begin = (torch.from_numpy(before[chunk]) - centre) / half
-            seeds = seeding.item_seeds(self.seed, iteration, "e_step", chunk)
-            out[chunk] = sampler.sample(*self.observations.batch(chunk), seeds).numpy()
-        sampler.begin = None
-        return len(self.observations)
+class Renoised(Arm):
+    """See :func:`from_the_middle`."""
+
+    steps = {**Arm.steps, "e_step": from_the_middle}  # noqa: RUF012
 
 
 class _Bound(AzulaDenoiser):
@@ -192,10 +206,11 @@ class _Bound(AzulaDenoiser):
         return DiracPosterior(mean=self.denoiser(x_t, self.denoiser.schedule.sigma(t).expand(len(x_t)), *self.given))
 
 
-class Heun(DiffusionPosterior):
+class Heun(DiffusionSampler):
     """azula's deterministic second-order solver, in half of the steps."""
 
-    def _sample(self, y, params, seeds, withheld):
+    @torch.no_grad()
+    def draw(self, y: Tensor, params: Params, seeds: Tensor, withheld: Tensor | None = None) -> Tensor:
         bound = _Bound(self.denoiser, y, params, withheld)
         solver = azula_sample.HeunSampler(bound, steps=self.sampler.steps // 2, silent=True, dtype=y.dtype)
         return solver(self.sigmas[0].to(y) * seeding.normal(seeds, self.shape))
@@ -204,22 +219,29 @@ class Heun(DiffusionPosterior):
 class Solver(Arm):
     """E-steps by a deterministic solver."""
 
-    sampler_class = Heun
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.sampler_class = Heun
 
 
 class Fused(Denoiser):
     """The reference is N(0, I), given both x_t and y."""
 
-    def _posterior(self, x_t, sigma, y, params, withheld):
-        assert isinstance(self.corruption, LinearCorruption)
+    def posterior(self, x_t, sigma, y, params, withheld):
         likelihood = self.corruption.likelihood(y, params).withheld(withheld)
         return self.reference.posterior(likelihood.given(x_t.flatten(1), sigma[:, None]))
+
+
+class FusedSampler(DiffusionSampler):
+    denoiser_class = Fused
 
 
 class Fuse(Arm):
     """`precondition: fuse`; with `plain` in the configuration."""
 
-    denoiser_class = Fused
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.sampler_class = FusedSampler
 
 
 class Momentum(Arm):
@@ -230,9 +252,10 @@ class Momentum(Arm):
 
     before: nn.Module | None = None
 
-    def _sampler(self, width, steps=None):
-        sampler = super()._sampler(width, steps)
-        if self.state.phase == "e_step":
+    @property
+    def sampler(self) -> Sampler:
+        sampler = super().sampler
+        if self.state.step == "e_step" and isinstance(sampler, DiffusionSampler):
             scores = [row["criterion"] for row in self.rows[-2:]]
             if len(scores) == 2 and scores[1] > scores[0]:
                 self.before = None
@@ -248,16 +271,13 @@ class Extrapolated(nn.Module):
         super().__init__()
         self.now, self.before = now, before
         self.network, self.schedule, self.reference = now.network, now.schedule, now.reference
+        self.device = now.device
 
     def predict(self, *given):
         posterior, f, v = self.now.predict(*given)
         if self.before is None:
             return posterior, f, v
-        network, self.now.network = self.now.network, self.before
-        try:
-            _, last, _ = self.now.predict(*given)
-        finally:
-            self.now.network = network
+        _, last, _ = self.now.with_network(self.before).predict(*given)
         return posterior, f + 0.5 * (f - last), v
 
 
@@ -284,8 +304,8 @@ ARMS = {
     "default": Change("the loop as it is"),
     "lambda1": Change("the paper's M-step: no weights, no split", settings={"m_step.imputed_weight": "1"}),
     "lambda01": Change("lambda 0.1 for 0.003", settings={"m_step.imputed_weight": "0.1"}),
-    "no-split": Change("no real observations in the M-step", constants={(em, "PASSES"): 0.0}),
-    "all-split": Change("real observations alone, in every iteration", constants={(em, "PASSES"): 1e9}),
+    "no-split": Change("no real observations in the M-step", constants={(trainer, "PASSES"): 0.0}),
+    "all-split": Change("real observations alone, in every iteration", constants={(trainer, "PASSES"): 1e9}),
     "detached": Change(
         "the variance head does not shape the features", constants={(networks, "VARIANCE_GRADIENT"): 0.0}
     ),
@@ -311,14 +331,14 @@ def run(task: str, name: str, seed: int, runs: Path, root: str | None) -> dict:
     folder, observed = runs / task / str(seed) / name, runs / task / str(seed) / "observations"
     smaller = SMALLER if task.startswith("fashion") else {}
     settings = {**TASKS[task].settings, **smaller, **SETTINGS, **change.settings, "em.seed": str(seed)}
-    config: Config = load(TASKS[task].preset, list(settings.items()))
+    config: Config = load_config(TASKS[task].preset, list(settings.items()))
     if not (observed / "y.npy").exists():
         cli.make_observations(config, task, observed, root)
     observations, start = Observations.load(observed), runs / task / str(seed) / "start"
     if not (start / "posterior").exists():
         list(DiffEM(replace(config, em=replace(config.em, iterations=0)), observations, start).iterate())
     planned = plan(config, Method(), len(observations), BUDGETS[task], change.draws)
-    config = load(TASKS[task].preset, list({**settings, **planned}.items()))
+    config = load_config(TASKS[task].preset, list({**settings, **planned}.items()))
     before = {key: getattr(*key) for key in change.constants}
     for (module, constant), value in change.constants.items():
         setattr(module, constant, value)
@@ -326,7 +346,7 @@ def run(task: str, name: str, seed: int, runs: Path, root: str | None) -> dict:
         arm = change.algorithm(config, observations, folder, start=from_pretrained(start / "posterior"))
         rows = list(arm.iterate())
         judge = Judge(observed, seed, seed)
-        columns = judge.posterior(arm.final())
+        columns = judge.posterior(arm.posterior(arm.final()))
     finally:
         for (module, constant), value in before.items():
             setattr(module, constant, value)

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from compare import BOUND, Fixed
 
-from diffem.config import load
-from diffem.observations import Observations
+from diffem.config import load_config
+from diffem.data import Observations
 
 
 def main() -> None:
@@ -25,7 +25,7 @@ def main() -> None:
     arguments = parser.parse_args()
     settings = {**BOUND, "em.iterations": "1", "m_step.first_steps": str(arguments.steps)}
     observations = Observations.load(arguments.observations)
-    for row in Fixed(load(arguments.preset, list(settings.items())), observations, arguments.out).iterate():
+    for row in Fixed(load_config(arguments.preset, list(settings.items())), observations, arguments.out).iterate():
         print(f"iteration {row['iteration']}: {row['score']:.4f}, ratio {row['ratio']:.2f}", flush=True)
 
 

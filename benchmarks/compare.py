@@ -27,43 +27,61 @@ import splitting
 from judge import Judge, cost
 
 from diffem import cli
-from diffem.ambient import Ambient
-from diffem.config import Config, load
-from diffem.corruptions import LinearCorruption
-from diffem.em import DiffEM
-from diffem.observations import Observations
-from diffem.posteriors import draw_many, from_pretrained, sample_many
+from diffem.clean.evaluation import against
+from diffem.config import Config, load_config
+from diffem.data import Observations
+from diffem.em import STEPS, DiffEM, e_step
+from diffem.posterior import from_pretrained
+from diffem.rivals import Ambient
+from diffem.samplers import trained_kind
 
 HERE = Path(__file__).parent
 EXAMPLES = 50  # clean ones, where a method is given some
 
 
+def given(em: DiffEM) -> None:
+    """In the place of the first E-step: the clean items."""
+    if em.state.iteration:
+        e_step(em)
+        return
+    out, clean = (
+        em.run.array("next", (len(em.data), *em.data.shape)),
+        np.load(folder_of(em) / "clean.npy", mmap_mode="r"),
+    )
+    for rows in em.data.chunks():
+        out[rows] = clean[rows]
+    out.flush()
+    em.next("judge")
+
+
+def observed(em: DiffEM) -> None:
+    """In the place of the first E-step: the observations as they are."""
+    if em.state.iteration:
+        e_step(em)
+        return
+    out = em.run.array("next", (len(em.data), *em.data.shape))
+    for rows in em.data.chunks():
+        y, params = em.data.batch(rows)  # what was not observed is the middle of the range
+        x = y if y.shape[1:] == em.data.shape else em.data.corruption.adjoint(y, params)
+        out[rows] = em.data.units.restore(x).numpy()
+    out.flush()
+    em.next("judge")
+
+
+def folder_of(em: DiffEM) -> Path:
+    return Path(em.observations.source)
+
+
 class Fixed(DiffEM):
-    """One long iteration on items that are given: the clean ones, or the observations as they are."""
+    """One long iteration on the clean items: the upper bound."""
 
-    clean = True
-
-    def _reconstruct(self, sampler, out, iteration):
-        if iteration:
-            return super()._reconstruct(sampler, out, iteration)
-        clean = np.load(Path(self.observations.source) / "clean.npy", mmap_mode="r")
-        for rows in self.observations.chunks():
-            if self.clean:
-                out[rows] = clean[rows]
-            else:
-                y, params = self.observations.batch(rows)
-                assert isinstance(self.corruption, LinearCorruption)
-                centre, half = self.scaling  # what was not observed is the middle of the range
-                y = self.model_corruption.scale_y(y, params, centre, half)
-                out[rows] = y if y.shape[1:] == self.shape else self.corruption.adjoint(y, params)
-                out[rows] = out[rows] * half + centre
-        return 0
+    steps = {**STEPS, "e_step": given}  # noqa: RUF012
 
 
-class Observed(Fixed):
-    """The lower bound."""
+class Observed(DiffEM):
+    """The same on the observations as they are: the lower bound."""
 
-    clean = False
+    steps = {**STEPS, "e_step": observed}  # noqa: RUF012
 
 
 @dataclass(frozen=True)
@@ -87,10 +105,11 @@ class Method:
 
 # EM as published: plain DDPM, no selection, nothing thinned, and imputed entries weigh as much as measured ones
 LAMBDA1 = {"m_step.imputed_weight": "1"}
-BARE = {**LAMBDA1, "m_step.thinned": "0", "e_step.width": "0", "em.guard": "false"}
-MMPS = {**BARE, "sampler.guidance": "mmps", "denoiser.observation_dropout": "1"}
+BARE = {**LAMBDA1, "m_step.thinned": "0", "sampler.width": "0", "em.guard": "false"}
+MMPS = {**BARE, "sampler.kind": "mmps", "denoiser.observation_dropout": "1"}
 # the strengths of DPS are the best of 0.1, 0.3, 1, 3, 10 on held-out observations of digits-mask75, at 16 steps
-DPS = {**BARE, "sampler.guidance": "dps", "denoiser.observation_dropout": "1", "sampler.guidance_strength": "3"}
+DPS = {**BARE, "sampler.kind": "dps", "denoiser.observation_dropout": "1", "sampler.options": "{strength: 3}"}
+AMBIENT = {**DPS, "sampler.kind": "ambient", "sampler.options": "{strength: 0.3}"}
 BOUND = {**LAMBDA1, "em.guard": "false", "em.refresh": "1"}
 # an M-step of a few updates on a pool of which a small part is new: SCSI with a replay of 0.9; nothing ends its many short
 # iterations early
@@ -108,7 +127,7 @@ METHODS: dict[str, Method] = {
     "scsi+weights": Method(POOL),
     "em-mmps": Method(MMPS),
     "emdiffusion": Method(DPS),
-    "ambient": Method({**DPS, "sampler.guidance_strength": "0.3"}, Ambient, single=True),
+    "ambient": Method(AMBIENT, Ambient, single=True),
     # what a finished run, or a few clean items, are worth
     "em-mmps+diffem": Method(after="em-mmps"),
     "diffem-examples": Method({"m_step.clean_examples": "{examples}"}),
@@ -176,7 +195,7 @@ def plan(config: Config, method: Method, n: int, budget: int, later: float = 1.0
         budget: Evaluations of the network.
         later: What a draw of a later E-step costs, over one of the first.
     """
-    draw, item = config.sampler.evaluations * n, 3 * config.m_step.batch
+    draw, item = trained_kind(config.sampler).evaluations(config.sampler) * n, 3 * config.m_step.batch
     if method.single:
         return {"em.iterations": "1", "m_step.first_steps": str(max(1, (budget - draw) // item))}
     if not config.em.iterations:
@@ -201,12 +220,12 @@ def run(task: str, name: str, seed: int, budget: int, runs: Path, root: str | No
     began, folder, observed = time.monotonic(), runs / task / str(seed) / name, runs / task / str(seed) / "observations"
     settings = {**TASKS[task].settings, "em.seed": str(seed)}
     if not (observed / "y.npy").exists():
-        cli.make_observations(load(TASKS[task].preset, list(settings.items())), task, observed, root)
+        cli.make_observations(load_config(TASKS[task].preset, list(settings.items())), task, observed, root)
     observations = Observations.load(observed)
     command = f"python benchmarks/compare.py --tasks {task} --methods {name} --seeds {seed} --budget {budget}"
     described = {"task": task, "method": name, "seed": seed, "budget": budget, **about(command)}
     if name in SPLITTING:
-        config = load(TASKS[task].preset, list(settings.items()))
+        config = load_config(TASKS[task].preset, list(settings.items()))
         estimate = splitting.train(observations, config, seed, budget, library=name == "splitting-deepinv")
         seconds = time.monotonic() - began
         columns = {"psnr_mean": Judge(observed, seed, seed).psnr_of(estimate)}
@@ -216,22 +235,23 @@ def run(task: str, name: str, seed: int, budget: int, runs: Path, root: str | No
     method = METHODS[name]
     examples = observed / "examples.npy"
     if not examples.exists():
-        np.save(examples, np.load(observed / "clean.npy", mmap_mode="r")[:EXAMPLES])
-    settings |= {k: v.format(examples=examples) for k, v in method.settings.items()}
+        few = observations.split(seed)[0][:EXAMPLES]  # of training items
+        np.save(examples, np.load(observed / "clean.npy", mmap_mode="r")[few])
+    settings |= {k: v.replace("{examples}", str(examples)) for k, v in method.settings.items()}
     start = None
     if method.after:
         after = runs / task / str(seed) / method.after
         settings |= {"start.kind": "run", "start.run": str(after)}
     elif name != "start":  # the fit is the same for all: it is made once
         start = from_pretrained(runs / task / str(seed) / "start" / "posterior")
-    config = load(TASKS[task].preset, list(settings.items()))
+    config = load_config(TASKS[task].preset, list(settings.items()))
     settings |= plan(config, method, len(observations), budget)
-    config = load(TASKS[task].preset, list(settings.items()))
+    config = load_config(TASKS[task].preset, list(settings.items()))
     clean = np.load(observed / "clean.npy", mmap_mode="r")
     bar = cli.ProgressBar()
     judge = Judge(observed, seed, seed)
     arm = method.algorithm(
-        config, observations, folder, progress=bar.update, start=start, reference=clean, features=judge.features
+        config, observations, folder, start=start, hooks=[against(clean, judge.features)], progress=bar.update
     )
     for row in arm.iterate():
         bar.clear()
@@ -249,8 +269,8 @@ def run(task: str, name: str, seed: int, budget: int, runs: Path, root: str | No
         folder / "gallery.npz",
         clean=clean[few],
         y=observations.y[few],
-        draws=draw_many(posterior, observations, few, 1, seed)[:, 0],
-        prior=sample_many(prior, 10, seed),
+        draws=posterior.reconstruct(observations, few, 1, seed)[0],
+        prior=prior.generate(10, seed),
     )
     wall = {"wall": round(time.monotonic() - began, 1)}
     return {
@@ -282,13 +302,12 @@ def curve(rows: list[dict]) -> list[dict]:
 def richardson_lucy(judge: Judge, iterations: int = 30) -> float:
     """PSNR of the held-out observations after Richardson-Lucy deconvolution (Richardson, 1972; Lucy, 1974)."""
     corruption = judge.observations.corruption
-    assert isinstance(corruption, LinearCorruption)
     y, params = judge.observations.batch(judge.test)
     y = y.clamp(min=1e-3)
     x = y.clone()
     for _ in range(iterations):
         x = x * corruption.adjoint(y / corruption.forward(x, params).clamp(min=1e-3), params)
-    return (-10 * ((judge.scale(x) - judge.clean_test).square().mean() / 4).log10()).item()
+    return (-10 * ((judge.units.scale(x) - judge.clean_test).square().mean() / 4).log10()).item()
 
 
 def about(command: str) -> dict:

@@ -22,11 +22,13 @@ import torch
 from judge import classifier, cost
 from sklearn.datasets import load_digits
 
-from diffem import metrics, seeding
+from diffem import seeding
+from diffem.clean import metrics
 from diffem.corruptions import RandomMask
+from diffem.data import Dataset, Observations
 from diffem.diagnostics import crps
-from diffem.observations import Observations
-from diffem.posteriors import draw_many, from_pretrained
+from diffem.posterior import from_pretrained
+from diffem.samplers import draw_many
 
 TRAIN, DRAWS, NOISE = 1400, 8, 0.01  # the noise in model units; data span [-1, 1]
 
@@ -66,10 +68,10 @@ def judge(run: Path, bound: Path | None) -> dict:
     if bound:
         arms["clean bound"] = bound / "posterior"
     for name, folder in arms.items():
-        sampler = from_pretrained(folder)
+        posterior = from_pretrained(folder)
         seeds = [seeding.item_seeds(0, j, "score", held) for j in range(DRAWS)]
         seen = given * (target + 1) * 8
-        draws = torch.stack([sampler.sample(seen, {"mask": given}, s) for s in seeds]) / 8 - 1
+        draws = torch.cat([posterior.sample(seen, {"mask": given}, seeds=s) for s in seeds]) / 8 - 1
         noise = torch.randn(draws.shape, generator=torch.Generator().manual_seed(0))
         values = (crps(draws + NOISE * noise, target) * hidden).flatten(1).sum(1) / hidden.flatten(1).sum(1).clamp(
             min=1
@@ -80,7 +82,8 @@ def judge(run: Path, bound: Path | None) -> dict:
         if first is not None:
             column |= {"delta": (values - first).mean(), "delta_se": (values - first).std() / len(values) ** 0.5}
         first = values if first is None else first
-        x = draw_many(sampler, observed, np.arange(TRAIN), 1, 0, "e_step")[:, 0] / 8 - 1
+        data = Dataset(observed, posterior.units)
+        x = posterior.units.restore(draw_many(posterior.sampler, data, np.arange(TRAIN), 1, 0, "e_step")[0]) / 8 - 1
         with torch.no_grad():
             column["frechet"] = metrics.frechet_distance(model[:-1](x), model[:-1](clean[:TRAIN]))
             right = torch.stack([model(draw).argmax(1) == labels[TRAIN:] for draw in draws]).float().mean(0)

@@ -24,13 +24,16 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from diffem import metrics, seeding
-from diffem.corruptions import LinearCorruption, Params
-from diffem.datasets import manifold_curve
+import diffem.rivals  # noqa: F401 - their samplers are judged, too
+from diffem import seeding
+from diffem.clean import metrics
+from diffem.clean.datasets import manifold_curve
+from diffem.corruptions import Params
+from diffem.data import Dataset, Items, Observations, evenly
 from diffem.diagnostics import Score, final_splits, score
 from diffem.errors import DiffemError
-from diffem.observations import Observations, evenly
-from diffem.posteriors import PosteriorSampler, draw_many, from_pretrained, sample_many
+from diffem.posterior import Posterior, from_pretrained
+from diffem.samplers import draw_from, draw_many, prior_samples
 
 DRAWS = 4
 MEAN = 32  # draws of a posterior mean
@@ -84,24 +87,20 @@ class Judge:
         self.observations, self.seed = Observations.load(folder), seed
         self.train, _, test = self.observations.split(seed)
         self.test = evenly(test, SCORED)
-        self.scaling = self.observations.scaling(self.train)
-        raw = np.load(folder / "clean.npy", mmap_mode="r")
+        self.data = Dataset(self.observations, self.observations.units(self.train))
+        self.units = self.data.units
+        raw = Items(np.load(folder / "clean.npy", mmap_mode="r"), self.units)
         rows = evenly(self.train, 2 * ITEMS)  # what is drawn for a row is not compared with the clean item of that row
         self.rows, others = rows[::2], rows[1::2]
-        self.clean, self.clean_test = self.scale(raw[others]), self.scale(raw[self.test])
+        self.clean, self.clean_test = raw[others], raw[self.test]
         self.curve: Tensor | None = None
         self.model: nn.Sequential | None = None
         if (folder / "labels.npy").exists() and self.clean.ndim == 4:
             labels = torch.from_numpy(np.load(folder / "labels.npy"))
             self.labels = labels[self.test]
-            self.model = classifier(self.scale(raw[rows]), labels[rows])
+            self.model = classifier(raw[rows], labels[rows])
         elif self.clean.ndim == 2:
             self.curve = torch.as_tensor(manifold_curve(data_seed, 32_768), dtype=torch.float32)
-
-    def scale(self, x: np.ndarray | Tensor) -> Tensor:
-        """To model units."""
-        centre, half = self.scaling
-        return (torch.from_numpy(np.asarray(x, dtype=np.float32)) - centre) / half
 
     @torch.no_grad()
     def features(self, x: Tensor) -> Tensor:
@@ -112,59 +111,55 @@ class Judge:
         """Distances of items in model units to the clean ones."""
         column = distribution(x, self.clean, self.features)
         if self.curve is not None:
-            centre, half = self.scaling
-            points = x * half + centre
+            points = self.units.restore(x)
             column["to_curve"] = metrics.nearest(points, self.curve).mean().item()
             column["from_curve"] = metrics.nearest(self.curve[::8], points).mean().item()
         return column
 
-    def score(self, sampler: PosteriorSampler) -> Score:
-        """The score of a posterior sampler."""
-        return score(sampler, self.observations, self.test, self.seed, DRAWS, final_splits(len(self.test)))
+    def score(self, posterior: Posterior) -> Score:
+        """The score of a posterior."""
+        return score(posterior.sampler, self.data, self.test, self.seed, DRAWS, final_splits(len(self.test)))
 
-    def posterior(self, sampler: PosteriorSampler, first: Score | None = None) -> dict:
-        """The columns of a posterior sampler; `first`: the start's score, for a paired difference."""
-        current = self.score(sampler)
+    def posterior(self, posterior: Posterior, first: Score | None = None) -> dict:
+        """The columns of a posterior; `first`: the start's score, for a paired difference."""
+        current, sampler = self.score(posterior), posterior.sampler
         column: dict = {"crps": current.mean, "crps_se": current.standard_error, "ratio": current.ratio}
         if first is not None:
             column["delta"], column["delta_se"] = current.difference(first)
-        x = self.scale(draw_many(sampler, self.observations, self.rows, 1, self.seed, "e_step")[:, 0])
+        x = draw_many(sampler, self.data, self.rows, 1, self.seed, "e_step")[0]
         column |= self.distribution(x)
-        draws = self.scale(draw_many(sampler, self.observations, self.test, MEAN, self.seed).movedim(1, 0))
+        draws = draw_many(sampler, self.data, self.test, MEAN, self.seed)
         column["psnr"] = metrics.psnr(draws, self.clean_test.expand_as(draws), 2.0)
         column["psnr_mean"] = metrics.psnr(draws.mean(0), self.clean_test, 2.0)
         if self.model is not None:
-            column["accuracy"] = self.accuracy(sampler)
-        corruption = sampler.model_corruption
-        if self.curve is not None and isinstance(corruption, LinearCorruption):
-            u, v = (a * self.scaling[1] + self.scaling[0] for a in (x, self.clean))
-            column["sinkhorn"] = metrics.sinkhorn_divergence(u, v)
-            y, params = self.observations.batch(self.rows)
-            y = corruption.scale_y(y, params, *self.scaling)
-            residual = corruption.forward(x, params) - y
-            column["residual"] = (residual.square().mean().sqrt() / corruption.noise).item()
+            column["accuracy"] = self.accuracy(posterior)
+        if self.curve is not None:
+            column["sinkhorn"] = metrics.sinkhorn_divergence(self.units.restore(x), self.units.restore(self.clean))
+            y, params = self.data.batch(self.rows)
+            residual = self.data.corruption.forward(x, params) - y
+            column["residual"] = (residual.square().mean().sqrt() / self.data.corruption.noise).item()
         return column
 
     def psnr_of(self, estimate: Callable[[Tensor, Params], Tensor]) -> float:
-        """PSNR of an estimate of test items, in model units, from their observations."""
-        return metrics.psnr(estimate(*self.observations.batch(self.test)), self.clean_test, 2.0)
+        """PSNR of an estimate of test items from their observations, in model units."""
+        return metrics.psnr(estimate(*self.data.batch(self.test)), self.clean_test, 2.0)
 
     @torch.no_grad()
-    def accuracy(self, sampler: PosteriorSampler) -> float:
+    def accuracy(self, posterior: Posterior) -> float:
         """How often the classifier is right on single draws, given the thinned test observations."""
         assert self.model is not None
-        y, params = self.observations.batch(self.test)
-        split = sampler.corruption.thin(y, params, seeding.generator(self.seed, 0, "score"))
+        generator = seeding.generator(self.seed, 0, "score")
+        split = self.data.corruption.thin(*self.data.batch(self.test), generator)
         assert split is not None
         hits = []
         for j in range(DRAWS):
-            x = self.scale(sampler.sample(*split[0], seeding.item_seeds(self.seed, j, "score", self.test)))
+            x = draw_from(posterior.sampler, *split[0], seeding.item_seeds(self.seed, j, "score", self.test))
             hits.append(self.model(x).argmax(1) == self.labels)
         return torch.stack(hits).float().mean().item()
 
-    def prior(self, sampler: PosteriorSampler) -> dict[str, float]:
+    def prior(self, prior: Posterior) -> dict[str, float]:
         """The columns of a prior."""
-        x = self.scale(sample_many(sampler, len(self.rows), self.seed))
+        x = prior_samples(prior.sampler, len(self.rows), self.seed)
         return {f"prior_{k}": v for k, v in self.distribution(x).items()}
 
 

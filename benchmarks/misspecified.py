@@ -21,13 +21,13 @@ import torch
 from compare import about
 
 from diffem import config as configuration
-from diffem import datasets, metrics
+from diffem.clean import datasets, metrics
 from diffem.corruptions import Corruption, GaussianBlur, RandomMask
+from diffem.data import Items, Observations, evenly
 from diffem.diagnostics.check import check
 from diffem.diagnostics.diagnose import diagnose
 from diffem.em import DiffEM
-from diffem.observations import Observations, evenly
-from diffem.posteriors import draw_many, from_pretrained, sample_many
+from diffem.posterior import from_pretrained
 
 HERE = Path(__file__).parent
 SETTINGS = {"em.iterations": "0"}  # the start, which is exact: no error of training hides the corruption's
@@ -45,24 +45,23 @@ def run(true: Corruption, assumed: Corruption, seed: int, folder: Path) -> dict:
     clean = torch.from_numpy(np.asarray(data.items, dtype=np.float32))
     y, params = true.observe(clean, torch.Generator().manual_seed(seed))
     observations = Observations(y.numpy(), assumed, {k: v.numpy() for k, v in params.items()}, data.range)
-    config = configuration.load("digits", list({**SETTINGS, "em.seed": str(seed)}.items()))
+    config = configuration.load_config("digits", list({**SETTINGS, "em.seed": str(seed)}.items()))
     shutil.rmtree(folder, ignore_errors=True)
     em = DiffEM(config, observations, folder, allow_unobserved=True)
     rows = list(em.iterate())
-    centre, half = em.scaling
-    scale = lambda x: (x - centre) / half  # noqa: E731
+    scale = em.data.units.scale
     posterior, prior = (from_pretrained(folder / name) for name in ("posterior", "prior"))
     held = evenly(em.test, 512)
-    draws, truth = scale(draw_many(posterior, observations, held, 8, seed)), scale(clean[torch.from_numpy(held)])
+    draws, truth = scale(posterior.reconstruct(observations, held, 8, seed)), scale(clean[torch.from_numpy(held)])
     some = evenly(em.train, 1024)
-    x = scale(torch.from_numpy(np.load(folder / "reconstructions.npy")[some[::2]]))
+    x = Items(np.load(folder / "reconstructions.npy"), em.data.units)[some[::2]]
     others = scale(clean[torch.from_numpy(some[1::2])])
-    spread, error = draws.var(1).mean().item(), (draws.mean(1) - truth).square().mean().item()
+    spread, error = draws.var(0).mean().item(), (draws.mean(0) - truth).square().mean().item()
     return {
-        "psnr_mean": metrics.psnr(draws.mean(1), truth, 2.0),
+        "psnr_mean": metrics.psnr(draws.mean(0), truth, 2.0),
         "clean_ratio": (1 + 1 / 8) * spread / error,
         "energy_distance": metrics.energy_distance(x, others),
-        "prior_energy_distance": metrics.energy_distance(scale(sample_many(prior, 512, seed)), others),
+        "prior_energy_distance": metrics.energy_distance(scale(prior.generate(512, seed)), others),
         "ratio": rows[-1]["ratio"],
         "check": [f"{f.level}: {f.text}" for f in check(observations) if f.level != "note"],
         "diagnose": diagnose(folder, observations)["warnings"],

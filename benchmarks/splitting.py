@@ -19,13 +19,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from diffem import networks, seeding
+from diffem import seeding
 from diffem.config import Config
 from diffem.corruptions import Params
-from diffem.observations import Observations
+from diffem.data import Dataset, Observations
+from diffem.trainer import CLIP
 
 HIDDEN = 0.3  # the fraction of the observed pixels that the network is not shown
-Estimate = Callable[[Tensor, Params], Tensor]  # of observations in the units of y: E[x | y], in model units
+Estimate = Callable[[Tensor, Params], Tensor]  # of observations: E[x | y], both in model units
 
 
 def train(observations: Observations, config: Config, seed: int, budget: int, library: bool = False) -> Estimate:
@@ -39,29 +40,27 @@ def train(observations: Observations, config: Config, seed: int, budget: int, li
         library: deepinv's U-Net and loss, instead of ours.
     """
     train_rows, *_ = observations.split(seed)
-    centre, half = observations.scaling(train_rows)
+    data = Dataset(observations, observations.units(train_rows))
     m_step, shape = config.m_step, observations.shape
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model, loss_of = _deepinv(shape) if library else _ours(config, shape)
     averaged = copy.deepcopy(model).requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=m_step.learning_rate, weight_decay=m_step.weight_decay)
+    optimizer = torch.optim.Adam(model.parameters(), lr=m_step.learning_rate)
     steps = budget // (3 * m_step.batch)
     for step in range(steps):
         generator = seeding.generator(seed, 0, "m_step", step)
         rows = torch.randint(len(train_rows), (m_step.batch,), generator=generator)
-        y, params = observations.batch(train_rows[rows.numpy()])
+        y, params = data.batch(train_rows[rows.numpy()])
         mask = params["mask"]
-        y = mask * (y - centre) / half
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seeding.fold(seed, step) >> 1)
             loss = loss_of(model, y, mask)
-        decay = 1.0 if m_step.schedule == "constant" else max(0.05, 1 - step / steps)
         for group in optimizer.param_groups:
-            group["lr"] = m_step.learning_rate * decay
+            group["lr"] = m_step.rate(step / steps)
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), m_step.clip)
+        nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
         share = min(m_step.ema, (2 + step) / (11 + step))
         with torch.no_grad():
@@ -69,14 +68,13 @@ def train(observations: Observations, config: Config, seed: int, budget: int, li
 
     @torch.no_grad()
     def estimate(y: Tensor, params: Params) -> Tensor:
-        mask = params["mask"]
-        return _call(averaged, mask * (y - centre) / half, mask)
+        return _call(averaged, y, params["mask"])
 
     return estimate
 
 
 def _call(model: nn.Module, y: Tensor, mask: Tensor) -> Tensor:
-    if isinstance(model, networks.Backbone):
+    if hasattr(model, "last"):  # ours
         return model([y, mask.to(y).expand_as(y)], torch.zeros(len(y)))[0]
     return model(torch.cat((y, mask.to(y).expand_as(y)), 1))
 
@@ -87,7 +85,7 @@ def _ours(config: Config, shape: tuple[int, ...]) -> tuple[nn.Module, Callable[[
         seen = mask.expand_as(y)
         return (_call(model, shown * y, shown) - y)[seen].square().mean()
 
-    return networks.build(config.network, shape, [shape, shape]), loss
+    return config.network.build(shape, [shape, shape]), loss
 
 
 def _deepinv(shape: tuple[int, ...]) -> tuple[nn.Module, Callable[[nn.Module, Tensor, Tensor], Tensor]]:

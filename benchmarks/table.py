@@ -185,6 +185,35 @@ def summary(folder: Path) -> str:
     return f"### {folder.name}\n\n{grid(columns, names, extra)}"
 
 
+EVIDENCE = {
+    "digits-mask75-long": "digits, 75 % missing",
+    "digits-mask90-long": "digits, 90 % missing",
+    "fashion-mask75": "garments, 75 % missing",
+    "cifar10-mask75": "CIFAR-10, 75 % missing",
+}
+
+
+def evidence() -> str:
+    """What is reached, in one table."""
+    methods = ["start", "diffem", "clean"]
+    heads = [
+        "",
+        *(f"CRPS: {m}" for m in methods),
+        "ratio",
+        *(f"PSNR of the mean: {m}" for m in [*methods, "splitting"]),
+    ]
+    lines = []
+    for task, words in EVIDENCE.items():
+        runs = load(HERE / "results" / "compare" / task)
+        if "diffem" not in runs:
+            continue
+        columns = {m: averaged(r, ["crps", "ratio", "psnr_mean"]) for m, r in runs.items()}
+        of = lambda m, n, digits, c=columns: f"{c[m][n]:.{digits}f}" if n in c.get(m, {}) else "–"  # noqa: E731
+        cells = [*(of(m, "crps", 3) for m in methods), of("diffem", "ratio", 2)]
+        lines.append([words, *cells, *(of(m, "psnr_mean", 1) for m in [*methods, "splitting"])])
+    return markdown(heads, lines)
+
+
 def chosen(rows: list[dict]) -> int:
     """The iteration that the selection keeps."""
     return next(row["iteration"] for row in reversed(rows) if row["best"])
@@ -223,7 +252,7 @@ def misspecified() -> str:
         true, assumed = seeds[0]["true"], seeds[0]["assumed"]
         cells = [f"{statistics.mean(seed[name] for seed in seeds):.{digits}f}" for name, digits in names]
         for name in ("check", "diagnose"):
-            heard = Counter(re.split(r" \(|:|, by ", w)[0] for seed in seeds for w in seed[name])
+            heard = Counter(re.split(r" \(|:|, by | by \d", w)[0] for seed in seeds for w in seed[name])
             cells.append("; ".join(f"{words} ({count} of {len(seeds)})" for words, count in heard.items()) or "–")
         lines.append([true, "the same" if assumed == true else assumed, *cells])
     return "### wrong corruptions\n\n" + markdown(heads, lines) if lines else ""
@@ -278,8 +307,9 @@ def pages() -> dict[Path, str]:
         HERE / "README.md": [ablation()]
         + [comparison(f) for f in compared()]
         + [single(f) for f in sorted((HERE / "results").glob("*.json"))],
+        HERE.parent / "README.md": [evidence()],
         HERE.parent / "docs" / "which-method.md": [summary(f) for f in compared() if not f.name.endswith("-long")],
-        HERE.parent / "docs" / "without-clean-data.md": [turning(), misspecified()],
+        HERE.parent / "docs" / "wrong-corruptions.md": [turning(), misspecified()],
     }
     texts = {}
     for file, parts in tables.items():

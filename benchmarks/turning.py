@@ -29,18 +29,18 @@ from judge import classifier, distribution, means
 from torch import Tensor
 
 from diffem import config as configuration
-from diffem import datasets
+from diffem.clean import datasets
 from diffem.corruptions import BlackBox, Corruption, GaussianNoise, Params, RandomMask
-from diffem.em import DiffEM
-from diffem.observations import Observations
-from diffem.posteriors import PosteriorSampler, draw_many
+from diffem.data import Observations
+from diffem.em import DiffEM, Hook
+from diffem.samplers import draw_many
 
 HERE = Path(__file__).parent
 ITEMS = 600
 SETTINGS = {"em.iterations": "20", "em.patience": "0", "prior.steps": "1"}
 DRAWS = 4  # of each observation, for the distances to clean data
 STEP = 8  # between levels of grey
-PAPER = {"e_step.width": "0", "m_step.imputed_weight": "1"}
+PAPER = {"sampler.width": "0", "m_step.imputed_weight": "1"}
 
 SMALL = {"network.channels": "[16, 32]", "network.blocks": "[1, 1]", "m_step.steps": "100", "em.iterations": "14"}
 
@@ -76,24 +76,20 @@ TASKS = {
 }
 
 
-class Watched(DiffEM):
-    """A run that is compared with clean items that it does not see."""
-
-    def watch(self, clean: Tensor, labels: Tensor) -> None:
-        centre, half = self.scaling
-        self.others = (clean - centre) / half
-        self.features = classifier(self.others, labels)[:-1]
-
-    def _compared(self, sampler: PosteriorSampler, x: np.ndarray) -> dict:
-        return {"clean": self._distances(sampler)}
+def watch(clean: Tensor, labels: Tensor) -> Hook:
+    """Compares every iteration with clean items that the run does not see, in the units of the data."""
+    model: list[torch.nn.Module] = []
 
     @torch.no_grad()
-    def _distances(self, sampler: PosteriorSampler) -> dict[str, float]:
-        """The mean distances of several reconstructions of every training observation."""
-        x = draw_many(sampler, self.observations, self.train, DRAWS, self.seed)
-        centre, half = self.scaling
-        each = [distribution((x[:, j] - centre) / half, self.others, self.features) for j in range(DRAWS)]
-        return means(each)
+    def hook(em: DiffEM, row: dict) -> dict:
+        others = em.data.units.scale(clean)
+        if not model:
+            with torch.enable_grad():
+                model.append(classifier(others, labels)[:-1])
+        x = draw_many(em.sampler, em.data, em.train, DRAWS, em.seed)
+        return {"clean": means([distribution(draw, others, model[0]) for draw in x])}
+
+    return hook
 
 
 def run(task: str, seed: int, settings: dict[str, str], folder: Path) -> list[dict]:
@@ -106,9 +102,9 @@ def run(task: str, seed: int, settings: dict[str, str], folder: Path) -> list[di
     y, params = made.observe(x[:ITEMS], torch.Generator().manual_seed(seed))
     assumed = (TASKS[task].assumed or TASKS[task].made)()
     observations = Observations(y.numpy(), assumed, {k: v.numpy() for k, v in params.items()}, data.range)
-    config = configuration.load("digits", list({**settings, "em.seed": str(seed)}.items()))
-    em = Watched(config, observations, folder, allow_unobserved=True)
-    em.watch(x[ITEMS:], labels[ITEMS:])
+    config = configuration.load_config("digits", list({**settings, "em.seed": str(seed)}.items()))
+    hooks = [watch(x[ITEMS:], labels[ITEMS:])]
+    em = DiffEM(config, observations, folder, hooks=hooks, allow_unobserved=True)
     for row in em.iterate():
         print(
             f"{task} {seed}: iteration {row['iteration']}, criterion {row['criterion']:.3f}, ratio {row['ratio'] or 0:.2f}, "

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from diffem.config import load
+from diffem.config import load_config
 from diffem.corruptions import GaussianBlur, RandomMask
-from diffem.observations import Observations
+from diffem.data import Observations
+from diffem.samplers import trained_kind
+from diffem.units import Units
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -35,10 +37,10 @@ def test_budgets_are_spent_and_not_exceeded(module):
             continue
         settings = [*compare.TASKS["digits-mask75"].settings.items(), *method.settings.items()]
         settings = [(k, v) for k, v in settings if not v.startswith("{examples")]
-        config = load("digits", settings)
-        planned = load("digits", [*settings, *compare.plan(config, method, n, budget).items()])
+        config = load_config("digits", settings)
+        planned = load_config("digits", [*settings, *compare.plan(config, method, n, budget).items()])
         # what EM does: the first M-step, the others, an E-step each, and perhaps a last one over everything
-        draw = planned.sampler.evaluations * n
+        draw = trained_kind(planned.sampler).evaluations(planned.sampler) * n
         k, steps, first = planned.em.iterations, planned.m_step.steps, planned.m_step.first_steps
         spent = 3 * planned.m_step.batch * (first + (k - 1) * steps) + k * planned.em.refresh * draw
         spent += draw if (planned.em.guard or planned.em.refresh < 1) and not method.single else 0
@@ -85,7 +87,7 @@ def test_splitting_learns_the_mean_of_what_is_hidden(module, monkeypatch):
     x = (2 * torch.rand(400, 1, generator=generator) - 1).expand(-1, 8).clone()
     mask = torch.rand(400, 8, generator=generator) < 0.5
     data = Observations(np.where(mask, x, 0).astype("f"), RandomMask(0.5, 0.0), {"mask": mask.numpy()}, (-1, 1))
-    config = load("digits", [("network.kind", "mlp"), ("network.width", "64"), ("m_step.batch", "64")])
+    config = load_config("digits", [("network.kind", "mlp"), ("network.width", "64"), ("m_step.batch", "64")])
     estimate = module("splitting").train(data, config, seed=0, budget=3 * 64 * 400)
     *_, test = data.split(0)
     y, params = data.batch(test)
@@ -100,7 +102,7 @@ def test_richardson_lucy_deblurs(module):
         corruption = GaussianBlur(1.0, 1e-6)
         clean = 16 * (torch.rand(3, 1, 8, 8, generator=torch.Generator().manual_seed(0)) > 0.8).float()
         test = np.arange(3)
-        clean_test = clean / 8 - 1
+        clean_test, units = clean / 8 - 1, Units(8.0, 8.0)
 
         @property
         def observations(self):
@@ -109,10 +111,7 @@ def test_richardson_lucy_deblurs(module):
         def batch(self, rows):
             return self.corruption.forward(self.clean, {}), {}
 
-        def scale(self, x):
-            return x / 8 - 1
-
     judge = Judge()
-    blurred = judge.scale(judge.batch(None)[0]) - judge.clean_test
+    blurred = judge.units.scale(judge.batch(None)[0]) - judge.clean_test
     before = -10 * float((blurred.square().mean() / 4).log10())
     assert module("compare").richardson_lucy(judge, 100) > before + 3

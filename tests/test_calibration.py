@@ -15,10 +15,11 @@ from diffem.diagnostics import calibration
 from diffem.diagnostics.calibration import Trials, histogram, ranks, self_consistency, simulate, tarp_coverage
 from diffem.errors import DiffemError
 from diffem.mixtures import Mixture
-from diffem.posteriors import MixturePosterior, ObservationPosterior
+from diffem.samplers import MixtureSampler, ObservationSampler
+from diffem.units import Units
 
 FEATURES = 8
-SCALING = (1.0, 2.0)
+UNITS = Units(1.0, 2.0)
 CASES = {
     "mask": RandomMask(0.5, 0.2),
     "projection": RandomProjection(3, 0.4),
@@ -43,26 +44,28 @@ def mixture(corruption: Corruption, shift: float = 0.0) -> Mixture:
     return Mixture(weights, mean, factor, torch.full((2, FEATURES), 0.05), basis=basis)
 
 
-def exact(name: str, shift: float = 0.0) -> MixturePosterior:
-    return MixturePosterior(CASES[name], (FEATURES,), SCALING, mixture(CASES[name], shift))
+def exact(name: str, shift: float = 0.0) -> MixtureSampler:
+    return MixtureSampler(CASES[name].scaled(UNITS), (FEATURES,), mixture(CASES[name], shift))
 
 
-class Stretched(MixturePosterior):
+class Stretched(MixtureSampler):
     """Draws about the exact mean, by a factor too far from it; the prior stays what it is."""
 
     factor = 1.0
 
-    def _sample(self, y, params, seeds, withheld):
-        x = super()._sample(y, params, seeds, withheld)
-        mean = self.mixture.posterior(self.model_corruption.likelihood(y, params).withheld(withheld)).mean
+    def draw(self, y, params, seeds, withheld=None):
+        x = super().draw(y, params, seeds, withheld)
+        if withheld is None:
+            withheld = torch.zeros(len(y), dtype=torch.bool)
+        mean = self.mixture.posterior(self.corruption.likelihood(y, params).withheld(withheld)).mean
         return torch.where(withheld[:, None], x, mean + self.factor * (x - mean))
 
 
-class Blind(MixturePosterior):
+class Blind(MixtureSampler):
     """The prior, whatever was observed."""
 
-    def _sample(self, y, params, seeds, withheld):
-        return super()._sample(y, params, seeds, torch.ones_like(withheld))
+    def draw(self, y, params, seeds, withheld=None):
+        return super().draw(y, params, seeds, torch.ones(len(y), dtype=torch.bool))
 
 
 def p_values(table: dict) -> dict[str, float]:
@@ -177,7 +180,7 @@ def test_exact_posterior_is_consistent_with_its_prior(name):
 @pytest.mark.parametrize(("factor", "sign"), [(0.7, -1), (1.5, 1)])
 @pytest.mark.parametrize("name", ["mask", "projection"])
 def test_narrow_and_wide_posteriors_are_found_out(name, factor, sign):
-    sampler = Stretched(CASES[name], (FEATURES,), SCALING, mixture(CASES[name]))
+    sampler = Stretched(CASES[name].scaled(UNITS), (FEATURES,), mixture(CASES[name]))
     sampler.factor = factor
     table = self_consistency(sampler, sampler, 0, n=400)
     assert table["p_value"] < 1e-3
@@ -192,7 +195,7 @@ def test_narrow_and_wide_posteriors_are_found_out(name, factor, sign):
 
 
 def test_only_the_likelihood_finds_a_posterior_that_does_not_look():
-    sampler = Blind(CASES["mask"], (FEATURES,), SCALING, mixture(CASES["mask"]))
+    sampler = Blind(CASES["mask"].scaled(UNITS), (FEATURES,), mixture(CASES["mask"]))
     table = self_consistency(sampler, exact("mask"), 0, n=400)
     found = p_values(table)
     likelihood = found.pop("log_likelihood")
@@ -213,10 +216,9 @@ def test_known_items_judge_the_prior_too():
     y = x + 0.4 * normal(300, FEATURES, seed=4)
 
     def table(mean: float) -> dict:
-        sampler = MixturePosterior(
+        sampler = MixtureSampler(
             GaussianNoise(0.4),
             (FEATURES,),
-            (0.0, 1.0),
             Mixture(
                 torch.zeros(1),
                 torch.full((1, FEATURES), mean),
@@ -225,8 +227,8 @@ def test_known_items_judge_the_prior_too():
             ),
         )
         seeds = torch.arange(300)
-        draws = torch.stack([sampler.sample(y, {}, 1000 * j + seeds) for j in range(15)])
-        return calibration.calibration(Trials(x, y, {}, draws, sampler.model_corruption), 0)
+        draws = torch.stack([sampler.draw(y, {}, 1000 * j + seeds) for j in range(15)])
+        return calibration.calibration(Trials(x, y, {}, draws, sampler.corruption), 0)
 
     assert table(0.3)["p_value"] > 0.05
     assert table(-0.3)["p_value"] < 1e-3
@@ -250,8 +252,8 @@ def double(x: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("corruption", [BlackBox(double), GaussianNoise(0.0)])
 def test_no_likelihood_of_a_black_box_or_without_noise(corruption):
-    sampler = ObservationPosterior(corruption, (4,), SCALING)
-    prior = MixturePosterior(GaussianNoise(0.1), (4,), SCALING, Mixture.standard(4))
+    sampler = ObservationSampler(corruption.scaled(UNITS), (4,))
+    prior = MixtureSampler(GaussianNoise(0.1).scaled(UNITS), (4,), Mixture.standard(4))
     table = self_consistency(sampler, prior, 0, n=64, draws=3)
     assert list(table["sbc"]) == ["projection_0", "projection_1", "projection_2", "projection_3", "squared_norm"]
 
@@ -272,4 +274,4 @@ def test_what_is_given_for_json():
 
 def test_prior_of_other_items():
     with pytest.raises(DiffemError, match=r"shape \(4,\)"):
-        simulate(exact("mask"), ObservationPosterior(CASES["mask"], (4,), SCALING), 8, 2, 0)
+        simulate(exact("mask"), ObservationSampler(CASES["mask"].scaled(UNITS), (4,)), 8, 2, 0)

@@ -13,18 +13,18 @@ import torch
 import yaml
 
 from diffem import config as configuration
-from diffem import datasets
-from diffem import em as em_module
+from diffem import judging
+from diffem.clean import datasets
 from diffem.cli import main
-from diffem.config import Config
 from diffem.corruptions import BlackBox, Corruption, GaussianBlur, GaussianNoise, RandomMask, RandomProjection
+from diffem.cost import forecast
+from diffem.data import Observations
 from diffem.diagnostics import Score
 from diffem.diagnostics.check import Finding, check
 from diffem.diagnostics.spectrum import Spectrum
 from diffem.em import DiffEM
-from diffem.m_step import Trainer
-from diffem.observations import Observations
-from diffem.posteriors import DiffusionPosterior
+from diffem.samplers import DiffusionSampler
+from diffem.trainer import Trainer
 
 TINY = {
     "network": {"kind": "mlp", "width": 16, "depth": 1, "embedding": 16},
@@ -40,8 +40,8 @@ def rng(seed: int = 0) -> np.random.Generator:
     return np.random.default_rng(seed)
 
 
-def found(observations: Observations, config: Config | None = None) -> dict[str, Finding]:
-    findings = check(observations, config)
+def found(observations: Observations) -> dict[str, Finding]:
+    findings = check(observations)
     levels = [f.level for f in findings]
     assert levels == sorted(levels, key=("problem", "warning", "note").index)
     assert len({f.name for f in findings}) == len(findings)
@@ -424,32 +424,33 @@ def test_a_range_that_does_not_fit():
 def test_cost_counts_what_a_run_does(tmp_path, monkeypatch):
     config = configuration.from_dict(TINY)
     observations = observe(features(600), RandomMask(0.3, 0.01))
-    text = found(observations, config)["cost"].text
+    text = forecast(observations, config)
     assert text.startswith("about ")
+    assert "\n" not in text
+    assert text[-1] != "."
     updates, draws = (int(re.search(rf"([\d,]+) {what}", text)[1].replace(",", "")) for what in ("updates", "draws"))
     count = {"updates": 0, "draws": 0}
-    update, sample = Trainer.update, DiffusionPosterior.sample
+    update, draw = Trainer.update, DiffusionSampler.draw
 
     def counted_update(self, *arguments):
         count["updates"] += 1
         return update(self, *arguments)
 
-    def counted_sample(self, y, *arguments):
+    def counted_draw(self, y, *arguments):
         count["draws"] += len(y)
-        return sample(self, y, *arguments)
+        return draw(self, y, *arguments)
 
     monkeypatch.setattr(Trainer, "update", counted_update)
-    monkeypatch.setattr(DiffusionPosterior, "sample", counted_sample)
+    monkeypatch.setattr(DiffusionSampler, "draw", counted_draw)
 
     def decided(sampler, *arguments):
-        score(
-            sampler, *arguments
-        )  # iterations are better than the start; draws of a width of 1.5 are nearly calibrated
+        score(sampler, *arguments)
+        # iterations are better than the start; draws of a width of 1.5 are nearly calibrated
         ones, width = torch.ones(6), getattr(sampler, "width", 0.5)
         return Score("crps", ones / (1 + (width >= 1)), width / 1.51 * ones, ones, 0 * ones)
 
-    score = em_module.score
-    monkeypatch.setattr(em_module, "score", decided)
+    score = judging.score
+    monkeypatch.setattr(judging, "score", decided)
     rows = list(DiffEM(config, observations, tmp_path).iterate())
     assert [row["width"] for row in rows] == [None, 1, 1, 1.5]
     assert updates == count["updates"] == 30 + 20 + 10
@@ -463,7 +464,7 @@ def test_cost_of_every_start(kind, corruption):
     if kind == "observation" and isinstance(corruption, RandomProjection):
         pytest.skip("y cannot stand for x")
     config = configuration.from_dict({**TINY, "start": {**TINY["start"], "kind": kind}})
-    assert "60 updates" in found(observe(features(600), corruption), config)["cost"].text
+    assert "60 updates" in forecast(observe(features(600), corruption), config)
 
 
 # --- size --------------------------------------------------------------------------------------------

@@ -4,29 +4,30 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from safetensors import safe_open
 
-from diffem import seeding
+from diffem import samplers, seeding
+from diffem.clean.evaluation import as_text
 from diffem.cli import main
+from diffem.data import Observations
 from diffem.em import DiffEM
-from diffem.evaluation import as_text
-from diffem.observations import Observations
-from diffem.posteriors import from_pretrained
+from diffem.posterior import from_pretrained
 
 TINY = [
     "--em.guard",
     "false",
     "--em.iterations",
     "1",
-    "--em.score_draws",
-    "2",
     "--m_step.steps",
     "3",
     "--m_step.first_steps",
@@ -128,10 +129,21 @@ def refused(here: Path, capsys, *argv: str) -> str:
         (["corrupt", "digits", "--name", "RandomMusk", "--out", "obs2"], ["RandomMusk", "'RandomMask'"]),
         (["sample", "nowhere", "--out", "x.npy", "--m", "3"], ["--m"]),
         (["tarin"], ["tarin"]),
-        ([], ["command"]),
+        (["--out"], ["--out: give a command first; diffem --help lists them"]),
+        (
+            ["train", "digits", "--iterations", "2"],
+            ["--iterations: unknown option; did you mean --", "--em.iterations?"],
+        ),
+        (
+            ["train", "digits", "--learning-rate=1"],
+            ["--learning-rate: unknown option; did you mean --m_step.learning_rate?"],
+        ),
+        (["train", "digits", "--qqq", "2"], ["--qqq: unknown option; settings are written --section.field value"]),
+        (["sample", "nowhere", "--n", "-3", "--out", "x.npy"], ["--n: must be at least 1, got -3"]),
+        (["train", "digits", "--batch", "0"], ["--batch: must be at least 1, got 0"]),
     ],
 )
-def test_mistakes(argv, texts, here, capsys):
+def test_invariant_8_an_error_is_one_line_and_changes_nothing(argv, texts, here, capsys):
     line = refused(here, capsys, *argv)
     assert all(text in line for text in texts), line
 
@@ -280,19 +292,20 @@ def test_device_precision_and_reference(here, capsys):
 
     cpu = ["--device", "cpu", "--precision", "float32"]
     assert main(["sample", "run", "--n", "5", "--out", "x.npy", *cpu]) == 0
-    draws = from_pretrained("run/prior").sample_prior(seeding.item_seeds(0, 0, "prior", range(5)))
-    assert np.array_equal(np.load("x.npy"), draws.numpy())
+    prior = from_pretrained("run/prior")
+    drawn = samplers.sample_prior(prior.sampler, seeding.item_seeds(0, 0, "prior", range(5)))
+    assert np.array_equal(np.load("x.npy"), prior.units.restore(drawn).numpy())
     assert main(["reconstruct", "run", "--observations", "obs", "--draws", "1", "--out", "rec", *cpu]) == 0
     y, params = Observations.load("obs").batch(range(N))
-    draws = from_pretrained("run/posterior").sample(y, params, seeding.item_seeds(0, 0, "user", range(N)))
-    assert np.array_equal(np.load("rec/draws.npy")[:, 0], draws.numpy())
+    draws = from_pretrained("run/posterior").sample(y, params, seeds=seeding.item_seeds(0, 0, "user", range(N)))
+    assert np.array_equal(np.load("rec/draws.npy")[:, 0], draws[0].numpy())
     for command in (["sample", "run", "--out", "z.npy"], ["reconstruct", "run", "--observations", "obs", "--out", "z"]):
         assert refused(here, capsys, *command, "--device", "gpu9") == device
         assert refused(here, capsys, *command, "--precision", "half") == precision
 
     assert main(["train", "--observations", "obs", "--out", "half", "--precision", "bfloat16", *TINY]) == 0
     whole, half = (from_pretrained(here / name / "posterior") for name in ("run", "half"))
-    pairs = zip(whole.denoiser.network.parameters(), half.denoiser.network.parameters(), strict=True)
+    pairs = zip(*(posterior.sampler.denoiser.network.parameters() for posterior in (whole, half)), strict=True)
     apart = max((a - b).abs().max().item() for a, b in pairs)
     assert 0 < apart < 0.01
 
@@ -323,16 +336,16 @@ def test_full_disk(fails, here, capsys, monkeypatch):
     n = 4000
     write(here / "obs", clean(n), random_mask(n))
     train = ["train", "--observations", "obs", *TINY, "--em.iterations", "2"]
-    m_step = DiffEM._m_step
+    m_step = DiffEM.steps["m_step"]
 
-    def stop(self):
-        if self.state.iteration == 2:
+    def stop(em):
+        if em.state.iteration == 2:
             raise KeyboardInterrupt
-        m_step(self)
+        m_step(em)
 
     assert main([*train, "--out", "whole"]) == 0
     with monkeypatch.context() as patch:
-        patch.setattr(DiffEM, "_m_step", stop)
+        patch.setitem(DiffEM.steps, "m_step", stop)
         assert main([*train, "--out", "run"]) == 130
     assert capsys.readouterr().err == "diffem: stopped; run the same command to go on\n"
 
@@ -378,3 +391,90 @@ def test_black_box(here, capsys, monkeypatch):
     assert "give it as MODULE:FUNCTION" in refused(here, capsys, *diagnose)
     assert main([*diagnose, "--corruption", "my_box:clip", "--json"]) == 0
     assert {**json.loads(capsys.readouterr().out), "seconds": 0} == {**found, "seconds": 0}
+
+
+def test_alone_it_prints_its_help(capsys):
+    assert main([]) == 0
+    assert "usage: diffem" in capsys.readouterr().out
+
+
+def test_nothing_is_overwritten_unless_it_is_asked_for(here, capsys):
+    write(here / "obs", clean() * random_mask(), random_mask())
+    assert main(["train", "--observations", "obs", "--out", "run", *TINY]) == 0
+    commands = (
+        (["reconstruct", "run", "--observations", "obs", "--draws", "2", "--out", "rec"], "rec/draws.npy"),
+        (
+            ["sample", "run", "--n", "3", "--out", "x.npy"],
+            "x.npy",
+        ),
+    )
+    for command, file in commands:
+        assert main([*command]) == 0
+        said = refused(here, capsys, *command)
+        assert said == f"diffem: diffem {command[0]}: --out: {file} is there already; --overwrite replaces it\n"
+        before = (here / file).read_bytes()
+        assert main([*command, "--seed", "1", "--overwrite"]) == 0
+        assert (here / file).read_bytes() != before
+    assert not list(here.rglob("*.tmp"))
+
+
+def test_reconstruct_touches_nothing_beside_its_files(here):
+    write(here / "obs", clean() * random_mask(), random_mask())
+    assert main(["train", "--observations", "obs", "--out", "run", *TINY]) == 0
+    (here / "rec.tmp").mkdir()
+    (here / "rec.tmp" / "thesis.tex").write_text("mine")
+    for out in ("rec", "."):
+        assert main(["reconstruct", "run", "--observations", "obs", "--draws", "2", "--out", out]) == 0
+        assert {"draws.npy", "mean.npy", "std.npy"} <= {p.name for p in (here / out).iterdir()}
+    assert (here / "rec.tmp" / "thesis.tex").read_text() == "mine"
+    assert not list(here.glob(".diffem-*"))
+
+
+def test_a_reconstruction_that_fails_leaves_nothing(here, monkeypatch):
+    write(here / "obs", clean() * random_mask(), random_mask())
+    assert main(["train", "--observations", "obs", "--out", "run", *TINY]) == 0
+
+    def fail(*given, **named):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(samplers.DiffusionSampler, "draw", fail)
+    monkeypatch.setattr(samplers.MixtureSampler, "draw", fail)
+    assert main(["reconstruct", "run", "--observations", "obs", "--out", "rec"]) == 130
+    assert not (here / "rec").exists()
+    assert not list(here.rglob("*.tmp"))
+
+
+def started(here: Path, *argv: str, **options) -> subprocess.Popen:
+    command = [sys.executable, "-m", "diffem.cli", *argv]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, cwd=here, env=environment, text=True, **options)
+
+
+def test_training_goes_on_where_nobody_reads_any_more(here):
+    write(here / "obs", clean() * random_mask(), random_mask())
+    reader, writer = os.pipe()
+    process = started(
+        here, "train", "--observations", "obs", "--out", "run", *TINY, stdout=writer, stderr=subprocess.PIPE
+    )
+    os.close(writer)
+    os.close(reader)  # as `| head -0` does
+    assert process.communicate()[1] == ""
+    assert process.returncode == 0
+    assert (here / "run" / "report.html").exists()
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_lets_a_run_save(number, status, here):
+    write(here / "obs", clean() * random_mask(), random_mask())
+    argv = ["train", "--observations", "obs", "--out", "run", *TINY, "--m_step.first_steps", "100000"]
+    process = started(here, *argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.readline().startswith("iteration   0")
+    time.sleep(0.5)  # some updates
+    process.send_signal(number)
+    assert process.communicate()[1] == "diffem: stopped, and saved; run the same command to go on\n"
+    assert process.returncode == status
+    with safe_open(here / "run" / "checkpoint.safetensors", "pt") as stream:
+        state = json.loads(stream.metadata()["diffem"])
+    assert state["step"] == "m_step"
+    assert 0 < state["updates"] < 100000

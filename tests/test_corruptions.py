@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from diffem.config import load_config
 from diffem.corruptions import (
     BlackBox,
     GaussianBlur,
@@ -22,8 +23,12 @@ from diffem.corruptions import (
 )
 from diffem.corruptions.base import NOISE_FLOOR, SPREAD, Corruption, LinearCorruption
 from diffem.corruptions.diagonal import blur_matrix
+from diffem.data import Observations
+from diffem.diagnostics.check import check
+from diffem.em import DiffEM
 from diffem.errors import DiffemError
 from diffem.mixtures import Mixture
+from diffem.units import Units
 
 DOUBLE = torch.float64
 HIDDEN = 0.3  # the fraction that thinning is documented to hide
@@ -337,7 +342,7 @@ def test_measured_in_the_words_of_the_docstring():
     assert not mask.measured(x, params)[~params["mask"].expand_as(x)].any()
     # noise as large as the data measures half of them
     torch.testing.assert_close(GaussianNoise(0.5).measured(x, {}), x / 2)
-    torch.testing.assert_close(GaussianNoise(0.25).scaled(7.0, 0.5).measured(x, {}), x / 2)
+    torch.testing.assert_close(GaussianNoise(0.25).scaled(Units(7.0, 0.5)).measured(x, {}), x / 2)
     blur = GaussianBlur(0.8, 0.2)
     basis, gain = blur.gains((3, 4, 5))
     share = gain.flatten().square() / (gain.flatten().square() + 0.4**2)
@@ -352,7 +357,9 @@ def test_measured_in_the_words_of_the_docstring():
     )
 
 
-@pytest.mark.parametrize("corruption", [Corruption(), BlackBox(torch.sign), BlackBox(torch.sign).scaled(1.0, 2.0)])
+@pytest.mark.parametrize(
+    "corruption", [Corruption(), BlackBox(torch.sign), BlackBox(torch.sign).scaled(Units(1.0, 2.0))]
+)
 def test_where_nothing_is_known_everything_counts_as_measured(corruption):
     x = randn(4, 3, 4, 5)
     assert torch.equal(corruption.measured(x, {}), x)
@@ -389,7 +396,7 @@ SCALED = [*CASES, *(pytest.param(BlackBox(with_noise, "m:f"), s, id=f"box-{k}") 
 
 @pytest.mark.parametrize(("corruption", "shape"), SCALED)
 def test_scaled_commutes_with_apply(corruption, shape):
-    centre, half = 1.7, 2.5
+    units = Units(1.7, 2.5)
     x = randn(6, *shape)
     candidates = [corruption.draw(6, shape, seeded(1))]
     if not isinstance(corruption, BlackBox):
@@ -397,12 +404,111 @@ def test_scaled_commutes_with_apply(corruption, shape):
     for params in candidates:
         original = corruption.apply(x, params, seeded(2))
         noise = corruption.noise
-        inside = corruption.scaled(centre, half).apply((x - centre) / half, params, seeded(2))
-        outside = corruption.scale_y(original, params, centre, half)
+        inside = corruption.scaled(units).apply(units.scale(x), params, seeded(2))
+        outside = corruption.scale_y(original, params, units)
         torch.testing.assert_close(inside, outside, rtol=0, atol=1e-12)
         assert (inside - original).abs().max() > 0.1
         assert corruption.noise == noise  # the original is left alone
         assert torch.equal(corruption.apply(x, params, seeded(2)), original)
+
+
+class Counts(Corruption):
+    """Counts in a number of seconds, of rates that must not be negative: a corruption as a user may write it.
+
+    Its thinning needs the counts themselves: each of them goes to the first part or to the second.
+    """
+
+    by_entry = True
+
+    def draw(self, n, shape, generator):
+        return {"seconds": 5 + 5 * torch.rand(n, 1, *shape[1:], generator=generator, dtype=DOUBLE)}
+
+    def apply(self, x, params, generator):
+        return torch.poisson(params["seconds"] * x.clamp(min=0), generator=generator)
+
+    def thin(self, y, params, generator):
+        assert (y - y.round()).abs().max() < 1e-9
+        first = torch.binomial(y.round(), torch.full_like(y, 1 - HIDDEN), generator=generator)
+        seconds = params["seconds"]
+        return (first, {"seconds": (1 - HIDDEN) * seconds}), (y - first, {"seconds": HIDDEN * seconds})
+
+    def measured(self, x, params):
+        return x * params["seconds"] / 10
+
+    def seen(self, y, params):
+        return params["seconds"] > 7
+
+    def compared(self, y):
+        return y.flip(1)
+
+
+class Whole(Counts):
+    """The same where nobody knows how to split."""
+
+    def thin(self, y, params, generator):
+        return None
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_a_nonlinear_corruption_of_a_user_works_in_model_units(shape):
+    corruption, units, n = Counts(), Units(6.0, 3.3), 20
+    scaled = corruption.scaled(units)
+    assert (scaled.config, scaled.by_entry) == (corruption.config, True)
+    params = corruption.draw(n, shape, seeded(1))
+    for a, b in zip(scaled.draw(n, shape, seeded(1)).values(), params.values(), strict=True):
+        assert torch.equal(a, b)
+    x = 6 + 3 * randn(n, *shape)
+    y = corruption.apply(x, params, seeded(2))
+    inside = scaled.apply(units.scale(x), params, seeded(2))
+    close = {"rtol": 0, "atol": 1e-12}
+    torch.testing.assert_close(inside, corruption.scale_y(y, params, units), **close)
+    # the same split, and what remains of the counts is in model units again
+    expected = corruption.thin(y, params, seeded(3))
+    for (part, own), (plain, of_plain) in zip(scaled.thin(inside, params, seeded(3)), expected, strict=True):
+        torch.testing.assert_close(part, units.scale(plain), **close)
+        assert torch.equal(own["seconds"], of_plain["seconds"])
+        assert not torch.equal(own["seconds"], params["seconds"])
+    torch.testing.assert_close(expected[0][0] + expected[1][0], y, rtol=0, atol=0)
+    # what it says of items and observations
+    assert torch.equal(scaled.measured(units.scale(x), params), units.scale(x) * params["seconds"] / 10)
+    assert torch.equal(scaled.seen(inside, params), corruption.seen(y, params))
+    torch.testing.assert_close(scaled.compared(inside), units.scale(corruption.compared(y)), **close)
+    values, seen = scaled.entries(inside, params)
+    assert torch.equal(values, scaled.compared(inside).flatten(1))
+    assert torch.equal(seen, corruption.entries(y, params)[1])
+    for found, plain in zip(scaled.condition(inside, params), corruption.condition(inside, params), strict=True):
+        assert torch.equal(found, plain)
+
+
+def test_capabilities_of_a_scaled_corruption_are_those_that_can_be_scaled():
+    units = Units(6.0, 3.3)
+    counts, whole, box = (c.scaled(units) for c in (Counts(), Whole(), BlackBox(torch.sign)))
+    assert [c.thins for c in (counts, whole, box)] == [True, True, False]
+    assert whole.thin(randn(4, 6), {}, seeded()) is None
+    for corruption in (counts, whole, box):
+        assert not any((corruption.linear, corruption.diagonal, corruption.exact, corruption.predictable))
+    assert [c.by_entry for c in (counts, whole, box)] == [True, True, False]
+
+
+RESTORED = [*SCALED, *(pytest.param(Counts(), s, id=f"counts-{k}") for k, s in SHAPES.items())]
+
+
+@pytest.mark.parametrize(("corruption", "shape"), RESTORED)
+def test_restore_y_inverts_scale_y(corruption, shape):
+    units, x = Units(1.7, 2.5), randn(6, *shape)
+    candidates = [corruption.draw(6, shape, seeded(1))]
+    if corruption.thins:
+        candidates = params_of_parts(corruption, shape, 6)
+    for params in candidates:
+        y = corruption.apply(x, params, seeded(2))
+        inside = corruption.scale_y(y, params, units)
+        assert (inside - y).abs().max() > 0.1
+        torch.testing.assert_close(corruption.restore_y(inside, params, units), y, rtol=0, atol=1e-12)
+        torch.testing.assert_close(
+            corruption.scale_y(corruption.restore_y(y, params, units), params, units), y, rtol=0, atol=1e-12
+        )
+        for there in (corruption.scale_y, corruption.restore_y):  # with nothing to change
+            torch.testing.assert_close(there(y, params, Units()), y, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize(("corruption", "shape"), CASES)
@@ -462,7 +568,7 @@ def test_black_box_reproduces_and_leaves_global_generators_alone():
         raise RuntimeError("inside")
 
     states = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
-    with pytest.raises(RuntimeError, match="inside"):
+    with pytest.raises(DiffemError, match=r"^corruption fails: raised RuntimeError: inside$"):
         BlackBox(fails).apply(x, {}, seeded(3))
     assert untouched()
 
@@ -577,3 +683,119 @@ def test_from_function_path(tmp_path, monkeypatch):
         == "--corruption math:nothing: cannot be imported: module 'math' has no attribute 'nothing'"
     )
     assert error(from_function_path, "math:pi") == "--corruption math:pi: is not callable"
+
+
+# --- what goes wrong in a user's own function -------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("gives", "text"),
+    [
+        (lambda x: 1 // 0, "raised ZeroDivisionError: integer division or modulo by zero"),
+        (lambda x: None, "gave NoneType, not an array of numbers"),
+        (lambda x: x[:1], "gave 1 observations for 2 items"),
+        (lambda x: x.mean(), "gave 1 observations for 2 items"),
+        (lambda x: x * torch.nan, "gave values that are not finite"),
+        (lambda x: torch.complex(x, x), "gave complex values; give real and imaginary parts as channels"),
+        (lambda x: x[..., :2], "makes (2, 2) of 2 items, where y.npy has (2, 4)"),
+    ],
+    ids=["raises", "none", "fewer", "one number", "nan", "complex", "another shape"],
+)
+@pytest.mark.parametrize("how", ["train", "check"])
+def test_a_black_box_is_tried_before_anything_else(how, gives, text, tmp_path):
+    y = np.random.default_rng(0).standard_normal((40, 4)).astype(np.float32)
+    observations = Observations(y, BlackBox(gives, "mine:function"), range=(-2, 2))
+    with pytest.raises(DiffemError) as caught:
+        DiffEM("digits", observations, tmp_path / "run") if how == "train" else check(observations)
+    assert str(caught.value) == f"corruption mine:function: {text}"
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_users_class_that_raises_is_named():
+    class Broken(Corruption):
+        def apply(self, x, params, generator):
+            return x @ torch.ones(3, 3)
+
+    with pytest.raises(DiffemError, match=r"^corruption Broken: raised RuntimeError: "):
+        Broken().rehearse((4,), torch.zeros(2, 4))
+
+
+def test_a_black_box_sees_the_range_alone_if_it_is_asked_for(tmp_path):
+    np.save(tmp_path / "y.npy", np.zeros((40, 4), np.float32))
+    (tmp_path / "corruption.yaml").write_text("range: [0, 16]\nclip: true\n")
+    box = Observations.load(tmp_path, BlackBox(torch.sqrt, "torch:sqrt")).corruption
+    x = torch.tensor([[-4.0, 0.0, 9.0, 25.0]])
+    assert box.apply(x, {}, seeded(0)).tolist() == [[0.0, 0.0, 3.0, 4.0]]
+    assert box.config == {"name": "BlackBox", "function": "torch:sqrt", "clip": [0.0, 16.0]}
+
+
+@pytest.mark.parametrize(
+    "text", ["clip: true", "range: [0, 1]\nclip: 3", "name: GaussianNoise\nnoise: 1\nclip: true\nrange: [0, 1]"]
+)
+def test_clip_that_is_refused(text, tmp_path):
+    np.save(tmp_path / "y.npy", np.zeros((40, 4), np.float32))
+    (tmp_path / "corruption.yaml").write_text(text)
+    with pytest.raises(
+        DiffemError,
+        match=r"corruption\.yaml: clip: must be true, beside a `range: \[low, high\]`, and is for black boxes$",
+    ):
+        Observations.load(tmp_path, None if "name" in text else BlackBox(torch.sqrt, "torch:sqrt"))
+
+
+def test_an_argument_that_is_not_kept_is_refused():
+    class Forgets(Corruption):
+        def __init__(self, noise):
+            self.level = noise
+
+    with pytest.raises(DiffemError) as caught:
+        Forgets(0.5).config  # noqa: B018
+    assert str(caught.value) == "corruption Forgets: keep its argument noise as self.noise, or it cannot be saved"
+
+
+def test_parameters_of_a_users_corruption_stand_beside_y(tmp_path):
+    class Turned(Corruption):
+        parameters = ("angle",)
+
+        def draw(self, n, shape, generator):
+            return {"angle": torch.rand(n, 1, generator=generator)}
+
+        def apply(self, x, params, generator):
+            return x * params["angle"].cos()
+
+    y, params = Turned().observe(randn(40, 4), seeded(0))
+    arrays = {k: v.numpy() for k, v in params.items()}
+    Observations(y.numpy(), Turned(), arrays, range=(-2, 2)).save(tmp_path)
+    loaded = Observations.load(tmp_path, Turned())
+    assert np.array_equal(loaded.params["angle"], arrays["angle"])
+
+
+def test_a_users_linear_corruption_is_checked_and_trains(tmp_path):
+    class Half(LinearCorruption):
+        """Sums of neighbours: forward and adjoint alone."""
+
+        def forward(self, x, params):
+            return (x[..., ::2] + x[..., 1::2]) / 2
+
+        def adjoint(self, y, params):
+            return y.repeat_interleave(2, -1) / 2
+
+    corruption = Half(0.1)
+    y, _ = corruption.observe(randn(60, 4), seeded(0))
+    observations = Observations(y.numpy(), corruption, range=(-2, 2), shape=(4,))
+    assert [f.text for f in check(observations) if f.name == "observed"] == [
+        "what Half hides cannot be told from its observations"
+    ]
+    with pytest.raises(DiffemError, match=r"start\.kind: observation: y of shape"):
+        next(DiffEM("digits", observations, tmp_path / "run").iterate())
+    same = Observations(randn(60, 4).numpy(), Identity(0.1), range=(-2, 2))
+    settings = [("em.iterations", "1"), ("m_step.first_steps", "2"), ("prior.steps", "2"), ("em.guard", "false")]
+    rows = list(DiffEM(load_config("digits", settings), same, tmp_path / "same").iterate())
+    assert [row["ratio"] for row in rows] == [None] * 3  # it cannot be split
+
+
+class Identity(LinearCorruption):
+    def forward(self, x, params):
+        return x
+
+    def adjoint(self, y, params):
+        return y

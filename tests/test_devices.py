@@ -7,10 +7,12 @@ import torch
 
 from diffem import devices, seeding
 from diffem.corruptions import RandomMask
-from diffem.denoisers import Denoiser, DenoiserConfig
+from diffem.denoiser import Denoiser, DenoiserConfig
 from diffem.errors import DiffemError
 from diffem.networks import NetworkConfig
-from diffem.posteriors import DiffusionPosterior, SamplerConfig, from_pretrained
+from diffem.posterior import Posterior, from_pretrained
+from diffem.samplers import DiffusionSampler, SamplerConfig
+from diffem.units import Units
 
 
 def error(*arguments: str) -> str:
@@ -49,14 +51,14 @@ def test_bfloat16_draws_are_close(kind, tmp_path):
     generator = torch.Generator().manual_seed(0)
     for parameter in denoiser.network.parameters():  # else the network is zero
         parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
-    sampler = DiffusionPosterior(corruption, shape, (0.0, 1.0), denoiser.eval(), SamplerConfig(steps=8), network)
-    sampler.save_pretrained(tmp_path)
+    posterior = Posterior(DiffusionSampler(denoiser.eval(), SamplerConfig(steps=8)), corruption, Units())
+    posterior.save_pretrained(tmp_path)
     params = corruption.draw(64, shape, generator)
     y = corruption.apply(torch.randn(64, *shape, generator=generator), params, generator)
     seeds = seeding.item_seeds(0, 0, "user", range(64))
     whole, half = (from_pretrained(tmp_path, precision=p) for p in ("float32", "bfloat16"))
-    exact, close = whole.sample(y, params, seeds), half.sample(y, params, seeds)
-    assert torch.equal(exact, sampler.sample(y, params, seeds))
-    assert {v.dtype for v in (*half.denoiser.network.parameters(), close)} == {torch.float32}
+    exact, close = (p.sample(y, params, seeds=seeds)[0] for p in (whole, half))
+    assert torch.equal(exact, posterior.sample(y, params, seeds=seeds)[0])
+    assert {v.dtype for v in (*half.sampler.denoiser.network.parameters(), close)} == {torch.float32}
     difference = (close - exact).square().mean().sqrt() / exact.std()
     assert 1e-5 < difference < 0.05

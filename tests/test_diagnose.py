@@ -14,38 +14,39 @@ import yaml
 from diffem import seeding
 from diffem.cli import main
 from diffem.corruptions import RandomMask
+from diffem.data import Dataset, Observations
 from diffem.diagnostics import diagnose, score
 from diffem.diagnostics.diagnose import warnings
-from diffem.diagnostics.divergence import COMPARISONS
 from diffem.errors import DiffemError
 from diffem.mixtures import Mixture
-from diffem.observations import Observations
-from diffem.posteriors import MixturePosterior, draw_many
+from diffem.posterior import Posterior
+from diffem.samplers import MixtureSampler, sample_prior
+from diffem.units import Units
 
-SHAPE, N, SCALING = (16,), 1300, (0.0, 2.0)
+SHAPE, N, UNITS = (16,), 1300, Units(0.0, 2.0)
 CORRUPTION = RandomMask(0.5, 0.1)
 
 
-def model(width: float = 1.0) -> MixturePosterior:
+def model(width: float = 1.0) -> Posterior:
     """The exact posterior of a Gaussian of rank 3, or of one of another width."""
     generator = torch.Generator().manual_seed(0)
     mean, factor = 0.3 * torch.randn(1, 16, generator=generator), 0.4 * torch.randn(1, 16, 3, generator=generator)
     mixture = Mixture(torch.zeros(1), mean, width * factor, torch.full((1, 16), 0.05 * width**2))
-    return MixturePosterior(CORRUPTION, SHAPE, SCALING, mixture)
+    return Posterior(MixtureSampler(CORRUPTION.scaled(UNITS), SHAPE, mixture), CORRUPTION, UNITS)
 
 
 def make(run: Path, seed: int = 0, width: float = 1.0, held_out: int = 600) -> Observations:
     """A finished run, with models of this width."""
-    x = model().sample_prior(seeding.item_seeds(seed, 0, "data", torch.arange(N)))
+    x = UNITS.restore(sample_prior(model().sampler, seeding.item_seeds(seed, 0, "data", torch.arange(N))))
     y, params = CORRUPTION.observe(x, torch.Generator().manual_seed(seed))
     hidden = np.arange(N) < held_out
     data = Observations(y.numpy(), CORRUPTION, {"mask": params["mask"].numpy()}, held_out=hidden)
     data.save(run / "observations")
-    sampler = model(width)
+    posterior = model(width)
     for name in ("posterior", "prior"):
-        sampler.save_pretrained(run / name)
-    np.save(run / "reconstructions.npy", draw_many(sampler, data, np.arange(N), 1, seed)[:, 0].numpy())
-    found = score(sampler, data, data.split(seed)[2], seed, splits=2)
+        posterior.save_pretrained(run / name)
+    np.save(run / "reconstructions.npy", posterior.reconstruct(data, np.arange(N), 1, seed)[0].numpy())
+    found = score(posterior.sampler, Dataset(data, UNITS), data.split(seed)[2], seed, splits=2)
     row = {"iteration": 0, "score_name": "crps", "score": found.mean, "score_se": found.standard_error, "best": True}
     row |= {"ratio": found.ratio, "ratio_se": found.ratio_error, "accepted": True}
     (run / "metrics.jsonl").write_text(json.dumps(row) + "\n")
@@ -78,7 +79,7 @@ def test_models_that_are_too_narrow_or_too_wide(width, said, tmp_path):
     found = diagnose(tmp_path, make(tmp_path, width=width), full=True)
     text = " | ".join(found["warnings"])
     assert said in text
-    assert "re-corrupted prior samples can be told from the observations (" in text
+    assert "re-corrupted prior samples differ from the observations by " in text
     assert ("the prior samples are too much alike" in text) == (width < 1)
     assert ("the posterior draws vary" in text) == (width < 1)
     assert "simulated" not in text  # they fit each other: self-consistency is not truth
@@ -102,17 +103,25 @@ def test_validation_observations_do_not_report(tmp_path):
 
 def test_words():
     coverage = {"levels": [0.5, 0.8, 0.95], "shares": [0.45, 0.61, 0.9], "errors": [0.01, 0.02, 0.04]}
-    assert warnings({"coverage": coverage}) == ["over-confident: 80% intervals hold 61% of the hidden entries"]
+    assert warnings({"coverage": coverage}) == [
+        "over-confident: 80% intervals hold 61% of the hidden entries; take the spread of the draws for a lower bound of the"
+        " uncertainty"
+    ]
     assert warnings({"coverage": {**coverage, "errors": [0.1] * 3}}) == []  # so few entries do not say so
-    least = {f"{name}_p_value": 0.3 for name in COMPARISONS} | {"entries_p_value": 0.001}
-    parts = {"reconstructions": {**least, "p_value": 0.005}, "prior": {"p_value": 0.2}}
-    assert warnings({"divergence": parts}) == [
-        "re-corrupted reconstructions can be told from the observations (energy distance of single entries, p = 0.005):"
-        " posterior, prior or the assumed corruption is not exact"
+    table = {"energy_distance": 0.02, "entries": 0.045, "pairs": 9.0, "p_value": 0.003}
+    table |= {"energy_distance_p_value": 0.2, "entries_p_value": 0.001, "pairs_p_value": 0.001}
+    assert warnings({"divergence": {"reconstructions": table}}) == [
+        "re-corrupted reconstructions differ from the observations by 4.5% of the distance between two of them (energy distance"
+        " of single entries); is the declared corruption the true one? `diffem check` tells what it can"
     ]
-    assert warnings({"self_consistency": {"p_value": 1e-9}}) == [
-        "on simulated observations the posterior is not that of the learned prior (p < 0.001): one of them is wrong"
+    assert warnings({"divergence": {"prior": {**table, "entries": 0.02}}}) == []  # sure, but too small to matter
+    assert warnings({"divergence": {"prior": {**table, "entries_p_value": 0.02}}}) == []  # large, but not sure
+    tarp = {"p_value": 1e-9, "tarp": {"deviation": -0.12}}
+    assert warnings({"self_consistency": tarp}) == [
+        "on observations simulated from the prior, credible regions of the posterior are off by 12%: posterior and prior do not"
+        " fit each other, so do not use both for one conclusion"
     ]
+    assert warnings({"self_consistency": {**tarp, "tarp": {"deviation": 0.03}}}) == []
 
 
 def test_command(tmp_path, capsys):

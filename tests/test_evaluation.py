@@ -12,13 +12,15 @@ import pytest
 import torch
 
 from diffem import config as configuration
-from diffem import metrics
+from diffem.clean import metrics
+from diffem.clean.evaluation import as_text, evaluate
 from diffem.corruptions import GaussianBlur, RandomMask
+from diffem.data import Items, Observations
 from diffem.em import DiffEM
 from diffem.errors import DiffemError
-from diffem.evaluation import as_text, evaluate
-from diffem.observations import Observations
-from diffem.posteriors import ObservationPosterior
+from diffem.posterior import Posterior
+from diffem.samplers import ObservationSampler
+from diffem.units import Units
 
 N, SHAPE, NOISE = 60, (1, 4, 4), 0.05
 
@@ -26,7 +28,7 @@ N, SHAPE, NOISE = 60, (1, 4, 4), 0.05
 def config(iterations: int) -> configuration.Config:
     return configuration.from_dict(
         {
-            "em": {"iterations": iterations, "guard": False, "score_draws": 2},
+            "em": {"iterations": iterations, "guard": False},
             "m_step": {"steps": 3, "first_steps": 3, "batch": 16},
             "sampler": {"steps": 3},
             "start": {"components": [1], "ranks": [2], "iterations": 10},
@@ -102,8 +104,10 @@ def test_residual_of_a_blur(c, here):
     corruption, generator = GaussianBlur(0.7, NOISE), torch.Generator().manual_seed(0)
     x = 3 + torch.randn(N, *SHAPE, generator=generator)
     data = Observations((corruption.forward(x, {}) + c * NOISE).numpy(), corruption)
+    units = Units(3.0, 2.0)
+    posterior = Posterior(ObservationSampler(corruption.scaled(units), SHAPE), corruption, units)
     for name in ("posterior", "start", "prior"):
-        ObservationPosterior(corruption, SHAPE, (3.0, 2.0)).save_pretrained(here / "run" / name)
+        posterior.save_pretrained(here / "run" / name)
     np.save(here / "run" / "reconstructions.npy", x.numpy())
     assert evaluate(here / "run", here / "clean.npy", data)["reconstructions"]["residual"] == pytest.approx(c, rel=1e-3)
 
@@ -118,7 +122,7 @@ def test_reconstructions_that_are_right(here):
 
 def test_reconstructions_that_are_moved(here):
     data = Observations.load(here / "obs")
-    _centre, half = data.scaling(data.split(0)[0])
+    half = data.units(data.split(0)[0]).half
     np.save(here / "run" / "reconstructions.npy", np.load(here / "clean.npy") + 1e-3 * half)
     found = evaluate(here / "run", here / "clean.npy")["reconstructions"]
     assert found["psnr"] == pytest.approx(20 * math.log10(2 / 1e-3), abs=0.05)  # the range has width 2
@@ -128,10 +132,8 @@ def test_reconstructions_that_are_moved(here):
 def test_values_are_those_of_metrics(trained):
     found = evaluate(trained / "run", trained / "clean.npy")["reconstructions"]
     data = Observations.load(trained / "obs")
-    centre, half = data.scaling(data.split(0)[0])
-    x, clean = (
-        (torch.from_numpy(np.load(trained / name)) - centre) / half for name in ("run/reconstructions.npy", "clean.npy")
-    )
+    units = data.units(data.split(0)[0])
+    x, clean = (Items(np.load(trained / name), units)[:] for name in ("run/reconstructions.npy", "clean.npy"))
     assert found == pytest.approx({"psnr": metrics.psnr(x, clean, 2.0), **metrics.distances(x, clean)}, rel=1e-5)
 
 

@@ -1,9 +1,10 @@
-"""Memory: an E-step takes as much of it for many observations as for few."""
+"""Memory: an E-step takes as much of it for many observations as for few, and what does not fit is said before it is tried."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,11 +14,18 @@ import numpy as np
 import pytest
 import torch
 
+from diffem import cli, memory
 from diffem import config as configuration
+from diffem import em as em_module
 from diffem.corruptions import GaussianNoise
+from diffem.data import Observations
+from diffem.denoiser import Denoiser, DenoiserConfig
+from diffem.diagnostics import diagnose
 from diffem.em import DiffEM
-from diffem.observations import Observations
-from diffem.posteriors import PosteriorSampler
+from diffem.errors import DiffemError
+from diffem.networks import NetworkConfig
+from diffem.posterior import from_pretrained
+from diffem.samplers import Sampler
 
 SHAPE = (3, 32, 32)
 
@@ -28,11 +36,20 @@ def anonymous() -> float:
     return int(line.split()[1]) / 1024
 
 
-class Identity(PosteriorSampler):
-    kind = "observation"
-
-    def _sample(self, y, params, seeds, withheld):
+class Identity(Sampler):
+    def draw(self, y, params, seeds, withheld=None):
         return y
+
+
+class Drawing(DiffEM):
+    """A run of an E-step alone, whose draws are the observations."""
+
+    @property
+    def sampler(self):
+        return Identity(self.data.corruption, self.data.shape)
+
+    def next(self, step, **changes):
+        self.after = step, changes
 
 
 def e_step(folder: str, n: int) -> None:
@@ -41,15 +58,17 @@ def e_step(folder: str, n: int) -> None:
     y = np.lib.format.open_memmap(Path(folder) / "y.npy", "w+", np.uint8, (n, *SHAPE))  # zeros that take no space
     y[n - 1] = 255
     peak = []
-    em = DiffEM(
+    em = Drawing(
         configuration.Config(),
         Observations(np.load(Path(folder) / "y.npy", mmap_mode="r"), GaussianNoise(10.0)),
         Path(folder) / "run",
-        progress=lambda what, done, total: peak.append(anonymous()),
+        progress=lambda progress: peak.append(anonymous()),
     )
-    out = em.run.array("next", (n, *SHAPE))
-    sampler = Identity(em.corruption, SHAPE, em.scaling)
-    assert em._reconstruct(sampler, out, iteration=0) == n
+    with em.run.open():
+        em_module.e_step(em)
+    assert em.after == ("judge", {"drawn": n})
+    out = em.run.array("next")
+    assert out.shape == (n, *SHAPE)
     assert (out[0] == 0).all()
     assert (out[n - 1] == 255).all()
     assert len(peak) == -(-n // 256)
@@ -57,7 +76,7 @@ def e_step(folder: str, n: int) -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
-def test_e_step_memory_does_not_grow(tmp_path):
+def test_invariant_6_memory_does_not_grow_with_the_observations(tmp_path):
     if shutil.disk_usage(tmp_path).free < 6e9:
         pytest.skip("needs 3 GB of disk")
     found = {}
@@ -73,3 +92,88 @@ def test_e_step_memory_does_not_grow(tmp_path):
         found[n] = json.loads(process.stdout)
     print(found)
     assert found[200_000] < found[2_000] + 200
+
+
+def denoiser(channels: tuple[int, ...], size: int) -> Denoiser:
+    network = NetworkConfig(channels=channels, blocks=(1,) * len(channels))
+    return Denoiser(GaussianNoise(0.1), (1, size, size), DenoiserConfig(precondition="plain"), network)
+
+
+@pytest.mark.parametrize("batch", [1, 7])
+def test_what_an_update_keeps_grows_with_its_items(batch):
+    """Every item keeps as much; the rest, of the weights, does not depend on their number."""
+    of = denoiser((8, 8), 16)
+
+    def kept(n: int) -> int:
+        with memory.of_update(of.network) as total:
+            of.loss(torch.zeros(n, 1, 16, 16), torch.zeros(n, 1, 16, 16), {}, torch.Generator().manual_seed(0))
+        return total[0]
+
+    assert kept(1 + batch) - kept(1) == pytest.approx(batch * kept(1), rel=0.05)
+
+
+def test_what_one_layer_keeps_is_its_input():
+    layer = torch.nn.Linear(100, 10)
+    with memory.of_update(layer) as kept:
+        layer(torch.zeros(7, 100)).sum()
+    assert kept[0] == 7 * 100 * 4
+
+
+def test_the_batch_is_what_fits(monkeypatch):
+    monkeypatch.setattr(memory, "available", lambda device: 4 * 1000)
+    found = [memory.batch(item, torch.device("cpu")) for item in (1, 10, 100, 250, 1001, 10**9)]
+    assert found == [256, 64, 8, 4, 1, 1]
+
+
+def test_invariant_6_no_step_handles_more_items_than_the_batch(tmp_path, monkeypatch):
+    sizes: list[int] = []
+    predict = Denoiser.predict
+
+    def listen(self, x_t, *rest):
+        if not torch.is_grad_enabled():
+            sizes.append(len(x_t))
+        return predict(self, x_t, *rest)
+
+    monkeypatch.setattr(Denoiser, "predict", listen)
+    y = torch.randn(200, 4, generator=torch.Generator().manual_seed(0)).numpy()
+    observations = Observations(y, GaussianNoise(0.3))
+    settings = [("em.iterations", "1"), ("em.guard", "false"), ("m_step.first_steps", "2"), ("prior.steps", "2")]
+    config = configuration.load_config("digits", [*settings, ("network.kind", "mlp"), ("start.ranks", "[1]")])
+    em = DiffEM(config, observations, tmp_path, batch=7)
+    list(em.iterate())
+    diagnose(tmp_path, observations, full=True, batch=7)
+    posterior = from_pretrained(tmp_path / "posterior")
+    posterior.sample(y[:20], n=3, batch=7)
+    posterior.reconstruct(observations, np.arange(20), 3, batch=7)
+    posterior.generate(20, batch=7)
+    assert max(sizes) == 7
+
+
+def test_an_update_that_does_not_fit_is_refused_in_a_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(memory, "available", lambda device: 2**20)
+    y = np.random.default_rng(0).standard_normal((60, 1, 16, 16)).astype(np.float32)
+    observations = Observations(y, GaussianNoise(0.1))
+    with pytest.raises(DiffemError) as caught:
+        next(DiffEM("digits", observations, tmp_path / "run").iterate())
+    found = re.fullmatch(
+        r"m_step: an update of 128 items takes about (\d+) MB of memory, 1 MB are free; use --m_step.micro_batch (\d+)",
+        str(caught.value),
+    )
+    assert found
+    assert int(found[1]) > 10
+    observations.save(tmp_path / "obs")
+    assert cli.main(["check", str(tmp_path / "obs"), "digits"]) == 1
+    assert f"problem  memory: {caught.value}" in capsys.readouterr().out
+
+
+def test_the_batch_of_a_run_is_chosen_once(tmp_path, monkeypatch):
+    y = torch.randn(60, 4, generator=torch.Generator().manual_seed(0)).numpy()
+    settings = [("em.iterations", "1"), ("m_step.first_steps", "2"), ("prior.steps", "2"), ("start.ranks", "[1]")]
+    config = configuration.load_config("digits", [*settings, ("network.kind", "mlp")])
+    em = DiffEM(config, Observations(y, GaussianNoise(0.3)), tmp_path)
+    next(em.iterate())
+    assert em.batch == 256
+    monkeypatch.setattr(memory, "batch", lambda *given: pytest.fail("is chosen again"))
+    again = DiffEM(config, Observations(y, GaussianNoise(0.3)), tmp_path)
+    list(again.iterate())
+    assert again.batch == 256

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from diffem import metrics
+from diffem.clean import metrics
+from diffem.data import Items
+from diffem.units import Units
 
 
 def normal(n: int, d: int, seed: int) -> torch.Tensor:
@@ -72,7 +74,7 @@ def test_compare_is_in_model_units():
     rng = np.random.default_rng(0)
     clean = rng.integers(0, 256, (50, 1, 2, 2), dtype=np.uint8)
     x = clean.astype(np.float32) + 25.5
-    found = metrics.compare(x, clean, (127.5, 127.5))
+    found = metrics.compare(*(Items(a, Units(127.5, 127.5))[np.arange(50)] for a in (x, clean)))
     assert found["psnr"] == pytest.approx(20, abs=1e-4)
     u, v = (torch.from_numpy((a.astype(np.float32) - 127.5) / 127.5) for a in (x, clean))
     assert found == {
@@ -82,7 +84,7 @@ def test_compare_is_in_model_units():
     }
     features = lambda a: a.flatten(1)[:, :2].square()  # noqa: E731
     frechet = metrics.frechet_distance(features(u), features(v))
-    assert metrics.compare(x, clean, (127.5, 127.5), features) == {**found, "frechet": frechet}
+    assert metrics.compare(u, v, features) == {**found, "frechet": frechet}
 
 
 def test_energy_distance_of_estimates_of_the_same_rows():

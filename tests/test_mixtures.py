@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from diffem.corruptions import GaussianBlur
-from diffem.mixtures import Basis, Diagonal, DiagonalPosterior, Mixture, Rows, em_step
+from diffem.mixtures import Basis, Diagonal, Mixture, Rows
+from diffem.mixtures.fit import em_step
+from diffem.mixtures.model import DiagonalPosterior
 
 DOUBLE = torch.float64
 D, B = 6, 5

@@ -37,10 +37,10 @@ def test_channel_norm_keeps_the_layout():
 @pytest.mark.parametrize("shape", [(2, 12), (2, 8, 8)])
 @pytest.mark.parametrize("attention", [(), (1,)])
 def test_unet_is_normalised_by_it_throughout(shape, attention):
-    config = NetworkConfig(kind="unet", channels=(4, 8), blocks=(1, 2), attention=attention, heads=2, embedding=8)
+    config = NetworkConfig(kind="unet", channels=(4, 8), blocks=(1, 2), attention=attention, embedding=8)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        unet = networks.build(config, shape, [shape, (1, *shape[1:])])
+        unet = config.build(shape, [shape, (1, *shape[1:])])
     blocks = [module for module in unet.modules() if isinstance(module, UNetBlock)]
     assert len(blocks) == 6  # on the way down and up
     assert all(isinstance(block.norm, ChannelNorm) for block in blocks)
@@ -91,7 +91,7 @@ def test_both_heads_reach_every_feature(kind, shape, monkeypatch):
     inputs, log_sigma = [torch.randn(3, *shape, generator=generator)], torch.tensor([-1.0, 0.0, 1.0])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        network = networks.build(config, shape, [shape])
+        network = config.build(shape, [shape])
     with torch.no_grad():
         for parameter in network.parameters():
             parameter += 0.1 * torch.randn(parameter.shape, generator=generator)

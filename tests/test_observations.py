@@ -10,9 +10,11 @@ import pytest
 import torch
 import yaml
 
-from diffem.corruptions import BlackBox, GaussianBlur, GaussianNoise, RandomMask, RandomProjection
+from diffem.corruptions import BlackBox, Corruption, GaussianBlur, GaussianNoise, RandomMask, RandomProjection
+from diffem.data import Observations
+from diffem.data.observations import CHUNK
 from diffem.errors import DiffemError
-from diffem.observations import CHUNK, Observations
+from diffem.units import Units
 
 
 def rng(seed: int = 0) -> np.random.Generator:
@@ -117,7 +119,7 @@ def test_files_are_mapped_not_read(tmp_path):
     try:
         observations = Observations.load(tmp_path)
         observations.unobserved()
-        observations.scaling(observations.split(0)[0])
+        observations.units(observations.split(0)[0])
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -222,46 +224,46 @@ def test_a_split_that_cannot_be(held_out, got):
     )
 
 
-def test_scaling_from_the_range():
-    assert masked(range=(-1, 3)).scaling(np.arange(5)) == (1.0, 2.0)
-    assert Observations(np.zeros((3, 2), np.uint8), GaussianNoise(1.0)).scaling(np.arange(2)) == (127.5, 127.5)
+def test_units_from_the_range():
+    assert masked(range=(-1, 3)).units(np.arange(5)) == Units(1.0, 2.0)
+    assert Observations(np.zeros((3, 2), np.uint8), GaussianNoise(1.0)).units(np.arange(2)) == Units(127.5, 127.5)
 
 
-def test_scaling_reads_only_observed_training_values():
+def test_units_read_only_observed_training_values():
     n = 400
     observations = masked(n, shape=(5,))
     train, *halves = observations.split(0)
     held = np.concatenate(halves)
-    centre, half = observations.scaling(train)
+    units = observations.units(train)
     values = observations.y[train]
     low, high = np.quantile(values[np.isfinite(values)], [0.001, 0.999])
-    assert centre == pytest.approx((low + high) / 2, rel=1e-5)
-    assert half == pytest.approx((high - low) / 2, rel=1e-5)
+    assert units.centre == pytest.approx((low + high) / 2, rel=1e-5)
+    assert units.half == pytest.approx((high - low) / 2, rel=1e-5)
     poisoned = observations.y.copy()
     poisoned[held] = np.where(np.isfinite(poisoned[held]), 1e6, np.nan)
     poisoned[~observations.params["mask"]] = -1e9  # neither do masked values count
     other = Observations(poisoned, observations.corruption, observations.params)
-    assert other.scaling(train) == (centre, half)
-    assert other.scaling(held)[1] > 1e5
+    assert other.units(train) == units
+    assert other.units(held).half > 1e5
 
 
-def test_scaling_where_values_say_no_range():
+def test_units_where_values_say_no_range():
     observations = projected(200)
     train, *halves = observations.split(0)
     observations.y[np.concatenate(halves)] = 1e6
-    centre, half = observations.scaling(train)
-    assert centre == 0
-    assert half == pytest.approx(2 * np.sqrt(np.square(observations.y[train]).mean()), rel=1e-5)
-    assert Observations(np.full((9, 3), 2.0), GaussianNoise(0.1)).scaling(np.arange(8)) == (0.0, 4.0)  # constant
-    assert Observations(np.zeros((9, 3)), GaussianNoise(0.1)).scaling(np.arange(8)) == (0.0, 1.0)
+    units = observations.units(train)
+    assert units.centre == 0
+    assert units.half == pytest.approx(2 * np.sqrt(np.square(observations.y[train]).mean()), rel=1e-5)
+    assert Observations(np.full((9, 3), 2.0), GaussianNoise(0.1)).units(np.arange(8)) == Units(0.0, 4.0)  # constant
+    assert Observations(np.zeros((9, 3)), GaussianNoise(0.1)).units(np.arange(8)) == Units(0.0, 1.0)
     other_shape = Observations(np.full((9, 3), 2.0) + np.arange(3), GaussianNoise(0.1), shape=(1, 2, 2))
-    assert other_shape.scaling(np.arange(8))[0] == 0.0
+    assert other_shape.units(np.arange(8)).centre == 0.0
 
 
-def test_zeroed_projections_do_not_count_for_the_scaling():
+def test_zeroed_projections_do_not_count_for_the_units():
     observations = projected(50)
     observations.params["matrix"][:, 1] = 0
-    half = observations.scaling(np.arange(50))[1]
+    half = observations.units(np.arange(50)).half
     assert half == pytest.approx(2 * np.sqrt(np.square(observations.y[:, 0]).mean()), rel=1e-5)
 
 
@@ -394,8 +396,8 @@ def test_lengths_that_differ():
     assert error(Observations, y, RandomMask(0.5, 0.1), {"mask": np.ones((4, 4), bool)}, source="here") == (
         "here: mask.npy: has 4 rows where y.npy has 5"
     )
-    assert error(Observations, y, RandomMask(0.5, 0.1), {"mask": np.ones((1, 4), bool)}, source="here") == (
-        "here: mask.npy: has 1 rows where y.npy has 5"
+    assert error(Observations, y, RandomMask(0.5, 0.1), {"mask": np.ones((2, 4), bool)}, source="here") == (
+        "here: mask.npy: has 2 rows where y.npy has 5"
     )
     matrix = np.ones((6, 4, 3))
     assert error(Observations, y, RandomProjection(4, 0.1), {"matrix": matrix}, source="here") == (
@@ -474,3 +476,68 @@ def test_black_box_has_no_parameters():
     with pytest.raises(DiffemError) as caught:
         Observations(np.zeros((4, 3), np.float32), BlackBox(torch.abs, "torch:abs"), {"mask": mask})
     assert str(caught.value) == "observations: mask.npy: a black box has no parameters of its own; remove the file"
+
+
+@pytest.mark.parametrize(
+    ("y", "text"),
+    [
+        (np.full((20, 3), "a"), "y.npy: holds text or objects (<U1); give real numbers"),
+        (np.full((20, 3), None), "y.npy: holds text or objects (object); give real numbers"),
+        (np.zeros((20, 3), "datetime64[s]"), "y.npy: holds dates (datetime64[s]); give real numbers"),
+        (np.zeros((20, 3), np.complex64), "y.npy: holds complex numbers (complex64); give real numbers"),
+    ],
+)
+def test_what_are_not_numbers_is_refused(y, text):
+    with pytest.raises(DiffemError) as caught:
+        Observations(y, GaussianNoise(0.1), range=(0, 1))
+    assert str(caught.value) == f"observations: {text}"
+
+
+@pytest.mark.parametrize("value", [0.5, 2.0, -1.0, np.nan])
+def test_a_mask_of_other_numbers_is_refused(value):
+    mask = np.ones((20, 3), np.float32)
+    mask[7, 1] = value
+    with pytest.raises(DiffemError) as caught:
+        Observations(np.zeros((20, 3), np.float32), RandomMask(0.5, 0.1), {"mask": mask})
+    assert str(caught.value) == (
+        f"observations: mask.npy: holds {value:g}; a mask is true or 1 where y was observed, else false or 0"
+    )
+
+
+def test_one_mask_for_all_observations():
+    y = np.random.default_rng(0).standard_normal((20, 1, 3, 4)).astype(np.float32)
+    mask = np.random.default_rng(1).random((1, 1, 3, 4)) > 0.4
+    one = Observations(y, RandomMask(0.4, 0.1), {"mask": mask})
+    many = Observations(y, RandomMask(0.4, 0.1), {"mask": np.repeat(mask, 20, 0)})
+    for (a, p), (b, q) in [(one.batch([3, 5]), many.batch([3, 5]))]:
+        assert torch.equal(a, b)
+        assert torch.equal(p["mask"], q["mask"])
+    assert one.digest() == many.digest()
+
+
+def test_units_are_those_of_all_training_rows_not_of_the_first():
+    """Data come sorted."""
+    y = np.linspace(0, 100, 30_000, dtype=np.float32).reshape(10_000, 3)
+    units = Observations(y, GaussianNoise(0.1)).units(np.arange(10_000))
+    assert units.scale(0.0) == pytest.approx(-1, abs=0.01)
+    assert units.scale(100.0) == pytest.approx(1, abs=0.01)
+
+
+def test_parameters_that_would_not_be_read_again_are_not_written(tmp_path):
+    class Gained(Corruption):
+        def apply(self, x, params, generator):
+            return x
+
+    data = Observations(np.zeros((40, 3)), Gained(), {"gain": np.ones((40, 1))}, range=(0, 1))
+    with pytest.raises(DiffemError) as caught:
+        data.save(tmp_path / "out")
+    assert str(caught.value) == (
+        f"{tmp_path / 'out'}: gain.npy would not be read again; name it among the corruption's `parameters`"
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_clip_is_saved_too(tmp_path):
+    box = BlackBox(torch.sqrt, "torch:sqrt", (0.0, 4.0))
+    Observations(np.zeros((40, 3)), box, range=(0, 4)).save(tmp_path)
+    assert Observations.load(tmp_path, BlackBox(torch.sqrt, "torch:sqrt")).corruption.config == box.config

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from diffem import seeding
+from diffem import samplers
 from diffem.corruptions import BlackBox, Corruption, GaussianBlur, GaussianNoise, RandomMask, RandomProjection
+from diffem.data import Dataset, Observations
 from diffem.diagnostics import Coverage, Score, coverage, crps, score
 from diffem.mixtures import Mixture
-from diffem.observations import Observations
-from diffem.posteriors import MixturePosterior, ObservationPosterior, likelihood_basis
+from diffem.samplers import MixtureSampler, ObservationSampler
+from diffem.units import Units
 
 CASES = {
     "noise": GaussianNoise(0.3),
@@ -21,26 +22,26 @@ CASES = {
     "blur": GaussianBlur(1.2, 0.1),
     "projection": RandomProjection(3, 0.1),
 }
-SCALING = (1.0, 2.0)
+UNITS = Units(1.0, 2.0)
 LEVELS = (0.5, 0.8, 0.95)
 
 
-def sampler(corruption: Corruption, width: float = 1.0, shift: float = 0.0, related: bool = True) -> MixturePosterior:
+def sampler(corruption: Corruption, width: float = 1.0, shift: float = 0.0, related: bool = True) -> MixtureSampler:
     """The exact posterior of a Gaussian of six entries: that of the truth, or of one that is wrong in some way."""
     generator = torch.Generator().manual_seed(3)
     mean = 0.5 * torch.randn(1, 6, generator=generator) + shift
     factor, variance = torch.randn(1, 6, 2, generator=generator) / 2, torch.full((1, 6), 0.05)
     if not related:
         factor, variance = 0 * factor, variance + factor.square().sum(-1)
-    basis = likelihood_basis(corruption, (6,))
+    basis = corruption.basis((6,))
     mixture = Mixture(torch.zeros(1), mean, width * factor, width**2 * variance, basis)
-    return MixturePosterior(corruption, (6,), SCALING, mixture)
+    return MixtureSampler(corruption.scaled(UNITS), (6,), mixture)
 
 
-def observed(corruption: Corruption, n: int, seed: int = 0) -> Observations:
-    x = sampler(corruption).sample_prior(seeding.item_seeds(seed, 0, "prior", torch.arange(n)))
+def observed(corruption: Corruption, n: int, seed: int = 0) -> Dataset:
+    x = UNITS.restore(samplers.prior_samples(sampler(corruption), n, seed))
     y, params = corruption.observe(x, torch.Generator().manual_seed(5))
-    return Observations(y.numpy(), corruption, {k: v.numpy() for k, v in params.items()})
+    return Dataset(Observations(y.numpy(), corruption, {k: v.numpy() for k, v in params.items()}), UNITS)
 
 
 def test_crps_of_a_gaussian():
@@ -128,13 +129,14 @@ def test_criterion_falls_by_twice_the_logarithm_of_a_factor_that_shrinks_all_err
 
 def test_black_box_has_no_ratio():
     box = BlackBox(lambda x: x + torch.randn_like(x))
-    data = Observations(np.random.default_rng(0).normal(size=(50, 6)).astype(np.float32), box)
-    one = score(ObservationPosterior(box, (6,), (0.0, 1.0)), data, np.arange(50), 0)
+    data = Dataset(Observations(np.random.default_rng(0).normal(size=(50, 6)).astype(np.float32), box), Units())
+    shown = ObservationSampler(data.corruption, (6,))
+    one = score(shown, data, np.arange(50), 0)
     assert (one.name, one.ratio, one.ratio_error, one.log_score) == ("energy_distance", None, None, None)
     assert list(one.tensors) == ["items"]
     other = Score(one.name, one.items + torch.linspace(0, 1, 50))
     assert other.criterion_difference(one) == pytest.approx(other.difference(one))
-    assert coverage(ObservationPosterior(box, (6,), (0.0, 1.0)), data, np.arange(50), 0) is None
+    assert coverage(shown, data, np.arange(50), 0) is None
 
 
 @pytest.mark.parametrize("case", CASES)

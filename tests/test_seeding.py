@@ -133,6 +133,41 @@ def test_generator_repeats():
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_global_generators_are_keyed_and_then_as_they_were():
+    def numbers(*key):
+        with seeding.global_generators("cpu", *key):
+            return torch.rand(4).tolist()
+
+    torch.rand(3)
+    state = torch.get_rng_state()
+    first = numbers(1, 2, 3)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.rand(3)
+    assert numbers(1, 2, 3) == first
+    assert all(numbers(*key) != first for key in ((0, 2, 3), (1, 3, 2), (1, 2, 4), (1, 2)))
+    state = torch.get_rng_state()
+
+    @seeding.global_generators("cpu", 1, 2, 3)
+    def fails():
+        torch.rand(1)
+        raise RuntimeError("inside")
+
+    with pytest.raises(RuntimeError, match="inside"):
+        fails()
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_keys_of_further_draws_are_new():
+    seeds = seeding.item_seeds(0, 0, "user", range(2000))
+    assert torch.equal(seeding.again(seeds, 0), seeds)
+    keys = torch.stack([seeding.again(seeds, number) for number in range(20)])
+    assert len(torch.unique(keys)) == keys.numel()
+    assert torch.equal(seeding.again(seeds[[7, 3]], 5), keys[5, [7, 3]])  # of any batch
+    numbers = torch.stack([seeding.normal(key, ()) for key in keys]).double()
+    correlation = torch.corrcoef(numbers) - torch.eye(20, dtype=torch.float64)
+    assert correlation.abs().max() < 4.5 / math.sqrt(2000)
+
+
 def test_fold_takes_every_counter_and_their_order():
     keys = {seeding.fold(*numbers) for numbers in itertools.product(range(6), repeat=3)}
     keys |= {seeding.fold(*numbers) for numbers in itertools.product(range(6), repeat=2)}

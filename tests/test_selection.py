@@ -142,7 +142,7 @@ def test_without_a_guard_all_are_accepted_and_the_last_is_the_best():
 
 
 @pytest.mark.parametrize("make", [box, scored])
-def test_a_criterion_that_is_not_a_number_is_refused(make):
+def test_invariant_5_a_criterion_that_is_not_a_number_is_refused(make):
     found = selection(make(0.4))
     one = make(0.3).items.clone()
     one[5] = torch.nan  # of a single observation

@@ -10,22 +10,24 @@ import torch
 
 from diffem import starts
 from diffem.corruptions import GaussianBlur, RandomMask, RandomProjection
+from diffem.data import Dataset, Observations
 from diffem.diagnostics import Score
-from diffem.mixtures import Mixture, em_step
-from diffem.observations import Observations
-from diffem.starts import (
+from diffem.mixtures import Mixture
+from diffem.mixtures import fit as fitting_module
+from diffem.mixtures.fit import (
     REACH,
     Batches,
-    StartConfig,
     _accelerated,
-    _converge,
     _flat,
     _mean_log_likelihood,
-    _single,
     _spectrum,
     _unflat,
-    fit,
+    converge,
+    em_step,
+    single,
 )
+from diffem.starts import StartConfig, fit
+from diffem.units import Units
 
 N, SHAPE = 1500, (1, 8, 8)
 CORRUPTION = GaussianBlur(1.2, 0.1)
@@ -61,7 +63,7 @@ def test_start_of_a_noisy_blur_is_nearly_the_best_linear_estimate(noise):
     y, params = corruption.observe(x, torch.Generator().manual_seed(1))
     data = Observations(y.numpy(), corruption, range=(-1, 1))
     config = StartConfig(components=(1,), ranks=(4,))
-    mixture, _about = fit(config, data, np.arange(N), corruption, (0.0, 1.0), 0)
+    mixture, _about = fit(config, Dataset(data, Units()), np.arange(N), 0)
     likelihood = corruption.likelihood(y, params)
     wiener = variance / (variance + 1 / likelihood.precision)
     best = likelihood.basis.synthesise(wiener * likelihood.z).view_as(x)
@@ -86,7 +88,7 @@ def problem(corruption, d: int, rank: int, n: int = 3000, seed: int = 0) -> tupl
     parts = [
         corruption.likelihood(y[part], {k: v[part] for k, v in params.items()}) for part in (slice(cut), slice(cut, n))
     ]
-    return lambda: iter(parts[:1]), lambda: iter(parts[1:]), _single(parts[0], rank, d, generator)
+    return lambda: iter(parts[:1]), lambda: iter(parts[1:]), single(parts[0], rank, d, generator)
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -97,12 +99,12 @@ def test_acceleration_saves_more_than_half_of_the_steps(seed, monkeypatch):
         plain = em_step(plain, fitting(), ridge=1.0)[0]
         values.append(_mean_log_likelihood(plain, validating))
     calls = []
-    monkeypatch.setattr(starts, "em_step", lambda *args, **more: calls.append(1) or em_step(*args, **more))
-    config = StartConfig(iterations=150, tolerance=1e-3)
-    mixture, value, steps = _converge(first, fitting, validating, config)
+    monkeypatch.setattr(fitting_module, "em_step", lambda *args, **more: calls.append(1) or em_step(*args, **more))
+    tolerance = 1e-3
+    mixture, value, steps = converge(first, fitting, validating, 150, tolerance, ridge=1.0)
     assert steps == len(calls) <= 150
-    assert value == _mean_log_likelihood(mixture, validating) > values[-1] - config.tolerance
-    assert values[steps - 1] < value - 5 * config.tolerance  # as many steps of EM itself are not there yet
+    assert value == _mean_log_likelihood(mixture, validating) > values[-1] - tolerance
+    assert values[steps - 1] < value - 5 * tolerance  # as many steps of EM itself are not there yet
 
 
 @pytest.mark.parametrize("ridge", [0.0, 1.0])
@@ -110,7 +112,9 @@ def test_acceleration_saves_more_than_half_of_the_steps(seed, monkeypatch):
 def test_a_round_is_two_steps_of_em_and_one_from_where_they_point(corruption, d, ridge, monkeypatch):
     fitting, _, first = problem(corruption, d, 2, 400)
     tried = []
-    monkeypatch.setattr(starts, "em_step", lambda m, *args, **more: tried.append(m) or em_step(m, *args, **more))
+    monkeypatch.setattr(
+        fitting_module, "em_step", lambda m, *args, **more: tried.append(m) or em_step(m, *args, **more)
+    )
     reach = REACH
     mixture = first
     for _ in range(6):
@@ -144,12 +148,12 @@ def test_an_extrapolation_that_lowers_the_likelihood_is_thrown_away(how, reach, 
         worse = {"variance": 1e3 * parts["variance"]} if how == "wide" else {"mean": parts["mean"] * torch.nan}
         return Mixture(**{**parts, **worse})
 
-    monkeypatch.setattr(starts, "_unflat", beyond)
+    monkeypatch.setattr(fitting_module, "_unflat", beyond)
     found, next_reach, made = _accelerated(first, fitting, 1.0, reach)
     assert (made, next_reach) == (3 if how == "wide" else 2, max(reach / 4, REACH))
     assert all(torch.equal(v, two.tensors[k]) for k, v in found.tensors.items())
     # a fit goes on like EM itself
-    mixture, _, steps = _converge(first, fitting, validating, StartConfig(iterations=9, tolerance=0.0))
+    mixture, _, steps = converge(first, fitting, validating, 9, 0.0, ridge=1.0)
     plain = first
     for _ in range(steps * 2 // made):
         plain = em_step(plain, fitting(), ridge=1.0)[0]
@@ -159,10 +163,10 @@ def test_an_extrapolation_that_lowers_the_likelihood_is_thrown_away(how, reach, 
 
 def test_a_component_that_dies_ends_no_fit():
     """Without a ridge its weight becomes 0, and the logarithm of it infinite."""
-    fitting, _, single = problem(RandomMask(0.1, 0.05), 6, 2, 200)
-    parts = {k: v.repeat(2, *[1] * (v.ndim - 1)) for k, v in single.tensors.items()}
+    fitting, _, one = problem(RandomMask(0.1, 0.05), 6, 2, 200)
+    parts = {k: v.repeat(2, *[1] * (v.ndim - 1)) for k, v in one.tensors.items()}
     parts["mean"] = parts["mean"] + torch.tensor([0.0, 1e4]).to(parts["mean"])[:, None]
-    mixture = Mixture(**{**parts, "log_weights": torch.full((2,), -math.log(2)).to(parts["mean"])}, basis=single.basis)
+    mixture = Mixture(**{**parts, "log_weights": torch.full((2,), -math.log(2)).to(parts["mean"])}, basis=one.basis)
     reach = REACH
     for _ in range(5):
         mixture, reach, made = _accelerated(mixture, fitting, 0.0, reach)
@@ -201,9 +205,9 @@ def test_a_fit_counts_its_steps_and_keeps_to_its_limit(monkeypatch):
     y, params = corruption.observe(x, torch.Generator().manual_seed(1))
     data = Observations(y.numpy(), corruption, {"mask": params["mask"].numpy()}, range=(-1, 1))
     calls = []
-    monkeypatch.setattr(starts, "em_step", lambda *args, **more: calls.append(1) or em_step(*args, **more))
+    monkeypatch.setattr(fitting_module, "em_step", lambda *args, **more: calls.append(1) or em_step(*args, **more))
     config = StartConfig(components=(1, 2), ranks=(1, 2), iterations=10, tolerance=-1.0)
-    mixture, about = fit(config, data, np.arange(270), corruption, (0.0, 1.0), 0)
+    mixture, about = fit(config, Dataset(data, Units()), np.arange(270), 0)
     assert [(c["components"], c["rank"]) for c in about["candidates"]] == [(1, 1), (2, 1), (1, 2), (2, 2)]
     assert sum(c["iterations"] for c in about["candidates"]) == len(calls)
     assert all(10 <= c["iterations"] <= 12 for c in about["candidates"])  # a round that has begun is finished
@@ -221,29 +225,30 @@ def test_the_candidate_that_predicts_best_is_chosen_whatever_its_likelihood(leas
     x = torch.randn(400, 6, generator=torch.Generator().manual_seed(0))
     y, params = corruption.observe(x, torch.Generator().manual_seed(1))
     data = Observations(y.numpy(), corruption, {"mask": params["mask"].numpy()}, range=(-2, 2))
-    calls, parts, read, converge, batch = [], [], [], starts._converge, data.batch
+    calls, parts, read, converge, batch = [], [], [], starts.converge, data.batch
 
-    def scored(sampler, observations, rows, *arguments) -> Score:
-        calls.append((sampler, rows))
-        of = sampler.mixture.components, sampler.mixture.rank
-        return Score("crps", torch.full((6,), 0.0 if of == least else 1.0 + len(calls)))
+    def scored(sampler, of, rows, *arguments) -> Score:
+        calls.append((sampler, of, rows))
+        form = sampler.mixture.components, sampler.mixture.rank
+        return Score("crps", torch.full((6,), 0.0 if form == least else 1.0 + len(calls)))
 
     def reading(rows):
         read.extend(rows)
         return batch(rows)
 
-    def listen(mixture, fitting, validating, config):
+    def listen(mixture, fitting, validating, *limits):
         for part in (fitting, validating):
             read.clear()
             list(part())
             parts.append(set(read))
-        return converge(mixture, fitting, validating, config)
+        return converge(mixture, fitting, validating, *limits)
 
     monkeypatch.setattr(data, "batch", reading)
     monkeypatch.setattr(starts, "score", scored)
-    monkeypatch.setattr(starts, "_converge", listen)
+    monkeypatch.setattr(starts, "converge", listen)
     config = StartConfig(components=(3,), ranks=(1, 3), iterations=6)
-    mixture, about = fit(config, data, train, corruption.scaled(0.0, 2.0), (0.0, 2.0), 0)
+    dataset = Dataset(data, Units(0.0, 2.0))
+    mixture, about = fit(config, dataset, train, 0)
     assert [(c["components"], c["rank"]) for c in about["candidates"]] == [(1, 1), (3, 1), (1, 3), (3, 3)]
     assert (about["components"], about["rank"]) == (mixture.components, mixture.rank) == least
     assert [c["criterion"] == 0 for c in about["candidates"]].count(True) == 1
@@ -251,8 +256,9 @@ def test_the_candidate_that_predicts_best_is_chosen_whatever_its_likelihood(leas
     fitted, validated = parts[:2]
     assert (len(fitted), len(validated)) == (180, 20)
     assert fitted | validated == set(train)
-    assert all(set(rows) == validated for _, rows in calls)
-    assert all((sampler.corruption is corruption) and sampler.scaling == (0.0, 2.0) for sampler, _ in calls)
+    assert all(set(rows) == validated for _, _, rows in calls)
+    # in model units, as is all that is fitted
+    assert all(sampler.corruption.noise == corruption.noise / 2 and of is dataset for sampler, of, _ in calls)
 
 
 def test_a_rank_is_what_the_posterior_predicts_best_with():
@@ -264,7 +270,7 @@ def test_a_rank_is_what_the_posterior_predicts_best_with():
     y, params = corruption.observe(x, generator)
     data = Observations(y.numpy(), corruption, {"mask": params["mask"].numpy()}, range=(-1, 1))
     config = StartConfig(components=(1,), ranks=(0, 1, 2))
-    mixture, about = fit(config, data, np.arange(800), corruption, (0.0, 1.0), 0)
+    mixture, about = fit(config, Dataset(data, Units()), np.arange(800), 0)
     found = [c["criterion"] for c in about["candidates"]]
     assert found[0] > found[1] + 0.3 > found[2] + 0.6
     assert mixture.rank == 2
@@ -278,5 +284,5 @@ def test_a_candidate_without_a_criterion_is_never_kept(monkeypatch):
     y, params = corruption.observe(torch.randn(60, 6, generator=generator), generator)
     data = Observations(y.numpy(), corruption, {k: v.numpy() for k, v in params.items()}, range=(-1, 1))
     config = StartConfig(components=(1,), ranks=(1, 2, 3, 4), iterations=3)
-    _mixture, about = fit(config, data, np.arange(60), corruption, (0.0, 1.0), 0)
+    _mixture, about = fit(config, Dataset(data, Units()), np.arange(60), 0)
     assert about["rank"] == 2

@@ -5,21 +5,58 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from diffem.config import Config, load_config
+    from diffem.corruptions import (
+        BlackBox,
+        Corruption,
+        GaussianBlur,
+        GaussianNoise,
+        LinearCorruption,
+        RandomMask,
+        RandomProjection,
+        register_corruption,
+    )
+    from diffem.data import Observations
     from diffem.em import DiffEM
     from diffem.errors import DiffemError
-    from diffem.observations import Observations
-    from diffem.posteriors import from_pretrained
+    from diffem.posterior import Posterior, from_pretrained
+    from diffem.samplers import DiffusionSampler, register_sampler
 
 __version__ = "0.1.0"
-__all__ = ["DiffEM", "DiffemError", "Observations", "from_pretrained"]
-
-_HOME = {"DiffEM": "em", "DiffemError": "errors", "Observations": "observations", "from_pretrained": "posteriors"}
+__all__ = [
+    "BlackBox",
+    "Config",
+    "Corruption",
+    "DiffEM",
+    "DiffemError",
+    "DiffusionSampler",
+    "GaussianBlur",
+    "GaussianNoise",
+    "LinearCorruption",
+    "Observations",
+    "Posterior",
+    "RandomMask",
+    "RandomProjection",
+    "from_pretrained",
+    "load_config",
+    "register_corruption",
+    "register_sampler",
+]
+_HOME = {
+    "config": ("Config", "load_config"),
+    "data": ("Observations",),
+    "em": ("DiffEM",),
+    "errors": ("DiffemError",),
+    "posterior": ("Posterior", "from_pretrained"),
+    "samplers": ("DiffusionSampler", "register_sampler"),
+}
+_MODULE = {name: module for module, names in _HOME.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
     # Imported when asked for, so that `import diffem` is quick.
-    if name in _HOME:
+    if name in __all__:
         from importlib import import_module
 
-        return getattr(import_module(f"diffem.{_HOME[name]}"), name)
+        return getattr(import_module(f"diffem.{_MODULE.get(name, 'corruptions')}"), name)
     raise AttributeError(f"module 'diffem' has no attribute {name!r}")

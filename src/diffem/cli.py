@@ -1,15 +1,19 @@
-"""The command line: diffem check | corrupt | train | reconstruct | sample | evaluate | diagnose | report."""
+"""The command line: diffem check | corrupt | train | reconstruct | sample | evaluate | diagnose | report | settings."""
 
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import math
+import os
 import shutil
+import signal
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from diffem import __version__
 from diffem.errors import DiffemError
@@ -17,15 +21,16 @@ from diffem.errors import DiffemError
 if TYPE_CHECKING:
     from diffem.config import Config
     from diffem.corruptions import Corruption
-    from diffem.observations import Observations
-    from diffem.posteriors import PosteriorSampler
+    from diffem.data import Observations
+    from diffem.em import DiffEM, Progress
+    from diffem.posterior import Posterior
 
 _TRAIN_HELP = """
 examples:
   diffem train digits --out runs/digits            a benchmark that makes its own observations
   diffem train fashion-mask75 --root DATA          a preset on a data set in DATA
   diffem train --observations DIR --out RUN        your own observations
-  diffem train digits --em.iterations 30           any setting: --section.field value
+  diffem train digits --em.iterations 30           any setting: --section.field value; `diffem settings` lists them
 
 DIR holds y.npy, mask.npy (or matrix.npy) and corruption.yaml, e.g.
   name: RandomMask
@@ -53,7 +58,7 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="diffem", description="Learn from corrupted observations: a posterior sampler and a prior.")
     parser.add_argument("--version", action="version", version=f"diffem {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
+    commands = parser.add_subparsers(dest="command", parser_class=_Parser)
 
     def add(name: str, text: str, **options: Any) -> argparse.ArgumentParser:
         return commands.add_parser(name, help=text, description=text, **options)
@@ -73,6 +78,13 @@ def _parser() -> argparse.ArgumentParser:
         "--reference", metavar="CLEAN", help="a .npy of clean items: distances are recorded, nothing else"
     )
     _add_device(train)
+    train.add_argument(
+        "--checkpoint-minutes",
+        type=float,
+        default=5.0,
+        metavar="M",
+        help="at most so much work is lost when the run is killed",
+    )
     train.add_argument("--allow-unobserved", action="store_true", help="go on although some entry is never observed")
 
     check = add(
@@ -114,6 +126,7 @@ def _parser() -> argparse.ArgumentParser:
     reconstruct.add_argument(
         "--out", required=True, metavar="DIR", help="gets draws.npy (N, M, ...), mean.npy, std.npy"
     )
+    reconstruct.add_argument("--overwrite", action="store_true", help="replace what is there")
 
     sample = add("sample", "Generate new clean data from the prior of a run.")
     sample.add_argument("run")
@@ -121,6 +134,7 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--seed", type=int, default=0)
     _add_device(sample)
     sample.add_argument("--out", required=True, metavar="FILE", help="a .npy file")
+    sample.add_argument("--overwrite", action="store_true", help="replace what is there")
 
     evaluate = add("evaluate", "Compare a run with clean data.")
     evaluate.add_argument("run")
@@ -139,6 +153,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_device(diagnose)
     diagnose.add_argument("--json", action="store_true", help="print JSON")
 
+    add("settings", "List every setting of a run, with its default.")
+
     report = add("report", "Write report.html of a run again.")
     report.add_argument("run")
     return parser
@@ -149,6 +165,12 @@ def _add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--precision", default="auto", help="auto (bfloat16 on a GPU, float32 elsewhere), float32, bfloat16"
     )
+    parser.add_argument(
+        "--batch",
+        type=int,
+        metavar="B",
+        help="observations at a time, wherever they are drawn (default: as fit in memory)",
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -156,8 +178,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     on one line."""
     try:
         words, settings = _separate(sys.argv[1:] if argv is None else argv)
-        arguments, rest = _parser().parse_known_args(words)
+        parser = _parser()
+        arguments, rest = parser.parse_known_args(words)
         rest = [*rest, *settings]
+        if arguments.command is None:
+            if rest:
+                raise DiffemError(f"diffem: {rest[0]}: give a command first; diffem --help lists them")
+            parser.print_help()
+            return 0
+        import diffem.rivals  # noqa: F401 - here, so that --help is quick; their samplers can be named, too
+
         if rest and arguments.command not in ("train", "check"):
             raise DiffemError(f"diffem {arguments.command}: unknown argument {rest[0]}")
         status = {
@@ -168,7 +198,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             "sample": lambda: _sample(arguments),
             "evaluate": lambda: _evaluate(arguments),
             "diagnose": lambda: _diagnose(arguments),
-            "report": lambda: print(_report(Path(arguments.run))),
+            "settings": _settings,
+            "report": lambda: say(str(_report(Path(arguments.run)))),
         }[arguments.command]()
     except DiffemError as error:
         print(f"diffem: {' '.join(str(error).split())}", file=sys.stderr)
@@ -176,10 +207,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"diffem: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
         return 2
+    except Stopped as stopped:
+        print("diffem: stopped, and saved; run the same command to go on", file=sys.stderr)
+        return 128 + stopped.signal
     except KeyboardInterrupt:
         print("diffem: stopped; run the same command to go on", file=sys.stderr)
-        return 130
+        return 128 + signal.SIGINT
     return status or 0
+
+
+class Stopped(BaseException):
+    """A run was stopped by a signal, after it had saved. No `except Exception` may swallow it."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.signal = number
+
+
+def say(text: str) -> None:
+    """Prints a line; where nobody reads any more (`| head`), nothing, and the work goes on."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _separate(argv: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -201,6 +251,8 @@ def overrides(rest: Sequence[str], command: str = "train") -> list[tuple[str, st
         if not word.startswith("--"):
             raise DiffemError(f"diffem {command}: {word}: not understood; settings are written --section.field value")
         key, equals, value = word[2:].partition("=")
+        if "." not in key:
+            raise DiffemError(f"diffem {command}: --{key}: unknown option;{_meant(key)}")
         if not equals:
             if not words:
                 raise DiffemError(f"diffem {command}: --{key}: needs a value")
@@ -209,14 +261,27 @@ def overrides(rest: Sequence[str], command: str = "train") -> list[tuple[str, st
     return pairs
 
 
+def _meant(name: str) -> str:
+    """The settings of which one may be meant."""
+    from diffem.config import Config
+
+    settings = [f"{section}.{field}" for section, fields in Config().to_dict().items() for field in fields]
+    exact = [setting for setting in settings if setting.endswith(f".{name.replace('-', '_')}")]
+    close = exact or difflib.get_close_matches(name, settings, n=3, cutoff=0.5)
+    return f" did you mean --{' or --'.join(close)}?" if close else " settings are written --section.field value"
+
+
 def _train(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     from diffem import config as configuration
-    from diffem import devices, pictures, report
+    from diffem import devices
+    from diffem.clean.evaluation import against, check_reference
     from diffem.corruptions import from_function_path
+    from diffem.data import Observations, open_array
     from diffem.em import DiffEM
-    from diffem.observations import Observations, open_array
+    from diffem.report import page, pictures
+    from diffem.samplers import trained_kind
 
-    config = configuration.load(arguments.preset, overrides(rest))
+    config, place = configuration.load_config(arguments.preset, overrides(rest)), _place(arguments)
     devices.choose(arguments.device, arguments.precision)
     reference = None
     if arguments.reference:
@@ -235,52 +300,94 @@ def _train(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
             )
         make_observations(config, arguments.preset, folder, arguments.root, box)
     observations = Observations.load(folder, box)
+    if reference is not None:  # now, not when the first iteration has been made
+        check_reference(reference, observations)
     bar = ProgressBar()
-    em = DiffEM(
+    em = (trained_kind(config.sampler).algorithm or DiffEM)(
         config,
         observations,
         out,
-        allow_unobserved=arguments.allow_unobserved,
+        hooks=[] if reference is None else [against(reference)],
         progress=bar.update,
-        reference=reference,
-        device=arguments.device,
-        precision=arguments.precision,
+        allow_unobserved=arguments.allow_unobserved,
+        checkpoint_minutes=arguments.checkpoint_minutes,
+        **place,
     )
-    for row in em.iterate():
+    for row in _until_stopped(em):
         bar.clear()
         ratio = "" if row["ratio"] is None else f", ratio {row['ratio']:.2f}"
         verdict = "best" if row["best"] else "accepted" if row["accepted"] else "refused"
         if row["loss"] is None:
             verdict = "start" if row["iteration"] == 0 else "final"
-        print(
-            f"iteration {row['iteration']:3d} {verdict:8s} {row['score_name']} {row['score']:.4f} +- {row['score_se']:.4f}{ratio} ({row['seconds']:.0f} s)",
-            flush=True,
+        say(
+            f"iteration {row['iteration']:3d} {verdict:8s} {row['score_name']} {row['score']:.4f} +- {row['score_se']:.4f}{ratio} ({row['seconds']:.0f} s)"
         )
-    place = arguments.device, arguments.precision
-    pictures.save(em.run, observations, em.test, config.em.seed, folder / "clean.npy", *place)
-    found = _write_diagnostics(out, observations, False, *place)
-    page = report.write(out)
-    print(report.summary_table(out))
+    pictures.save(out, observations, em.test, config.em.seed, folder / "clean.npy", **place)
+    found = _write_diagnostics(out, observations, False, **place)
+    written = page.write(out)
+    say(page.summary_table(out))
     _print_warnings(found)
-    print(f"report: {page}")
+    say(f"report: {written}")
+
+
+def _until_stopped(em: DiffEM) -> Iterator[dict]:
+    """The rows of a run. SIGTERM and the first Ctrl-C let it save before it ends; a second Ctrl-C does not wait."""
+
+    def stop(number: int, _frame: object) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        em.stop = lambda: _raise(Stopped(number))
+        if em.state.step not in ("m_step", "e_step", "prior"):  # what has nothing to save that is not saved
+            em.stop()
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield from em.iterate()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _raise(error: BaseException) -> NoReturn:
+    raise error
+
+
+def _place(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Where, how precisely, and how much at a time things are drawn."""
+    if arguments.batch is not None and arguments.batch < 1:
+        raise DiffemError(f"diffem {arguments.command}: --batch: must be at least 1, got {arguments.batch}")
+    return {"device": arguments.device, "precision": arguments.precision, "batch": arguments.batch}
+
+
+def _settings() -> None:
+    from diffem.config import described
+
+    for name, default, words in described():
+        say(f"--{name} {json.dumps(default)}\n    {words}")
 
 
 def _check(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
     from diffem import config as configuration
+    from diffem import memory
     from diffem.corruptions import from_function_path
-    from diffem.diagnostics.check import check
-    from diffem.observations import Observations
+    from diffem.cost import forecast
+    from diffem.data import Observations
+    from diffem.diagnostics.check import Finding, check
 
-    given = arguments.preset or rest
-    config = configuration.load(arguments.preset, overrides(rest, "check")) if given else None
+    config = configuration.load_config(arguments.preset, overrides(rest, "check"))
     box = from_function_path(arguments.corruption) if arguments.corruption else None
-    findings = check(Observations.load(arguments.observations, box), config)
+    observations = Observations.load(arguments.observations, box)
+    findings = check(observations, config.em.seed)
+    if arguments.preset or rest:
+        try:
+            findings.append(Finding("note", "cost", forecast(observations, config)))
+        except memory.TooLarge as error:
+            findings.append(Finding("problem", "memory", str(error)))
     for finding in findings:
-        print(f"{finding.level:9s}{finding.name}: {finding.text}")
+        say(f"{finding.level:9s}{finding.name}: {finding.text}")
     levels = [finding.level for finding in findings]
     problems, warnings = levels.count("problem"), levels.count("warning")
     counts = f"{problems} problem{'s' * (problems != 1)}, {warnings} warning{'s' * (warnings != 1)}"
-    print(counts if problems or warnings else "nothing stands in the way")
+    say(counts if problems or warnings else "nothing stands in the way")
     return int(problems > 0)
 
 
@@ -288,7 +395,7 @@ def make_observations(
     config: Config, preset: str, folder: Path, root: str | None = None, corruption: Corruption | None = None
 ) -> None:
     """Writes the observations that a preset makes for itself, with the clean items beside them."""
-    from diffem import datasets
+    from diffem.clean import datasets
     from diffem.corruptions import from_config
 
     data = config.data
@@ -304,15 +411,16 @@ class ProgressBar:
         self.bar: Any = None
         self.what = ""
 
-    def update(self, what: str, done: int, total: int) -> None:
+    def update(self, progress: Progress) -> None:
         from tqdm import tqdm
 
-        phase = what.split(":")[0]
-        if self.bar is None or self.what != phase:
+        what = f"iteration {progress.iteration}, {progress.step}"
+        if self.bar is None or self.what != what:
             self.clear()
-            self.bar, self.what = tqdm(total=total, leave=False, disable=not sys.stderr.isatty()), phase
-        self.bar.set_description_str(what, refresh=False)
-        self.bar.update(done - self.bar.n)
+            self.bar, self.what = tqdm(total=progress.total, leave=False, disable=not sys.stderr.isatty()), what
+        loss = "" if progress.loss is None else f": loss {progress.loss:.3f}"
+        self.bar.set_description_str(what + loss, refresh=False)
+        self.bar.update(progress.done - self.bar.n)
 
     def clear(self) -> None:
         if self.bar is not None:
@@ -321,7 +429,7 @@ class ProgressBar:
 
 
 def _corrupt(arguments: argparse.Namespace) -> None:
-    from diffem import datasets
+    from diffem.clean import datasets
     from diffem.corruptions import from_config, from_function_path
 
     if arguments.corruption:
@@ -338,59 +446,68 @@ def _corrupt(arguments: argparse.Namespace) -> None:
         arguments.seed,
         arguments.keep_clean,
     )
-    print(f"{len(made)} observations of shape {tuple(made.y.shape[1:])} in {arguments.out}")
+    say(f"{len(made)} observations of shape {tuple(made.y.shape[1:])} in {arguments.out}")
 
 
-def _model(run: str, name: str, device: str = "auto", precision: str = "auto"):
-    from diffem.posteriors import from_pretrained
+def _model(run: str, name: str, device: str = "cpu", precision: str = "float32") -> Posterior:
+    from diffem.posterior import from_pretrained
 
     if not (Path(run) / "config.yaml").exists():
         raise DiffemError(f"{run}: is not a run folder (no config.yaml)")
     return from_pretrained(Path(run) / name, device=device, precision=precision)
 
 
-def _observations(folder: str | Path, sampler: PosteriorSampler) -> Observations:
-    """An observation folder; it never names a black box, which the sampler was trained for."""
+def _observations(folder: str | Path, posterior: Posterior) -> Observations:
+    """An observation folder; it never names a black box, which the posterior was trained for."""
     from diffem.corruptions import BlackBox
-    from diffem.observations import Observations
+    from diffem.data import Observations
 
-    return Observations.load(folder, sampler.corruption if isinstance(sampler.corruption, BlackBox) else None)
+    return Observations.load(folder, posterior.corruption if isinstance(posterior.corruption, BlackBox) else None)
 
 
 def _reconstruct(arguments: argparse.Namespace) -> None:
     import numpy as np
 
     from diffem import files
-    from diffem.posteriors import draw_many
 
-    sampler = _model(arguments.run, "posterior", arguments.device, arguments.precision)
-    observations = _observations(arguments.observations, sampler)
-    if observations.shape != sampler.shape:
+    place = _place(arguments)
+    posterior = _model(arguments.run, "posterior", arguments.device, arguments.precision)
+    batch = place["batch"] or posterior.batch
+    observations = _observations(arguments.observations, posterior)
+    if observations.shape != posterior.shape:
         raise DiffemError(
-            f"{arguments.observations}: items of shape {observations.shape}, but {arguments.run} was trained on {sampler.shape}"
+            f"{arguments.observations}: items of shape {observations.shape}, but {arguments.run} was trained on {posterior.shape}"
         )
     if arguments.draws < 1:
         raise DiffemError(f"diffem reconstruct: --draws: must be at least 1, got {arguments.draws}")
-    out = Path(arguments.out)
-    temporary = out.with_name(out.name + ".tmp")
-    temporary.mkdir(parents=True, exist_ok=True)
-    n = len(observations)
+    out, n = Path(arguments.out), len(observations)
+    for name in ("draws.npy", "mean.npy", "std.npy"):
+        _refuse_to_overwrite(out / name, arguments)
+    out.resolve().parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=".diffem-", dir=out.resolve().parent))
 
     def make(name: str, *extra: int) -> np.memmap:
-        return files.make_array(temporary / f"{name}.npy", (n, *extra, *sampler.shape))
+        return files.make_array(temporary / f"{name}.npy", (n, *extra, *posterior.shape))
 
-    draws, mean, std = make("draws", arguments.draws), make("mean"), make("std")
-    for rows in observations.chunks(size=256):
-        block = draw_many(sampler, observations, rows, arguments.draws, arguments.seed)
-        draws[rows], mean[rows] = block.numpy(), block.mean(1).numpy()
-        std[rows] = block.std(1, correction=min(1, arguments.draws - 1)).numpy()
-    for array in (draws, mean, std):
-        array.flush()
-    out.mkdir(exist_ok=True)
-    for name in ("draws", "mean", "std"):
-        (temporary / f"{name}.npy").replace(out / f"{name}.npy")
-    shutil.rmtree(temporary)
-    print(f"{n} observations, {arguments.draws} draws each, in {out}")
+    try:
+        draws, mean, std = make("draws", arguments.draws), make("mean"), make("std")
+        for rows in observations.chunks(size=batch):
+            block = posterior.reconstruct(observations, rows, arguments.draws, arguments.seed, batch)
+            draws[rows], mean[rows] = block.transpose(0, 1).numpy(), block.mean(0).numpy()
+            std[rows] = block.std(0, correction=min(1, arguments.draws - 1)).numpy()
+        for array in (draws, mean, std):
+            array.flush()
+        out.mkdir(exist_ok=True)
+        for name in ("draws", "mean", "std"):
+            (temporary / f"{name}.npy").replace(out / f"{name}.npy")
+    finally:
+        shutil.rmtree(temporary)
+    say(f"{n} observations, {arguments.draws} draws each, in {out}")
+
+
+def _refuse_to_overwrite(file: Path, arguments: argparse.Namespace) -> None:
+    if file.exists() and not arguments.overwrite:
+        raise DiffemError(f"diffem {arguments.command}: --out: {file} is there already; --overwrite replaces it")
 
 
 def _sample(arguments: argparse.Namespace) -> None:
@@ -399,51 +516,53 @@ def _sample(arguments: argparse.Namespace) -> None:
     import numpy as np
 
     from diffem import files
-    from diffem.posteriors import sample_many
 
+    if arguments.n < 1:
+        raise DiffemError(f"diffem sample: --n: must be at least 1, got {arguments.n}")
+    _refuse_to_overwrite(Path(arguments.out), arguments)
     prior = _model(arguments.run, "prior", arguments.device, arguments.precision)
     stream = io.BytesIO()
-    np.save(stream, sample_many(prior, arguments.n, arguments.seed).numpy())
+    np.save(stream, prior.generate(arguments.n, arguments.seed, _place(arguments)["batch"]).numpy())
     files.replace(Path(arguments.out), stream.getvalue())
-    print(f"{arguments.n} samples in {arguments.out}")
+    say(f"{arguments.n} samples in {arguments.out}")
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
-    from diffem.evaluation import as_text, evaluate
+    from diffem.clean.evaluation import as_text, evaluate
 
     folder = Path(arguments.observations or Path(arguments.run) / "observations")
     given = arguments.observations is not None or folder.exists()
-    observations = _observations(folder, _model(arguments.run, "posterior", "cpu")) if given else None
-    table = evaluate(arguments.run, arguments.reference, observations, arguments.device, arguments.precision)
+    observations = _observations(folder, _model(arguments.run, "posterior")) if given else None
+    table = evaluate(arguments.run, arguments.reference, observations, **_place(arguments))
     finite = {k: {name: v if math.isfinite(v) else None for name, v in column.items()} for k, column in table.items()}
-    print(json.dumps(finite) if arguments.json else as_text(table))
+    say(json.dumps(finite) if arguments.json else as_text(table))
 
 
 def _diagnose(arguments: argparse.Namespace) -> None:
     from diffem.corruptions import BlackBox, from_function_path
-    from diffem.observations import Observations
+    from diffem.data import Observations
 
     run, box = Path(arguments.run), None
-    if isinstance(_model(arguments.run, "posterior", "cpu").corruption, BlackBox):
+    if isinstance(_model(arguments.run, "posterior").corruption, BlackBox):
         if not arguments.corruption:
             raise DiffemError("diffem diagnose: --corruption: the run is of a black box; give it as MODULE:FUNCTION")
         box = from_function_path(arguments.corruption)
     observations = Observations.load(arguments.observations or run / "observations", box)
-    found = _write_diagnostics(run, observations, arguments.full, arguments.device, arguments.precision)
+    found = _write_diagnostics(run, observations, arguments.full, **_place(arguments))
     page = _report(run)
     if arguments.json:
-        print(json.dumps(found))
+        say(json.dumps(found))
     else:
         _print_warnings(found)
-        print(f"report: {page}")
+        say(f"report: {page}")
 
 
-def _write_diagnostics(run: Path, observations: Observations, full: bool, device: str, precision: str) -> dict:
+def _write_diagnostics(run: Path, observations: Observations, full: bool, **place: Any) -> dict:
     """Writes diagnostics.json into a run folder; returns what is in it."""
     from diffem import files
     from diffem.diagnostics import diagnose
 
-    found = diagnose(run, observations, full, device, precision)
+    found = diagnose(run, observations, full, **place)
     files.replace(run / "diagnostics.json", json.dumps(found, indent=2, allow_nan=False).encode())
     return found
 
@@ -451,13 +570,13 @@ def _write_diagnostics(run: Path, observations: Observations, full: bool, device
 def _print_warnings(found: dict) -> None:
     """The warnings of diagnostics, or that there are none."""
     for text in found["warnings"] or ["nothing is wrong that held-out observations could show"]:
-        print(f"{'warning' if found['warnings'] else 'diagnostics'}: {text}")
+        say(f"{'warning' if found['warnings'] else 'diagnostics'}: {text}")
 
 
 def _report(run: Path) -> Path:
-    from diffem import report
+    from diffem.report import page
 
-    return report.write(run)
+    return page.write(run)
 
 
 if __name__ == "__main__":

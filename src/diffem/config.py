@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import re
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,12 +13,12 @@ from pathlib import Path
 
 import yaml
 
-from diffem.denoisers import DenoiserConfig
+from diffem.denoiser import DenoiserConfig
 from diffem.errors import DiffemError, suggest
-from diffem.m_step import MStepConfig
 from diffem.networks import NetworkConfig
-from diffem.posteriors import SamplerConfig
+from diffem.samplers import MOST_STEPS, SamplerConfig
 from diffem.starts import StartConfig
+from diffem.trainer import MStepConfig
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,6 @@ class EMConfig:
         seed: Seed of everything that is drawn.
         refresh: The fraction of the reconstructions that an E-step replaces; the last one replaces all.
         score_items: Validation observations that score an iteration.
-        score_splits: How often each of them is split into a part that is given and one that is predicted.
-        score_draws: Draws per split.
         guard: Whether validation observations decide: which iterations are accepted and kept, when the run ends
             (:mod:`diffem.selection`), and how wide its last draws are. If not, all are accepted, and the last one is kept.
         patience: So many iterations in a row without a new best end the run; 0 never does.
@@ -54,36 +54,16 @@ class EMConfig:
     seed: int = 0
     refresh: float = 1.0
     score_items: int = 128
-    score_splits: int = 2
-    score_draws: int = 2
     guard: bool = True
     patience: int = 8
 
     def __post_init__(self) -> None:
         if self.patience < 0:
             raise DiffemError(f"em.patience: must be a number of iterations >= 0, got {self.patience}")
-        if self.iterations < 0 or min(self.score_items, self.score_draws) < 2 or self.score_splits < 1:
-            raise DiffemError("em: iterations must be >= 0, score_items and score_draws >= 2, score_splits >= 1")
+        if self.iterations < 0 or self.score_items < 2:
+            raise DiffemError("em: iterations must be >= 0, score_items >= 2")
         if not 0 < self.refresh <= 1:
             raise DiffemError(f"em.refresh: must be in (0, 1], got {self.refresh}")
-
-
-@dataclass(frozen=True)
-class EStepConfig:
-    """The E-step.
-
-    Attributes:
-        width: How much of the residual variance its draws put back: 1 all of it, 0 none (plain DDPM, as in the paper). It
-            holds while the run goes on. At the end the width is 1, or another one if that is better (0 stays 0).
-        batch: Observations at a time.
-    """
-
-    width: float = 1.0
-    batch: int = 256
-
-    def __post_init__(self) -> None:
-        if self.batch < 1 or self.width < 0:
-            raise DiffemError("e_step: batch must be at least 1, width >= 0")
 
 
 @dataclass(frozen=True)
@@ -105,8 +85,8 @@ class PriorConfig:
     def __post_init__(self) -> None:
         if self.kind not in ("unconditional", "joint"):
             raise DiffemError(f"prior.kind: must be unconditional or joint, got {self.kind!r}")
-        if self.steps < 1 or self.sampler_steps < 1:
-            raise DiffemError("prior.steps: must be at least 1, and so must prior.sampler_steps")
+        if self.steps < 1 or not 1 <= self.sampler_steps <= MOST_STEPS:
+            raise DiffemError(f"prior.steps: must be at least 1, and prior.sampler_steps from 1 to {MOST_STEPS:,}")
 
 
 @dataclass(frozen=True)
@@ -118,7 +98,6 @@ class Config:
     network: NetworkConfig = field(default_factory=NetworkConfig)
     denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
-    e_step: EStepConfig = field(default_factory=EStepConfig)
     m_step: MStepConfig = field(default_factory=MStepConfig)
     em: EMConfig = field(default_factory=EMConfig)
     prior: PriorConfig = field(default_factory=PriorConfig)
@@ -126,15 +105,22 @@ class Config:
     def __post_init__(self) -> None:
         if self.prior.kind == "joint" and not self.denoiser.observation_dropout:
             raise DiffemError("prior.kind: joint needs denoiser.observation_dropout > 0: the network must know both")
-        if self.sampler.guidance != "none" and self.denoiser.observation_dropout != 1:
-            raise DiffemError(
-                f"sampler.guidance: {self.sampler.guidance} guides a network that sees no observation; "
-                "set denoiser.observation_dropout to 1"
-            )
 
     def to_dict(self) -> dict:
         """Plain lists, dictionaries and numbers, as config.yaml holds them."""
         return _plain(dataclasses.asdict(self))
+
+
+def described() -> list[tuple[str, object, str]]:
+    """Every setting: section.field, its default, and what it is, from the docstring of its section."""
+    found = []
+    for section in dataclasses.fields(Config):
+        default = section.default_factory() if callable(section.default_factory) else None
+        text = inspect.cleandoc(type(default).__doc__ or "").partition("Attributes:")[2]
+        words = dict(re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", text, re.MULTILINE))
+        for name, value in dataclasses.asdict(default).items():  # type: ignore[arg-type]
+            found.append((f"{section.name}.{name}", _plain(value), " ".join(words[name].split())))
+    return found
 
 
 def _plain(value: object) -> typing.Any:
@@ -148,7 +134,7 @@ def presets() -> list[str]:
     return sorted(f.name[:-5] for f in (resources.files("diffem") / "presets").iterdir() if f.name.endswith(".yaml"))
 
 
-def load(preset: str | None = None, overrides: Sequence[tuple[str, str]] = ()) -> Config:
+def load_config(preset: str | None = None, overrides: Sequence[tuple[str, str]] = ()) -> Config:
     """A preset (a name, or a path to a YAML file) with overrides ('section.field', 'YAML value').
 
     Raises:

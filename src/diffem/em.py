@@ -2,643 +2,537 @@
 
     start: reconstructions x_i ~ q_0(. | y_i) from the initial prior
     for k = 1 .. K
-        M-step: train the denoiser d(x_t, t, y) on (x_i, y'), with y' ~ Q(. | x_i), or a part of y_i, drawn anew at every step;
-                what y_i measured of x_i weighs more than what q_k-1 imputed
+        M-step: train the denoiser d(x_t, t, y) on pairs (x_i, y'), where y' is a new simulated observation of x_i, or the real
+                y_i with a part of it hidden; entries of x_i that y_i measured count more than those that were imputed
         E-step: draw x_i ~ q_k(. | y_i) for every observation
-        judge:  refuse the iteration if validation observations say that it is worse; save it if it is the best; stop in time
+        judge:  refuse the iteration if validation observations say that it is worse; keep it if it is the best; stop in time
     end: choose the width of the best q_k, draw again, and report its score on test observations
     prior: train the denoiser without an observation, d(x_t, t), on the best reconstructions
 
-Held-out observations are reconstructed and scored, never trained on. Half of them, the validation part, selects: see
+Held-out observations are never trained on. What is scored is how well q_k predicts hidden parts of them (of a black box, whether
+its reconstructions, corrupted again, look like observations). Half of them, the validation part, selects: see
 :mod:`diffem.selection`. The other half, the test part, only reports.
+
+A run is a sequence of the steps below. Each begins from what the run folder holds, and ends with a checkpoint that names the
+next one: :data:`STEPS`. A run that is killed repeats the part of a step that was not finished, with the same random numbers.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from torch import Tensor
 
-from diffem import devices, files, metrics, seeding, starts
-from diffem.config import Config
-from diffem.corruptions import LinearCorruption, Params
-from diffem.denoisers import Denoiser
-from diffem.diagnostics import PREDICTIONS, Score, final_splits, score
-from diffem.diagnostics.divergence import energy_items
+from diffem import devices, files, memory, seeding, starts
+from diffem.config import Config, load_config
+from diffem.data import Dataset, Items, Observations
 from diffem.errors import DiffemError
-from diffem.m_step import Trainer
-from diffem.mixtures import Mixture
-from diffem.observations import Observations, evenly, open_array
-from diffem.posteriors import (
-    DiffusionPosterior,
-    MixturePosterior,
-    ObservationPosterior,
-    PosteriorSampler,
-    from_pretrained,
-    likelihood_basis,
-)
+from diffem.judging import chosen_width, closely, compared, row_of
+from diffem.networks import Given, Network
+from diffem.posterior import Posterior, from_pretrained
 from diffem.run import Run
-from diffem.selection import GATE, Selection, to_start
+from diffem.samplers import DiffusionSampler, Sampler, trained_kind
+from diffem.selection import Selection, to_start
+from diffem.trainer import Examples, Trainer
 
-Progress = Callable[[str, int, int], None]
-PASSES = 20  # passes over the data in which every item shows a part of its real observation; after n, PASSES / n do
-COMPARED, CORRUPTED = 2048, 4  # at most 2,048 reconstructions score a black box; each is corrupted 4 times
-WIDTHS = (0.5, 0.7, 1.0, 1.5, 2.5, 4.0, 6.0, 9.0)  # the end chooses among them
+REFRESH = 20_000  # the random stream that says whose reconstruction is drawn anew
+ABOUT_THE_END = ("prior.json", "pictures.npz", "diagnostics.json", "report.html")  # files of a run that has ended
+FAILURES = 4  # how often a run rolls back from what is not finite, before it ends
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What is being done: `step` of `iteration`, `done` of `total`; in the M-step also the mean `loss` so far."""
+
+    step: str
+    iteration: int
+    done: int
+    total: int
+    loss: float | None = None
+
+
+Hook = Callable[["DiffEM", dict], dict | None]
 
 
 @dataclass
 class State:
-    """Where a run is: what a checkpoint holds beside tensors."""
+    """Where a run is: what a checkpoint holds beside tensors.
 
-    iteration: int = 1
-    phase: str = "m_step"  # then e_step, commit, and m_step of the next one; at the end last, prior, done
-    step: int = 0  # of the optimiser, in this phase
+    Attributes:
+        step: The step that is next, or half done.
+        iteration: 0 is the start; the final draws get a number of their own.
+        updates: Updates of the network that were made in this iteration; `loss_sum` is the sum of their losses.
+        drawn: Reconstructions that the E-step drew with the network.
+        width: The width of the E-step's draws; None at the start.
+        of: At the end, the iteration that the run ends with.
+        failures: How often something was not finite: each time the learning rate is halved.
+        batch: Observations at a time: chosen once, since rounding depends on it.
+        seconds: What this iteration took; `score_seconds` of them went to scores.
+        row: The metrics of the iteration that waits for its commit; `rows` those of all before it.
+    """
+
+    step: str = "start"
+    iteration: int = 0
+    updates: int = 0
     loss_sum: float = 0.0
-    examples: int = 0
-    evaluations: int = 0
+    drawn: int = 0
+    width: float | None = None
+    of: int | None = None
+    failures: int = 0
+    batch: int = 0
     seconds: float = 0.0
-    score_seconds: float = 0.0  # of them, what scores took
-    row: dict = field(default_factory=dict)  # of the iteration that waits for its commit
+    score_seconds: float = 0.0
+    row: dict = field(default_factory=dict)
     rows: list[dict] = field(default_factory=list)
 
 
 class DiffEM:
-    """A run of the algorithm; :meth:`iterate` yields a row of metrics after the start and every iteration.
+    """A run of the algorithm; :meth:`iterate` yields a row of metrics after the start and every iteration, and a last one, with `of`,
+    of what the run ends with, on test observations.
 
     Arguments:
-        config: The configuration.
+        config: The configuration, or the name of a preset.
         observations: The observations.
         out: The run folder; if it holds an unfinished run of the same configuration, that one goes on.
+        start: A posterior to start from, instead of what the configuration names.
+        network: A network of your own, see :class:`diffem.networks.Given`.
+        hooks: Called after every iteration with this object and the iteration's row of metrics. A dictionary that is returned
+            is added to the row; it decides nothing.
+        progress: Called with a :class:`Progress` as the work goes on.
         allow_unobserved: Go on although some entry is in no observation.
-        progress: Called with what is being done, how much is done, and of how much.
-        start: A posterior sampler to start from, instead of the one that the configuration names.
-        reference: Clean items, row i for observation i: distances to them are recorded, and decide nothing.
-        features: A map of items in model units to (N, f), where a Frechet distance to the reference is recorded too.
         device: Where networks run; see :func:`diffem.devices.choose`.
         precision: How precisely; likewise.
+        batch: Observations at a time, wherever something is drawn; as many as fit by default (:mod:`diffem.memory`).
+        checkpoint_minutes: At most so much work is lost when the run is killed.
     """
 
-    denoiser_class = Denoiser
-    sampler_class = DiffusionPosterior
+    steps = {}  # by name, see the end of the module  # noqa: RUF012
+    stop: Callable[[], object] | None = (
+        None  # if set, it is called after the next checkpoint, and raises to end the run
+    )
+    trainer: Trainer
+    start: Posterior
+    selection: Selection
 
     def __init__(
         self,
-        config: Config,
+        config: Config | str,
         observations: Observations,
         out: str | os.PathLike[str],
+        start: Posterior | None = None,
+        network: Network | None = None,
+        hooks: Sequence[Hook] = (),
+        progress: Callable[[Progress], None] = lambda progress: None,
         allow_unobserved: bool = False,
-        progress: Progress = lambda what, done, total: None,
-        start: PosteriorSampler | None = None,
-        reference: np.ndarray | None = None,
-        features: metrics.Features | None = None,
         device: str = "auto",
         precision: str = "auto",
+        batch: int | None = None,
+        checkpoint_minutes: float = 5.0,
     ) -> None:
-        self.config, self.observations, self.progress = config, observations, progress
-        self.corruption, self.shape, self.seed = observations.corruption, observations.shape, config.em.seed
+        config = load_config(config) if isinstance(config, str) else config
+        if batch is not None and batch < 1:
+            raise DiffemError(f"batch: must be at least 1, got {batch}")
+        self.config, self.observations, self.seed = config, observations, config.em.seed
+        self.network = config.network if network is None else Given(network)
+        self.hooks, self.progress = hooks, progress
+        self.given_batch, self.checkpoint_minutes = batch, checkpoint_minutes
+        self.batch = batch or memory.MOST  # what fits is known when there is a network
         self.device, self.precision = devices.choose(device, precision)
-        self.place = device, precision
-        missing = [] if allow_unobserved else observations.unobserved()
-        if missing:
+        self.place: dict[str, Any] = {"network": network, "device": device, "precision": precision}
+        if not allow_unobserved:
+            observations.refuse_unobserved()
+        self.sampler_class = trained_kind(config.sampler)
+        if not isinstance(self, self.sampler_class.algorithm or DiffEM):
             raise DiffemError(
-                f"{observations.source}: mask.npy: no observation shows entry {list(missing[0])}"
-                f"{f' and {len(missing) - 1} more' if len(missing) > 1 else ''}, so it cannot be learned; --allow-unobserved goes on"
-            )
-        self.reference, self.features = reference, features
-        if reference is not None and tuple(reference.shape) != (len(observations), *self.shape):
-            raise DiffemError(
-                f"reference: shape {tuple(reference.shape)}, but the reconstructions have {(len(observations), *self.shape)}"
+                f"sampler.kind: {config.sampler.kind} is trained by {self.sampler_class.algorithm.__name__}"
             )
         self.train, self.validation, self.test = observations.split(self.seed)
-        self.examples = self._clean_examples()
+        trained_on = {"observations": observations.digest(), "seed": self.seed}
         if start is None and config.start.kind == "run":
-            start = self._earlier_posterior()
-        config.sampler.check(self.corruption)
+            start = from_pretrained(Path(config.start.run) / "posterior", observations.corruption, **self.place)
+        starts.refuse(start, observations.shape, trained_on, config.start.run or "start")
         self.given_start = start
-        self.scaling = observations.scaling(self.train) if start is None else start.scaling
-        self.model_corruption = self.corruption.scaled(*self.scaling)
+        self.data = Dataset(observations, observations.units(self.train) if start is None else start.units)
+        observations.rehearse(self.data.units)
+        self.sampler_class.suits(self.data.corruption, config.sampler, config.denoiser)
+        self.examples = Examples(self.data, self.train, config.m_step, self.device)
         facts = {
             "observations": len(observations),
-            "digest": observations.digest(),
-            "corruption": self.corruption.config,
-            "shape": list(self.shape),
-            "scaling": list(self.scaling),
+            "digest": trained_on["observations"],
+            "corruption": observations.corruption.config,
+            "shape": list(observations.shape),
+            "scaling": [self.data.units.centre, self.data.units.half],
+            **({} if self.examples.digest is None else {"clean_examples": self.examples.digest}),
+            **({} if network is None else {"own_network": True}),
         }
-        if self.examples is not None:
-            facts["clean_examples"] = hashlib.sha256(self.examples.tobytes()).hexdigest()[:16]
-        self.run = Run(out, config, facts)
-        self.state = State()
-        self.selection: Selection
+        self.trained_on = trained_on
+        self.run, self.state = Run(out, {**config.to_dict(), "facts": facts}), State()
+        self._saved = self._clock = 0.0
 
     @property
     def rows(self) -> list[dict]:
         """The rows of metrics so far."""
         return self.state.rows
 
-    # --- the algorithm -------------------------------------------------------------------------------
-
     def iterate(self) -> Iterator[dict]:
         """Runs what is left of the algorithm, yielding each finished row of metrics (finished ones first)."""
-        saved = self.run.load_checkpoint()
-        if saved is None:
-            self._start()
-        else:
-            self._restore(*saved)
-        yield from self.state.rows
-        known = len(self.state.rows)
-        while self.state.phase not in ("prior", "done"):
-            self._clock = time.monotonic() - self.state.seconds
-            if self.state.phase == "m_step":
-                self._m_step()
-            if self.state.phase == "e_step":
-                self._e_step()
-            if self.state.phase == "last":
-                self._last()
-            if self.state.phase == "commit":
-                self._commit()
-            yield from self.state.rows[known:]
-            known = len(self.state.rows)
-        if self.state.phase == "prior":
-            self._clock = time.monotonic() - self.state.seconds
-            self._prior()
+        with self.run.open():
+            self._resume()
+            self._saved, known = time.monotonic(), 0
+            while True:
+                yield from self.rows[known:]
+                known = len(self.rows)
+                if self.state.step == "done":
+                    return
+                self._clock = time.monotonic() - self.state.seconds
+                self.steps[self.state.step](self)
 
-    def _start(self) -> None:
-        self._clock = time.monotonic()
-        for name in ("prior.json", "pictures.npz", "diagnostics.json"):  # of a run that was here before
-            (self.run.folder / name).unlink(missing_ok=True)
-        sampler, about = self._initial_prior()
-        self._build(sampler)
-        sampler.save_pretrained(self.run.folder / "start")
-        self._save_start(sampler)
-        self.run.write("start.json", json.dumps(about, indent=2).encode())
-        x = self.run.array("next", (len(self.observations), *self.shape))
-        self._reconstruct(sampler, x, iteration=0)
-        self._keep_reconstructions(best=True)
-        em = self.config.em
-        self.selection = Selection.begin(em.guard, em.patience, self._judge(sampler, x))
-        self.state.iteration = 0
-        verdict = {"accepted": True, "best": True}
-        self.state.rows.append(self._row(self.selection.first, verdict, 0, sampler, x))
-        self._next("m_step" if em.iterations else "last", 1)
+    # --- what the steps share ------------------------------------------------------------------------
 
-    def _save_start(self, sampler: PosteriorSampler) -> None:
-        """Makes the start what the run folder holds."""
-        sampler.save_pretrained(self.run.folder / "posterior")
-        shutil.rmtree(self.run.folder / "prior", ignore_errors=True)
-        earlier = Path(self.config.start.run) / "prior"
-        if self.config.start.run and earlier.exists():
-            from_pretrained(earlier, self.corruption, *self.place).save_pretrained(self.run.folder / "prior")
-        elif not isinstance(sampler, ObservationPosterior):
-            sampler.save_pretrained(self.run.folder / "prior")
+    @property
+    def sampler(self) -> Sampler:
+        """What the E-step of this iteration draws from."""
+        return self.start.sampler if self.state.width is None else self.diffusion(width=self.state.width)
 
-    def _m_step(self) -> None:
-        state, config = self.state, self.config.m_step
-        first = state.iteration == 1
-        if state.step == 0 and config.optimizer == "reset":
-            self.trainer.reset_optimizer()
-        self._train(config.first_steps if first else config.steps, self.config.denoiser.observation_dropout)
-        state.phase = "e_step"
-        self._checkpoint()
+    def diffusion(self, **changes) -> DiffusionSampler:
+        """Reverse diffusion with the averaged network; `changes` are of its :class:`SamplerConfig`."""
+        return self.sampler_class(self.trainer.averaged, dataclasses.replace(self.config.sampler, **changes))
 
-    def _e_step(self) -> None:
-        state, sampler = self.state, self._sampler(self.config.e_step.width)
-        x = self.run.array("next", (len(self.observations), *self.shape))
-        drawn = self._reconstruct(sampler, x, state.iteration)
-        current = self._judge(sampler, x)
-        state.row = self._row(current, self.selection.decide(current), drawn, sampler, x)
-        state.phase = "commit"
-        self._checkpoint()
+    def items(self, name: str) -> Items:
+        """An array of the run folder, read in model units."""
+        return Items(self.run.array(name), self.data.units)
 
-    def _commit(self) -> None:
-        # Every action here can be done twice: a run killed between two of them repeats the first.
-        state = self.state
-        last = "of" in state.row  # the row of what the run ends with
-        if state.row["accepted"]:
-            self._keep_reconstructions(state.row["best"])
-        if state.row["best"] and state.row.get("of") != 0:
-            sampler = self._sampler(state.row["width"])
-            sampler.save_pretrained(self.run.folder / "posterior")
-            if self.config.prior.kind == "joint":
-                self._sampler(1.0).save_pretrained(self.run.folder / "prior")
-        (self.run.folder / "next.npy").unlink(missing_ok=True)
-        state.rows.append(state.row)
-        if last and state.row["of"]:
-            self._finish()
-        elif last:
-            self._next("done")
-        elif self.selection.over or state.iteration == self.config.em.iterations:
-            self._next("last", state.iteration + 1)
-        else:
-            self._next("m_step", state.iteration + 1)
+    @property
+    def reconstructions(self) -> np.memmap:
+        """What this iteration drew, row i of observation i, in the units of y."""
+        return self.run.array("next" if (self.run.folder / "next.npy").exists() else "current")
 
-    def _keep_reconstructions(self, best: bool) -> None:
-        """Makes the next reconstructions those that train, and, if they are the best, those of the run."""
-        folder = self.run.folder
-        if (folder / "next.npy").exists():
-            os.replace(folder / "next.npy", folder / "current.npy")
-        if best:
-            files.link(folder / "current.npy", folder / "reconstructions.npy")
+    def posterior(self, sampler: Sampler) -> Posterior:
+        """A sampler in the units of y."""
+        return Posterior(sampler, self.observations.corruption, self.data.units, self.trained_on)
 
-    def _last(self) -> None:
-        """What the run ends with: the best iteration at its best width, with reconstructions that are all drawn from it; or
-        the start. Test observations score both."""
-        state, folder = self.state, self.run.folder
-        best = next(row for row in reversed(state.rows) if row["best"])
-        start = from_pretrained(folder / "start", self.corruption, *self.place)
-        sampler, x, drawn = start, self.run.array("reconstructions"), 0
-        files.link(folder / "reconstructions.npy", folder / "current.npy")
-        if best["iteration"]:
-            saved = from_pretrained(folder / "posterior", self.corruption, *self.place)
-            assert isinstance(saved, DiffusionPosterior)
-            self.trainer.averaged.network.load_state_dict(saved.denoiser.network.state_dict())
-            sampler = self._sampler(self._chosen_width(best["width"]))
-            if sampler.width != best["width"] or self.config.em.refresh < 1:
-                x = self.run.array("next", (len(self.observations), *self.shape))
-                drawn = self._reconstruct(sampler, x, state.iteration)
-        first, current = (self._closely(s, self.test) for s in (start, sampler))
-        verdict = {"accepted": True, "best": True, "of": best["iteration"], **to_start(current, first)}
-        about = {"start_score": first.mean, "start_score_se": first.standard_error, "start_ratio": first.ratio}
-        state.row, state.phase = self._row(current, {**verdict, **about}, drawn, sampler, x), "commit"
-        self._checkpoint()
-
-    def _chosen_width(self, width: float) -> float:
-        """1, or the width that is better on validation observations, by more than the error."""
-        can = self.config.sampler.guidance == "none" and isinstance(self.corruption, LinearCorruption)
-        if not (can and self.config.em.guard and width):
-            return width
-
-        @cache
-        def found(k: int) -> Score:
-            return self._closely(self._sampler(WIDTHS[k]), self.validation)
-
-        k = one = WIDTHS.index(1.0)
-        if not math.isfinite(found(one).criterion):
-            return width
-        for step in (1, -1):
-            while 0 <= k + step < len(WIDTHS) and found(k + step).criterion < found(k).criterion:
-                k += step
-        delta, error = found(k).criterion_difference(found(one))
-        return WIDTHS[k] if delta < -GATE * error else 1.0
-
-    def _finish(self) -> None:
-        """Goes on to the prior, unless the posterior's own network is it."""
-        if self.config.prior.kind == "unconditional":
-            self.trainer.restart_from_average()
-            self._next("prior")
-        else:
-            self._next("done")
-
-    def _prior(self) -> None:
-        state = self.state
-        self._train(self.config.prior.steps, dropout=1.0)
-        sampler = self._sampler(width=1.0, steps=self.config.prior.sampler_steps)
-        sampler.save_pretrained(self.run.folder / "prior")
-        about = {"steps": state.step, "examples": state.examples, "seconds": self._seconds()}
-        self.run.write("prior.json", json.dumps({**about, "loss": state.loss_sum / state.step}, indent=2).encode())
-        self._next("done")
-
-    # --- its parts -----------------------------------------------------------------------------------
-
-    def _initial_prior(self) -> tuple[PosteriorSampler, dict]:
-        if self.given_start is not None:
-            return self.given_start, {"kind": self.given_start.kind, "run": self.config.start.run}
-        kind = self.config.start.resolve(self.corruption)
-        if kind == "observation":
-            return ObservationPosterior(self.corruption, self.shape, self.scaling), {"kind": kind}
-        assert isinstance(self.corruption, LinearCorruption)
-        assert isinstance(self.model_corruption, LinearCorruption)
-        mixture, about = starts.fit(
-            self.config.start,
-            self.observations,
-            self.train,
-            self.model_corruption,
-            self.scaling,
-            self.seed,
-            lambda text: self.progress(text, 0, 1),
-            self.device,
-        )
-        return MixturePosterior(self.corruption, self.shape, self.scaling, mixture), {"kind": kind, **about}
-
-    def _clean_examples(self) -> np.ndarray | None:
-        path = self.config.m_step.clean_examples
-        if not path:
-            return None
-        if not Path(path).is_file():
-            raise DiffemError(f"m_step.clean_examples: {path}: no such file; it is a .npy of clean items")
-        examples = np.asarray(open_array(Path(path)), dtype=np.float32)
-        if examples.shape[1:] != self.shape or not len(examples) or not np.isfinite(examples).all():
-            raise DiffemError(
-                f"m_step.clean_examples: {path}: must hold finite items of shape {self.shape}, has {examples.shape}"
-            )
-        return examples
-
-    def _earlier_posterior(self) -> PosteriorSampler:
-        folder = Path(self.config.start.run)
-        earlier = from_pretrained(folder / "posterior", self.corruption, *self.place)
-        config = yaml.safe_load((folder / "config.yaml").read_text())
-        if config["facts"]["digest"] == self.observations.digest() and config["em"]["seed"] != self.seed:
-            raise DiffemError(
-                f"start.run: {folder} held out others of these observations; use --em.seed {config['em']['seed']}"
-            )
-        if earlier.shape != self.shape:
-            raise DiffemError(f"start.run: {folder} was trained on items of shape {earlier.shape}, not {self.shape}")
-        return earlier
-
-    def _build(self, start: PosteriorSampler | Mixture | None) -> None:
-        mixture = start if isinstance(start, Mixture) else None
-        if isinstance(start, MixturePosterior):
-            mixture = start.mixture
-        elif isinstance(start, DiffusionPosterior) and start.denoiser.precondition == "start":
-            mixture = start.denoiser.reference
-        if mixture is not None:  # memory laid out as after a resume: strides change the rounding of products
-            tensors = (v.cpu().clone(memory_format=torch.contiguous_format) for v in mixture.tensors.values())
-            mixture = Mixture(*tensors, basis=mixture.basis)
-        self.trainer = self._trainer(mixture, start.denoiser if type(start) is self.sampler_class else None)
-
-    def _trainer(self, mixture: Mixture | None, earlier: Denoiser | None = None) -> Trainer:
-        """A trainer of new weights, or of those of an earlier run."""
-
-        def make() -> Denoiser:
-            parts = self.config.denoiser, self.config.network, mixture
-            denoiser = self.denoiser_class(self.model_corruption, self.shape, *parts)
-            denoiser.precision = self.precision
-            return denoiser.to(self.device)
-
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seeding.fold(self.seed, 0) >> 1)
-            denoiser, averaged = make(), make()
-        if earlier is not None:
-            _take_weights(earlier, denoiser)
-        return Trainer(denoiser, averaged, self.config.m_step)
-
-    def _train(self, target: int, dropout: float) -> None:
-        state, config, x = self.state, self.config.m_step, self.run.array("current")
-        what = "prior" if state.phase == "prior" else f"iteration {state.iteration}, M-step"
-        self.trainer.denoiser.network.train()
-        while state.step < target:
-            generator = seeding.generator(self.seed, state.iteration, "m_step", state.step, self.device)
-            torch.manual_seed(seeding.fold(self.seed, state.iteration, state.step) >> 1)  # dropout inside the network
-            loss = self._loss(x, generator, dropout)
-            value = loss.item()
-            if not np.isfinite(value):
-                raise DiffemError(
-                    f"m_step: the loss is {value} at iteration {state.iteration}, step {state.step}; lower m_step.learning_rate"
-                )
-            self.trainer.update(loss, config.learning_rate * self._decay(target))
-            state.step += 1
-            state.loss_sum += value
-            self.progress(f"{what}: loss {state.loss_sum / state.step:.3f}", state.step, target)
-            if state.step % config.checkpoint == 0:
-                self._checkpoint()
-        state.examples, state.evaluations = state.step * config.batch, 3 * state.step * config.batch
-
-    def _loss(self, x: np.ndarray, generator: torch.Generator, dropout: float) -> Tensor:
-        """The loss of one batch of reconstructions, observed anew."""
-        config, (centre, half) = self.config.m_step, self.scaling
-        rows = torch.randint(len(self.train), (config.batch,), generator=generator, device=self.device)
-        index = self.train[rows.cpu().numpy()]
-        clean = torch.from_numpy(x[index]).to(self.device)
-        reconstructed = torch.ones(len(clean), dtype=torch.bool, device=self.device)
-        if self.examples is not None:
-            chosen = torch.rand(len(clean), generator=generator, device=self.device) < config.clean_share
-            rows = torch.randint(len(self.examples), (config.batch,), generator=generator, device=self.device)
-            clean = _pick(chosen, torch.from_numpy(self.examples[rows.cpu().numpy()]).to(clean), clean)
-            reconstructed &= ~chosen
-        mirrored = torch.zeros_like(reconstructed)
-        if config.flip:
-            mirrored = torch.rand(len(clean), generator=generator, device=self.device) < 0.5
-            clean = _pick(mirrored, clean.flip(-1), clean)
-        y, params = self._corrupt_again(clean, generator)
-        weigh = None
-        # without parameters every observation measures the same, and there is nothing to weigh
-        if dropout < 1 and config.imputed_weight < 1 and self.observations.params:
-            real, source = self.observations.batch(index)
-            real, source = real.to(self.device), {k: v.to(self.device) for k, v in source.items()}
-            y, params = self._split((y, params), (real, source), reconstructed & ~mirrored, generator)
-            weigh = self._weigh(source, reconstructed, mirrored)
-        y = self.model_corruption.scale_y(y, params, centre, half)
-        return self.trainer.denoiser.loss((clean - centre) / half, y, params, generator, dropout, weigh)
-
-    def _split(
-        self,
-        simulated: tuple[Tensor, Params],
-        real: tuple[Tensor, Params],
-        allowed: Tensor,
-        generator: torch.Generator,
-    ) -> tuple[Tensor, Params]:
-        """The simulated observations, some of them replaced by a thinned part of the real ones.
-
-        What is hidden of them is real, too: this is what a network on the splitting loss learns from. All are replaced in the
-        first :data:`PASSES` over the training observations; after n passes PASSES / n of them, or they would be learned by heart.
-
-        Arguments:
-            simulated: Observations (B, *y shape) of reconstructions, and their parameters.
-            real: The observations that were reconstructed, and theirs.
-            allowed: Which ones may be replaced (B,).
-            generator: Draws which ones are, and what is hidden of them.
-        """
-        split = self.corruption.thin(*real, generator)
-        if split is None:
-            return simulated
-        passes = self.config.m_step.batch * self.trainer.updates / len(self.train)
-        chosen = torch.rand(len(allowed), generator=generator, device=self.device) * passes < PASSES
-        some = (split[0][0] != 0).flatten(1).any(1)  # a single row of a projection leaves nothing to show
-        return _mixed(chosen & allowed & some, split[0], simulated)
-
-    def _weigh(self, source: Params, reconstructed: Tensor, mirrored: Tensor) -> Callable[[Tensor], Tensor]:
-        """W of :mod:`diffem.denoisers`, of a batch of items.
-
-        Arguments:
-            source: Parameters of the real observations behind the items.
-            reconstructed: Which items are reconstructions (B,); clean examples are measured in every entry.
-            mirrored: Which of the items were mirrored (B,).
-        """
-        share = self.config.m_step.imputed_weight
-
-        def weigh(x: Tensor) -> Tensor:
-            turned = _pick(mirrored, x.flip(-1), x)
-            measured = self.model_corruption.measured(turned, source)
-            measured = _pick(mirrored, measured.flip(-1), measured)
-            return _pick(reconstructed, share * x + (1 - share) * measured, x)
-
-        return weigh
-
-    def _decay(self, target: int) -> float:
-        """The share of the learning rate that is left."""
-        if self.config.m_step.schedule == "constant":
-            return 1.0
-        within = self.state.step / target
-        done = (
-            within if self.state.phase == "prior" else (self.state.iteration - 1 + within) / self.config.em.iterations
-        )
-        return max(0.05, 1 - done)
-
-    def _corrupt_again(self, x: Tensor, generator: torch.Generator) -> tuple[Tensor, Params]:
-        """Fresh observations of reconstructions, a part of them thinned."""
-        y, params = self.corruption.observe(x, generator)
-        split = self.corruption.thin(y, params, generator)
-        if split is None or not self.config.m_step.thinned:
-            return y, params
-        chosen = torch.rand(len(x), generator=generator, device=x.device) < self.config.m_step.thinned
-        return _mixed(chosen, split[0], (y, params))
-
-    def _sampler(self, width: float, steps: int | None = None) -> DiffusionPosterior:
-        config = self.config.sampler if steps is None else dataclasses.replace(self.config.sampler, steps=steps)
-        return self.sampler_class(
-            self.corruption,
-            self.shape,
-            self.scaling,
-            self.trainer.averaged,
-            config,
-            self.config.network,
-            width,
-        )
-
-    def _reconstruct(self, sampler: PosteriorSampler, out: np.memmap, iteration: int) -> int:
-        """Draws reconstructions into `out`; returns how many were drawn, not kept (em.refresh)."""
-        keep = self.config.em.refresh < 1 and self.state.phase == "e_step"
-        before = self.run.array("current") if keep else None
-        done = drawn = 0
-        for chunk in self.observations.chunks(size=self.config.e_step.batch):
-            seeds = seeding.item_seeds(self.seed, iteration, "e_step", chunk)
-            fresh = np.ones(len(chunk), dtype=bool)
-            if before is not None:
-                fresh = (seeding.uniform(seeds, stream=20_000) < self.config.em.refresh).numpy()
-                out[chunk[~fresh]] = before[chunk[~fresh]]
-            if fresh.any():
-                y, params = self.observations.batch(chunk[fresh])
-                x = sampler.sample(y, params, seeds[fresh]).numpy()
-                bad = chunk[fresh][~np.isfinite(x).reshape(len(x), -1).all(1)]
-                if len(bad):
-                    raise DiffemError(
-                        f"e_step: the draws of {len(bad)} observations (first: {bad[0]}) are not finite at iteration {iteration}; "
-                        "lower m_step.learning_rate"
-                    )
-                out[chunk[fresh]] = x
-            drawn += int(fresh.sum())
-            done += len(chunk)
-            self.progress(f"iteration {iteration}, E-step", done, len(self.observations))
-        out.flush()  # the memory map is complete before a checkpoint says so
-        return drawn
-
-    def _judge(self, sampler: PosteriorSampler, x: np.ndarray) -> Score:
-        """What the selection compares: the score of validation observations; of a black box, how far its reconstructions x
-        of training observations, observed anew, are from the observations."""
-        if isinstance(self.corruption, LinearCorruption):
-            return self._score(
-                sampler, evenly(self.validation, self.config.em.score_items), self.config.em.score_splits
-            )
-        rows, began = evenly(self.train, COMPARED), time.monotonic()
-        found = energy_items(torch.from_numpy(x[rows]), self.observations, rows, self.scaling, self.seed, CORRUPTED)
-        self.state.score_seconds += time.monotonic() - began
-        return Score("energy_distance", found)
-
-    def _score(self, sampler: PosteriorSampler, rows: np.ndarray, splits: int) -> Score:
-        began = time.monotonic()
-        found = score(sampler, self.observations, rows, self.seed, self.config.em.score_draws, splits)
-        self.state.score_seconds += time.monotonic() - began
-        return found
-
-    def _closely(self, sampler: PosteriorSampler, part: np.ndarray) -> Score:
-        """The score of many predictions of a part of the observations."""
-        rows = evenly(part, PREDICTIONS)
-        return self._score(sampler, rows, final_splits(len(rows)))
-
-    def _row(self, current: Score, verdict: dict, drawn: int, sampler: PosteriorSampler, x: np.ndarray) -> dict:
-        """A row of metrics: `verdict` is the selection's, `drawn` the items that the sampler's network drew into x."""
-        state = self.state
-        return {
-            "iteration": state.iteration,
-            "seconds": self._seconds(),
-            "score_seconds": state.score_seconds,
-            "examples": state.examples,
-            "network_evaluations": state.evaluations + drawn * self.config.sampler.evaluations,
-            "loss": state.loss_sum / state.step if state.step else None,
-            "score_name": current.name,
-            "score": current.mean,
-            "score_se": current.standard_error,
-            "log_score": current.log_score,
-            "criterion": current.criterion,
-            "ratio": current.ratio,
-            "ratio_se": current.ratio_error,
-            "width": getattr(sampler, "width", None),
-            **verdict,
-            **self._compared(sampler, x),
-        }
-
-    def _compared(self, sampler: PosteriorSampler, x: np.ndarray) -> dict:
-        """Distances of the sampler's reconstructions x to the clean reference, if one was given."""
-        if self.reference is None:
-            return {}
-        rows = evenly(np.arange(len(x)), metrics.ITEMS)
-        return {"clean": metrics.compare(x[rows], self.reference[rows], self.scaling, self.features)}
+    def losses(self, x: Items, generator: torch.Generator, dropout: float) -> Iterable[Tensor]:
+        """The loss of one update on reconstructions x, in parts."""
+        batch = self.examples.batch(x, generator, self.trainer.updates, alone=dropout == 1)
+        return self.trainer.losses(batch, generator, dropout)
 
     # --- state ---------------------------------------------------------------------------------------
 
-    def _seconds(self) -> float:
-        return time.monotonic() - self._clock
+    def next(self, step: str, **changes) -> None:
+        """A checkpoint, from which `step` begins."""
+        self.state = dataclasses.replace(self.state, step=step, **changes)
+        self.checkpoint()
+        self.run.forget_parts()
 
-    def _next(self, phase: str, iteration: int | None = None) -> None:
-        """Begins a phase with counters at zero."""
-        self.state = State(iteration=iteration or self.state.iteration, phase=phase, rows=self.state.rows)
+    def next_iteration(self, step: str, **changes) -> None:
+        """The same with counters at zero; the rows are written out, and the weights are those to which a run rolls back."""
+        state = self.state
+        self.run.save_metrics(state.rows)
         self._clock = time.monotonic()
-        self.run.save_metrics(self.state.rows)
-        self._checkpoint()
-        if phase == "done":
-            (self.run.folder / "current.npy").unlink(missing_ok=True)
+        self.state = State(state.step, state.iteration + 1, failures=state.failures, batch=state.batch, rows=state.rows)
+        self.next(step, **changes)
+        self.run.keep_checkpoint()
 
-    def _checkpoint(self) -> None:
-        self.state.seconds = self._seconds()
-        denoiser = self.trainer.denoiser
-        tensors = {**self.trainer.state(), **self.selection.tensors}
-        if denoiser.precondition == "start":
-            tensors |= {f"start.{k}": v for k, v in denoiser.reference.tensors.items()}
-        self.run.save_checkpoint(tensors, {**dataclasses.asdict(self.state), "selection": self.selection.facts})
+    def due(self) -> bool:
+        """Whether it is time to save."""
+        return self.stop is not None or time.monotonic() - self._saved >= 60 * self.checkpoint_minutes
 
-    def _restore(self, tensors: dict[str, Tensor], state: dict) -> None:
-        start = None
-        if "start.mean" in tensors:
-            basis = likelihood_basis(self.corruption, self.shape)
-            start = Mixture(*(tensors[f"start.{n}"] for n in Mixture.names), basis=basis)
-        self._build(start)
+    def checkpoint(self) -> None:
+        """Saves all that a run goes on from."""
+        self.state.seconds = time.monotonic() - self._clock
+        tensors, facts = self.trainer.state(), dataclasses.asdict(self.state)
+        if hasattr(self, "selection"):
+            tensors, facts = {**tensors, **self.selection.tensors}, {**facts, "selection": self.selection.facts}
+        self.run.save_checkpoint(tensors, facts)
+        self._saved = time.monotonic()
+
+    def build(self) -> None:
+        """Loads the start, and builds the trainer: of new weights, or of an earlier run's."""
+        self.start = from_pretrained(self.run.folder / "start", self.observations.corruption, **self.place)
+        earlier = self.start.sampler
+        mixture = None if earlier.mixture is None else earlier.mixture.copied("cpu")
+        parts = self.data.corruption, self.data.shape, self.config.denoiser, self.network, mixture
+        with seeding.global_generators("cpu", self.seed, 0):
+            denoiser = self.sampler_class.denoiser_class(*parts)
+        denoiser.precision = self.precision
+        kind = self.sampler_class.denoiser_class
+        if isinstance(earlier, DiffusionSampler) and type(earlier.denoiser) is kind:
+            starts.take_weights(earlier.denoiser, denoiser)
+        self.trainer = Trainer(denoiser.to(self.device), self.config.m_step)
+        self.trainer.refuse_what_does_not_fit()
+        item = max(earlier.footprint(), self.diffusion().footprint())
+        self.batch = self.given_batch or self.state.batch or memory.batch(item, self.device)
+        self.state.batch = self.batch
+
+    def _resume(self) -> None:
+        saved = self.run.load_checkpoint()
+        if saved is None:
+            return
+        tensors, facts = saved
+        self.state.batch = facts["batch"]
+        self.build()
         self.trainer.load(tensors)
-        em = self.config.em
-        self.selection = Selection.load(em.guard, em.patience, state.pop("selection"), tensors)
-        self.state = State(**state)
-        self.run.save_metrics(self.state.rows)
+        em, selection = self.config.em, facts.pop("selection", None)
+        if selection is not None:
+            self.selection = Selection.load(em.guard, em.patience, selection, tensors)
+        self.state = State(**facts)
+        iterations = [row for row in self.rows if "of" not in row]
+        ended = self.state.of is not None or self.state.step in ("end", "prior", "done")
+        if ended and len(iterations) <= em.iterations and self.run.longer and not self.selection.over:
+            go_on(self)
+        elif self.state.step == "done":
+            finish(self)
+        elif self.state.step in ("m_step", "prior") and not self.state.updates:
+            self.run.keep_checkpoint()  # it was killed before it did
+        self.run.save_metrics(self.rows)
+        self.run.save_config()  # last, so that a longer run that is killed before still knows that it is longer
 
 
-def _pick(chosen: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """The items of a that are chosen (B,), and those of b that are not."""
-    return torch.where(chosen.view(-1, *(1,) * (a.ndim - 1)), a, b)
+# --- the steps -------------------------------------------------------------------------------------------
 
 
-def _mixed(chosen: Tensor, a: tuple[Tensor, Params], b: tuple[Tensor, Params]) -> tuple[Tensor, Params]:
-    """The observations of a that are chosen (B,), and those of b that are not; b may lack masks, as where all is shown."""
-    params = {k: _pick(chosen, v, b[1].get(k, torch.ones_like(v))) for k, v in a[1].items()}
-    return _pick(chosen, a[0], b[0]), params
+def start(em: DiffEM) -> None:
+    """The initial prior."""
+    folder = em.run.folder
+    for name in (
+        *ABOUT_THE_END,
+        "metrics.jsonl",
+        "reconstructions.npy",
+        "good.safetensors",
+    ):  # of a run that was here before
+        (folder / name).unlink(missing_ok=True)
+    if em.given_start is not None:
+        posterior, about = em.given_start, {"kind": em.given_start.sampler.kind, "run": em.config.start.run}
+    else:
+        tell = lambda text: em.progress(Progress(text, 0, 0, 1))  # noqa: E731
+        sampler, about = starts.make(em.config.start, em.data, em.train, em.seed, tell, em.device, em.run.once)
+        posterior = em.posterior(sampler)
+    posterior.save_pretrained(folder / "start")
+    posterior.save_pretrained(folder / "posterior")
+    shutil.rmtree(folder / "prior", ignore_errors=True)
+    earlier = Path(em.config.start.run) / "prior"
+    if em.config.start.run and earlier.exists():
+        from_pretrained(earlier, em.observations.corruption, **em.place).save_pretrained(folder / "prior")
+    elif posterior.sampler.kind != "observation":
+        posterior.save_pretrained(folder / "prior")
+    em.run.write("start.json", json.dumps(about, indent=2).encode())
+    em.build()
+    em.next("e_step")
 
 
-def _take_weights(earlier: Denoiser, denoiser: Denoiser) -> None:
-    """Warm start: the weights of an earlier run, where the networks are of one form."""
-    theirs, ours = earlier.network.state_dict(), denoiser.network.state_dict()
-    if earlier.precondition != denoiser.precondition:
+def m_step(em: DiffEM) -> None:
+    """Train the denoiser on the reconstructions."""
+    config, first = em.config.m_step, em.state.iteration == 1
+    if em.state.updates == 0 and config.optimizer == "reset":
+        em.trainer.reset_optimizer()
+    if train(em, config.first_steps if first else config.steps, em.config.denoiser.observation_dropout):
+        em.next("e_step")
+
+
+def train(em: DiffEM, steps: int, dropout: float) -> bool:
+    """Updates of the network until there were `steps` in this iteration; `dropout` is the share without an observation. False
+    if it rolled back instead."""
+    state, trainer, x = em.state, em.trainer, em.items("current")
+    trainer.denoiser.network.train()
+    while state.updates < steps:
+        generator = seeding.generator(em.seed, state.iteration, "m_step", state.updates, em.device)
+        with seeding.global_generators(em.device, em.seed, state.iteration, state.updates):  # of dropout layers
+            value = trainer.update(em.losses(x, generator, dropout), learning_rate(em, state.updates / steps))
+        if not math.isfinite(value):
+            roll_back(em, f"the loss is {value} at iteration {state.iteration}, update {state.updates}")
+            return False
+        state.updates += 1
+        state.loss_sum += value
+        em.progress(Progress(state.step, state.iteration, state.updates, steps, state.loss_sum / state.updates))
+        if em.due():
+            em.checkpoint()
+            if em.stop:
+                em.stop()
+    return True
+
+
+def learning_rate(em: DiffEM, within: float) -> float:
+    """That of the next update, when a share `within` of this iteration's has been made."""
+    iterations, done = em.config.em.iterations, em.state.iteration - 1 + within
+    return em.config.m_step.rate(within if em.state.step == "prior" else done / iterations) / 2**em.state.failures
+
+
+def roll_back(em: DiffEM, what: str) -> None:
+    """Back to the weights of the last commit, with half the learning rate; a few times, and then the run ends."""
+    (em.run.folder / "next.npy").unlink(missing_ok=True)
+    em.run.forget_parts()
+    if em.state.of is not None:  # draws of another width: those of the best iteration are kept
+        best = next(row for row in reversed(em.rows) if row["best"])
+        em.next("judge", width=best["width"])
+        return
+    failures = em.state.failures + 1
+    if failures > FAILURES:
         raise DiffemError(
-            f"start.run: its denoiser.precondition is {earlier.precondition}, this run's is {denoiser.precondition}"
+            f"m_step: {what}, also at a {2**FAILURES}th of m_step.learning_rate; lower it, or look at the observations"
         )
-    if {k: v.shape for k, v in theirs.items()} != {k: v.shape for k, v in ours.items()}:
-        raise DiffemError("start.run: its network is another one; use the same network section")
-    denoiser.network.load_state_dict(theirs)
+    em.trainer.load(em.run.kept_checkpoint())
+    em.trainer.reset_optimizer()
+    step = "prior" if em.state.step == "prior" else "m_step"
+    em.next(step, updates=0, loss_sum=0.0, failures=failures)
+
+
+def e_step(em: DiffEM) -> None:
+    """Draw a reconstruction of every observation, or of a part of them (em.refresh); the others keep theirs."""
+    state, sampler, refresh = em.state, em.sampler, em.config.em.refresh
+    before = em.run.array("current") if refresh < 1 and state.iteration and state.of is None else None
+    out, done = em.run.growing("next", (len(em.data), *em.data.shape), state.iteration)
+    for rows in em.data.chunks(np.arange(done, len(em.data)), em.batch):
+        seeds = seeding.item_seeds(em.seed, state.iteration, "e_step", rows)
+        fresh = np.ones(len(rows), dtype=bool)
+        if before is not None:
+            fresh = (seeding.uniform(seeds, stream=REFRESH) < refresh).numpy()
+            out[rows[~fresh]] = before[rows[~fresh]]
+        if fresh.any():
+            y, params = em.data.batch(rows[fresh], sampler.device)
+            x = sampler.draw(y, params, seeds[fresh].to(sampler.device))
+            bad = rows[fresh][~x.isfinite().flatten(1).all(1).cpu().numpy()]
+            if len(bad):
+                what = f"the draws of {len(bad)} observations (first: {bad[0]}) are not finite at iteration {state.iteration}"
+                if state.width is None:
+                    raise DiffemError(f"start: {what}")
+                roll_back(em, what)
+                return
+            out[rows[fresh]] = em.data.units.restore(x).cpu().numpy()
+        em.progress(Progress("e_step", state.iteration, int(rows[-1]) + 1, len(em.data)))
+        if em.due():
+            em.run.grown("next", out, int(rows[-1]) + 1, state.iteration)
+            em._saved = time.monotonic()
+            if em.stop:
+                em.stop()
+    out.flush()
+    drawn = len(em.data)
+    if before is not None:
+        keys = seeding.item_seeds(em.seed, state.iteration, "e_step", np.arange(len(em.data)))
+        drawn = int((seeding.uniform(keys, stream=REFRESH) < refresh).sum())
+    em.next("judge", drawn=drawn)
+
+
+def judge(em: DiffEM) -> None:
+    """Score the iteration, and decide whether it is accepted, and whether it is the best."""
+    state, config, sampler = em.state, em.config.em, em.sampler
+    if state.of is not None:  # what the run ends with is told on test observations, and decides nothing
+        first, current = closely(em, "start", em.start.sampler, em.test), closely(em, "end", sampler, em.test)
+        verdict = {"accepted": True, "best": True, "of": state.of, **to_start(current, first)}
+        verdict |= {"start_score": first.mean, "start_score_se": first.standard_error, "start_ratio": first.ratio}
+    else:
+        current = compared(em, sampler)
+        if state.iteration == 0:
+            em.selection = Selection.begin(config.guard, config.patience, current)
+            verdict = {"accepted": True, "best": True}
+        else:
+            verdict = em.selection.decide(current)
+    row = row_of(em, sampler, current, verdict)
+    for hook in em.hooks:
+        row = _checked(hook(em, dict(row)) or {}) | row
+    em.next("commit", row=row)
+
+
+def _checked(added: dict) -> dict:
+    """What a hook adds to a row, if it can be saved."""
+    try:
+        return json.loads(json.dumps(added))
+    except (TypeError, ValueError) as error:
+        raise DiffemError(f"hooks: {added} cannot be written as JSON: {error}") from None
+
+
+def commit(em: DiffEM) -> None:
+    """Put what the iteration made in its place. Every action can be done twice: a run killed between two repeats the first."""
+    state, folder = em.state, em.run.folder
+    if (folder / "next.npy").exists():
+        if state.row["accepted"]:
+            os.replace(folder / "next.npy", folder / "current.npy")
+        else:
+            (folder / "next.npy").unlink()
+    if state.row["best"] and state.row["accepted"]:
+        files.link(folder / "current.npy", folder / "reconstructions.npy")
+    if state.row["best"] and state.width is not None:
+        em.posterior(em.sampler).save_pretrained(folder / "posterior")
+        if em.config.prior.kind == "joint":
+            em.posterior(em.diffusion(width=1.0)).save_pretrained(folder / "prior")
+    state.rows.append(state.row)
+    last = state.iteration >= em.config.em.iterations or em.selection.over
+    if state.of is None:
+        following: dict[str, Any] = {"step": "end"} if last else {"step": "m_step", "width": em.config.sampler.width}
+    elif state.of and em.config.prior.kind == "unconditional":
+        em.trainer.restart_from_average()
+        following = {"step": "prior"}
+    else:
+        following = {"step": "done"}
+    em.next_iteration(**following)
+    if em.state.step == "done":
+        finish(em)
+
+
+def end(em: DiffEM) -> None:
+    """What the run ends with: the best iteration at its best width, with reconstructions that are all drawn from it; or the
+    start."""
+    state, folder = em.state, em.run.folder
+    best = next(row for row in reversed(state.rows) if row["best"])
+    files.link(folder / "reconstructions.npy", folder / "current.npy")
+    if not best["iteration"]:
+        em.next("judge", of=0)
+        return
+    saved = from_pretrained(folder / "posterior", em.observations.corruption, **em.place).sampler
+    assert isinstance(saved, DiffusionSampler)
+    em.trainer.averaged.network.load_state_dict(saved.denoiser.network.state_dict())
+    width = chosen_width(em, best["width"])
+    again = width != best["width"] or em.config.em.refresh < 1
+    em.next("e_step" if again else "judge", of=best["iteration"], width=width)
+
+
+def prior(em: DiffEM) -> None:
+    """Train the denoiser without observations, on the best reconstructions."""
+    config, state = em.config, em.state
+    if not train(em, config.prior.steps, dropout=1.0):
+        return
+    em.posterior(em.diffusion(width=1.0, steps=config.prior.sampler_steps)).save_pretrained(em.run.folder / "prior")
+    about = {
+        "steps": state.updates,
+        "examples": state.updates * config.m_step.batch,
+        "seconds": time.monotonic() - em._clock,
+    }
+    em.run.write("prior.json", json.dumps({**about, "loss": state.loss_sum / state.updates}, indent=2).encode())
+    em.next_iteration("done")
+    finish(em)
+
+
+STEPS: dict[str, Callable[[DiffEM], None]] = {f.__name__: f for f in (start, m_step, e_step, judge, commit, end, prior)}
+DiffEM.steps = STEPS
+
+
+def go_on(em: DiffEM) -> None:
+    """A run that has ended becomes one that goes on, from what it ended with."""
+    folder, rows = em.run.folder, [row for row in em.rows if "of" not in row]
+    files.link(folder / "reconstructions.npy", folder / "current.npy")
+    for name in ("next.npy", *ABOUT_THE_END):
+        (folder / name).unlink(missing_ok=True)
+    em.run.forget_parts()
+    saved = from_pretrained(folder / "posterior", em.observations.corruption, **em.place).sampler
+    if isinstance(saved, DiffusionSampler) and rows[-1]["iteration"]:
+        em.trainer.denoiser.network.load_state_dict(saved.denoiser.network.state_dict())
+        em.trainer.restart()
+        em.trainer.updates = sum(row["examples"] for row in rows) // em.config.m_step.batch  # without the prior's
+    em.state = dataclasses.replace(em.state, iteration=rows[-1]["iteration"], rows=rows)
+    em.next_iteration("m_step", width=em.config.sampler.width)
+
+
+def finish(em: DiffEM) -> None:
+    """Removes what only a run that goes on needs."""
+    for name in ("current.npy", "good.safetensors"):
+        (em.run.folder / name).unlink(missing_ok=True)

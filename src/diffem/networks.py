@@ -2,12 +2,14 @@
 
 A backbone maps a list of tensors (what the denoiser shows it: means, x_t, y, masks, ...) and log sigma to
 two tensors of the shape of an item: the correction of a mean, and what a share of a variance is made of. Both begin at zero,
-so that an untrained denoiser is its reference posterior (see :mod:`diffem.denoisers`).
+so that an untrained denoiser is its reference posterior (see :mod:`diffem.denoiser`). :class:`Given` makes a backbone of any
+module.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
 
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 
 from diffem.errors import DiffemError
 
+HEADS = 4  # of a self-attention
 VARIANCE_GRADIENT = 0.1  # the share of the variance head's gradient that reaches the features
 
 
@@ -33,7 +36,6 @@ class NetworkConfig:
         channels: Channels of the U-Net at each level, finest first.
         blocks: Blocks of the U-Net at each level, on the way down and again on the way up.
         attention: Levels of the U-Net (0 = finest) that have self-attention after each block.
-        heads: Heads of the self-attention.
         embedding: Features of the embedding of the noise level.
         dropout: Dropout rate inside the blocks.
     """
@@ -44,13 +46,16 @@ class NetworkConfig:
     channels: tuple[int, ...] = (32, 64)
     blocks: tuple[int, ...] = (2, 2)
     attention: tuple[int, ...] = ()
-    heads: int = 4
     embedding: int = 128
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
         if self.kind not in ("auto", "mlp", "unet"):
             raise DiffemError(f"network.kind: must be auto, mlp or unet, got {self.kind!r}")
+        if min(self.width, self.embedding, *self.channels, *self.blocks) < 1 or self.depth < 0:
+            raise DiffemError("network: width, embedding, channels and blocks must be at least 1, depth >= 0")
+        if not 0 <= self.dropout < 1:
+            raise DiffemError(f"network.dropout: must be in [0, 1), got {self.dropout}")
         if len(self.channels) != len(self.blocks):
             raise DiffemError("network.blocks: must have as many entries as network.channels")
         if any(not 0 <= level < len(self.channels) for level in self.attention):
@@ -58,23 +63,64 @@ class NetworkConfig:
                 f"network.attention: levels are 0 to {len(self.channels) - 1}, got {list(self.attention)}"
             )
 
+    def build(self, shape: tuple[int, ...], inputs: list[tuple[int, ...]]) -> nn.Module:
+        """The backbone for items of `shape` that is shown tensors of the shapes `inputs` (without the batch)."""
+        if self.kind == "mlp" or (self.kind == "auto" and len(shape) == 1):
+            return MLP(self, shape, sum(torch.Size(s).numel() for s in inputs))
+        if len(shape) == 1:
+            raise DiffemError("network.kind: unet needs items of shape (channels, *spatial); use mlp for vectors")
+        _check_spatial(shape, inputs)
+        return ModulatedUNet(self, shape, sum(s[0] for s in inputs))
 
-def build(config: NetworkConfig, shape: tuple[int, ...], inputs: list[tuple[int, ...]]) -> Backbone:
-    """The backbone for items of `shape` that is shown tensors of the shapes `inputs` (without the batch)."""
-    kind = config.kind
-    if kind == "auto":
-        kind = "mlp" if len(shape) == 1 else "unet"
-    if kind == "mlp":
-        return MLP(config, shape, sum(torch.Size(s).numel() for s in inputs))
-    if len(shape) == 1:
-        raise DiffemError("network.kind: unet needs items of shape (channels, *spatial); use mlp for vectors")
+
+Network = Callable[[int, tuple[int, ...]], nn.Module]
+
+
+@dataclass(frozen=True)
+class Given:
+    """A backbone of the user's own.
+
+    Attributes:
+        make: Called with the number of input channels (features, of vectors) and the shape of an item. It returns a module
+            that maps an input (B, channels, *spatial) and log sigma (B,) to (B, 2 * shape[0], *spatial): the correction of the
+            mean, then h, with the share exp(h) of the reference's variance left (1 + h where h > 0). A last layer that begins
+            at zero trains best.
+    """
+
+    make: Network
+
+    def build(self, shape: tuple[int, ...], inputs: list[tuple[int, ...]]) -> nn.Module:
+        """As :meth:`NetworkConfig.build`."""
+        if len(shape) > 1:
+            _check_spatial(shape, inputs)
+        channels = sum(s[0] if len(shape) > 1 else torch.Size(s).numel() for s in inputs)
+        return Joined(self.make(channels, shape), shape)
+
+
+def _check_spatial(shape: tuple[int, ...], inputs: list[tuple[int, ...]]) -> None:
     for s in inputs:
         if s[1:] != shape[1:]:
             raise DiffemError(
                 f"network.kind: unet cannot be shown an observation of shape {s} beside items of shape {shape}; "
                 "use mlp, or give the corruption a condition() of the items' spatial shape"
             )
-    return ModulatedUNet(config, shape, sum(s[0] for s in inputs))
+
+
+class Joined(nn.Module):
+    """A user's module, shown its inputs in one tensor."""
+
+    def __init__(self, module: nn.Module, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.module, self.shape = module, shape
+
+    def forward(self, inputs: list[Tensor], log_sigma: Tensor) -> tuple[Tensor, Tensor]:
+        x = torch.cat(inputs if len(self.shape) > 1 else [v.flatten(1) for v in inputs], 1)
+        both = self.module(x, log_sigma)
+        wanted = (len(x), 2 * self.shape[0], *self.shape[1:])
+        if tuple(both.shape) != wanted:
+            raise DiffemError(f"network: gave {tuple(both.shape)} where {wanted} is wanted: a mean and a variance")
+        mean, variance = both.chunk(2, 1)
+        return mean, variance
 
 
 class NoiseEmbedding(nn.Sequential):
@@ -122,13 +168,7 @@ class Heads(nn.Module):
         return self.mean(h), self.variance(VARIANCE_GRADIENT * h + (1 - VARIANCE_GRADIENT) * h.detach())
 
 
-class Backbone(nn.Module):
-    """What :func:`build` makes."""
-
-    last: Heads
-
-
-class MLP(Backbone):
+class MLP(nn.Module):
     """Residual perceptron on the concatenated, flattened inputs."""
 
     def __init__(self, config: NetworkConfig, shape: tuple[int, ...], features: int) -> None:
@@ -153,10 +193,10 @@ class MLP(Backbone):
 class SpatialAttention(nn.Module):
     """Self-attention over all positions, around a skip connection; (B, C, *spatial)."""
 
-    def __init__(self, channels: int, heads: int) -> None:
+    def __init__(self, channels: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(channels)
-        self.attention = MultiheadSelfAttention(channels, attention_heads=heads)
+        self.attention = MultiheadSelfAttention(channels, attention_heads=HEADS)
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.flatten(2).mT
@@ -178,7 +218,7 @@ class ChannelNorm(nn.Module):
         return nn.functional.layer_norm(x, x.shape[-1:], eps=self.eps).movedim(-1, 1)
 
 
-class ModulatedUNet(Backbone):
+class ModulatedUNet(nn.Module):
     """azula's U-Net, with self-attention after the blocks of the chosen levels."""
 
     def __init__(self, config: NetworkConfig, shape: tuple[int, ...], channels: int) -> None:
@@ -199,7 +239,7 @@ class ModulatedUNet(Backbone):
                 for module in cast(nn.ModuleList, paths[i]):
                     modules.append(module)
                     if isinstance(module, UNetBlock):
-                        modules.append(SpatialAttention(config.channels[level], config.heads))
+                        modules.append(SpatialAttention(config.channels[level]))
                 paths[i] = modules
         for block in self.unet.modules():
             if isinstance(block, UNetBlock) and isinstance(block.norm, LayerNorm):

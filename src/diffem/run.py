@@ -1,63 +1,101 @@
 """The run folder: what is on disk, written so that a kill at any moment leaves it whole.
 
+run.json                marks the folder as a run; locked while it runs
 config.yaml             the configuration; resuming with another one is refused
-checkpoint.safetensors  weights, EMA, optimiser; the rest of the state in its header
+checkpoint.safetensors  weights, average, optimiser; the rest of the state in its header
 metrics.jsonl           one object per iteration, the start first
 reconstructions.npy     row i belongs to observation i; the best iteration
+prior.json              what the training of the prior took
+pictures.npz *.png report.html   what the report shows
+observations/           of a preset that makes its own
 posterior/ prior/       the best models
-current.npy             while it runs: the last accepted reconstructions, which train
 start/ start.json       the start, for comparison
 diagnostics.json        what held-out observations say of the best models: see diffem.diagnostics.diagnose
+current.npy             while it runs: the last accepted reconstructions, which train
+good.safetensors        while it runs: the weights to which it rolls back if something is not finite
+next.npy partial/       while it runs: what a step has finished of its work
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import os
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import yaml
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from safetensors.torch import save as serialise
 from torch import Tensor
 
 from diffem import files
-from diffem.config import Config
 from diffem.errors import DiffemError
+
+MARKER = "run.json"
+MAY_RISE = ("em.iterations", "em.patience")
 
 
 class Run:
     """A run folder.
 
     Arguments:
-        folder: The folder; made if it is not there.
-        config: The configuration.
-        facts: What else must not change on resume (observations, corruption, scaling).
+        folder: The folder. Nothing is written before :meth:`open`.
+        config: The configuration, as config.yaml holds it.
 
     Raises:
         DiffemError: If the folder holds a run of another configuration, or something else.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], config: Config, facts: dict) -> None:
-        self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        file = self.folder / "config.yaml"
-        wanted = {**config.to_dict(), "facts": facts}
-        if file.exists() and (self.folder / "checkpoint.safetensors").exists():
-            present = yaml.safe_load(file.read_text())
-            changed = _difference(present, wanted) if isinstance(present, dict) else "config.yaml"
-            if changed:
-                raise DiffemError(
-                    f"{file}: {changed} differs from this run's; resume with the same configuration or use another --out"
-                )
-        else:
+    def __init__(self, folder: str | os.PathLike[str], config: dict) -> None:
+        self.folder, self.config = Path(folder), config
+        marked, file = (self.folder / MARKER).exists(), self.folder / "config.yaml"
+        if not marked and self.folder.exists():
             foreign = [p.name for p in self.folder.iterdir() if "observations" not in p.name and p.suffix != ".tmp"]
-            if foreign and not file.exists():  # a run that failed before its first checkpoint starts again
+            if foreign:
                 raise DiffemError(
-                    f"{self.folder}: holds {foreign[0]} but no config.yaml, so it is not a run; use an empty --out"
+                    f"{self.folder}: holds {foreign[0]} but no {MARKER}, so it is not a run; use an empty --out"
                 )
-            self.write("config.yaml", yaml.safe_dump(wanted, sort_keys=False).encode())
+        self.longer = False  # than when it ran last
+        if marked and (self.folder / "checkpoint.safetensors").exists():
+            present = yaml.safe_load(file.read_text())
+            changed = _differences(present, config) if isinstance(present, dict) else ["config.yaml"]
+            changed = [name for name in changed if not _harmless(name, config)]
+            self.longer = bool(changed) and all(_raised(name, present, config) for name in changed)
+            if changed and not self.longer:
+                raise DiffemError(
+                    f"{file}: {changed[0]} differs from this run's, and only {' and '.join(MAY_RISE)} may be raised; "
+                    f"another run can go on from this one: --out OTHER --start.kind run --start.run {self.folder}"
+                )
+
+    @contextlib.contextmanager
+    def open(self) -> Iterator[None]:
+        """Makes the folder this run's, and keeps other processes out.
+
+        Raises:
+            DiffemError: If another process runs here.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / MARKER).open("a+") as marker:
+            _lock(marker, self.folder)
+            if marker.tell() == 0:
+                marker.write('{"run": "diffem"}\n')
+                marker.flush()
+            if not (self.folder / "checkpoint.safetensors").exists():
+                self.save_config(first=True)
+            yield
+
+    def save_config(self, first: bool = False) -> None:
+        """Writes config.yaml, if it is another one; `first`: nothing that was begun with another one is of use."""
+        file, content = self.folder / "config.yaml", yaml.safe_dump(self.config, sort_keys=False).encode()
+        if not file.exists() or file.read_bytes() != content:
+            if first:
+                self.forget_parts()
+            self.write("config.yaml", content)
 
     def write(self, name: str, content: bytes) -> None:
         """Replaces a file atomically."""
@@ -65,9 +103,7 @@ class Run:
 
     def save_checkpoint(self, tensors: dict[str, Tensor], state: dict) -> None:
         """Replaces the checkpoint atomically; `state` is JSON."""
-        # clones: tensors that share memory cannot be written
-        tensors = {k: v.detach().cpu().clone().contiguous() for k, v in tensors.items()}
-        self.write("checkpoint.safetensors", serialise(tensors, metadata={"diffem": json.dumps(state)}))
+        self._write_tensors("checkpoint.safetensors", tensors, {"diffem": json.dumps(state)})
 
     def load_checkpoint(self) -> tuple[dict[str, Tensor], dict] | None:
         """The tensors and the state, or None if there is no checkpoint yet."""
@@ -81,9 +117,18 @@ class Run:
         except (SafetensorError, KeyError, json.JSONDecodeError):
             raise DiffemError(f"{file}: is truncated or not a checkpoint of diffem; remove it to start again") from None
 
+    def keep_checkpoint(self) -> None:
+        """The checkpoint is the one to which a run rolls back."""
+        files.link(self.folder / "checkpoint.safetensors", self.folder / "good.safetensors")
+
+    def kept_checkpoint(self) -> dict[str, Tensor]:
+        """The tensors of that one."""
+        return load_file(self.folder / "good.safetensors")
+
     def save_metrics(self, rows: list[dict]) -> None:
-        """Replaces metrics.jsonl; rows after a resume are those of an uninterrupted run."""
-        self.write("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
+        """Replaces metrics.jsonl; rows after a resume are those of an uninterrupted run. What is not finite is null there."""
+        lines = (json.dumps(_finite(row), allow_nan=False) + "\n" for row in rows)
+        self.write("metrics.jsonl", "".join(lines).encode())
 
     def array(self, name: str, shape: tuple[int, ...] | None = None) -> np.memmap:
         """A memory-mapped float32 array: made if a shape is given, else opened read-only."""
@@ -92,13 +137,83 @@ class Run:
             return np.lib.format.open_memmap(file, mode="r")
         return files.make_array(file, shape)
 
+    # --- parts of a step -----------------------------------------------------------------------------
 
-def _difference(a: dict, b: dict, path: str = "") -> str:
+    def once(self, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """What `make` returns; after a kill within this step, the copy of it that was saved."""
+        file = self.folder / "partial" / f"{name}.safetensors"
+        if file.exists():
+            return load_file(file)
+        file.parent.mkdir(exist_ok=True)
+        self._write_tensors(f"partial/{file.name}", make(), None)
+        return load_file(file)  # laid out in memory as after a kill: strides change the rounding of products
+
+    def growing(self, name: str, shape: tuple[int, ...], iteration: int) -> tuple[np.memmap, int]:
+        """An array that is filled from its first row on in an iteration, and how many rows are filled already."""
+        file, done = self.folder / f"{name}.npy", self.folder / "partial" / f"{iteration}-{name}.json"
+        if not (file.exists() and done.exists()):
+            return self.array(name, shape), 0
+        return np.lib.format.open_memmap(file, mode="r+"), int(json.loads(done.read_text()))
+
+    def grown(self, name: str, array: np.memmap, rows: int, iteration: int) -> None:
+        """So many rows of a growing array are filled."""
+        array.flush()  # before anything says so
+        (self.folder / "partial").mkdir(exist_ok=True)
+        self.write(f"partial/{iteration}-{name}.json", json.dumps(rows).encode())
+
+    def forget_parts(self) -> None:
+        """The step is finished, and its result is in place."""
+        shutil.rmtree(self.folder / "partial", ignore_errors=True)
+
+    def _write_tensors(self, name: str, tensors: dict[str, Tensor], metadata: dict[str, str] | None) -> None:
+        # clones: tensors that share memory cannot be written
+        tensors = {k: v.detach().cpu().clone().contiguous() for k, v in tensors.items()}
+        self.write(name, serialise(tensors, metadata=metadata))
+
+
+def _lock(stream, folder: Path) -> None:
+    """Holds the file until it is closed, or its process is gone."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise DiffemError(f"{folder}: another process runs here; wait for it, or use another --out") from None
+    except OSError:  # a file system without locks
+        return
+
+
+def _finite(value: object) -> object:
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _differences(a: dict, b: dict, path: str = "") -> list[str]:
+    """The settings in which two configurations differ, as section.field."""
+    found = []
     for key in [*a, *(k for k in b if k not in a)]:
-        where = f"{path}{key}"
         if isinstance(a.get(key), dict) and isinstance(b.get(key), dict):
-            if inner := _difference(a[key], b[key], where + "."):
-                return inner
+            found += _differences(a[key], b[key], f"{path}{key}.")
         elif a.get(key) != b.get(key):
-            return where
-    return ""
+            found.append(f"{path}{key}")
+    return found
+
+
+def _harmless(name: str, config: dict) -> bool:
+    """Whether a setting changes nothing but rounding: gradients in parts do, where nothing is drawn inside the network."""
+    own, dropout = config.get("facts", {}).get("own_network"), config.get("network", {}).get("dropout")
+    return name == "m_step.micro_batch" and not own and not dropout
+
+
+def _raised(name: str, before: dict, after: dict) -> bool:
+    """Whether a setting only makes a run longer."""
+    if name not in MAY_RISE:
+        return False
+    section, field = name.split(".")
+    old, new = before[section][field], after[section][field]
+    if name == "em.patience":  # 0 never ends a run
+        return old != 0 and (new == 0 or new > old)
+    return new > old

@@ -14,8 +14,9 @@ Reference:
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -51,11 +52,31 @@ def generator(
     return torch.Generator(device).manual_seed(fold(seed, iteration, PHASES[phase], step) >> 1)
 
 
+@contextlib.contextmanager
+def global_generators(device: str | torch.device, seed: int, *numbers: int) -> Iterator[None]:
+    """Torch's global generators are keyed by a seed and counters meanwhile, and then as they were."""
+    device = torch.device(device)
+    key, on_cpu = fold(seed, *numbers) >> 1, device.type == "cpu"
+    with torch.random.fork_rng([] if on_cpu else [device], device_type="cuda" if on_cpu else device.type):
+        torch.default_generator.manual_seed(key)
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(key)
+        elif not on_cpu:
+            torch.get_device_module(device).manual_seed(key)
+        yield
+
+
 def item_seeds(seed: int, iteration: int, phase: str, indices: Sequence[int] | np.ndarray | Tensor) -> Tensor:
     """One 64-bit key for each item, from its global index; shape (N,), int64."""
     indices = torch.as_tensor(indices, dtype=torch.int64)
     base = fold(seed, iteration, PHASES[phase])
     return _hash(_signed(base) + (indices + 1) * _signed(_GAMMA))
+
+
+def again(seeds: Tensor, number: int) -> Tensor:
+    """The keys of draw `number` of the same items, shape (N,); those of draw 0 are the seeds."""
+    return _hash(seeds + _signed(fold(number))) if number else seeds
 
 
 def _signed(value: int) -> int:

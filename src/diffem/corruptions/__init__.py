@@ -1,17 +1,16 @@
 """How clean data become observations: the channel Q(. | x), simulated.
 
-A corruption needs two methods: :meth:`~diffem.corruptions.base.Corruption.draw` draws the parameters of
-n observations (masks, matrices), and :meth:`~diffem.corruptions.base.Corruption.apply` draws the
-observations given clean data and parameters. Linear-Gaussian ones offer more; each extra is used
-where it is present.
+- base.py: what a corruption is, and what more it may offer; the black box
+- diagonal.py: masks, noise and blurs; projection.py: random projections
+- registry.py: from a name to a corruption; :func:`register_corruption` adds your own
 """
 
 from __future__ import annotations
 
-from .base import BlackBox, Corruption, LinearCorruption, Params
+from .base import BlackBox, Corruption, LinearCorruption, Observed, Params
 from .diagonal import GaussianBlur, GaussianNoise, RandomMask
 from .projection import RandomProjection
-from .registry import REGISTRY, from_config, from_function_path
+from .registry import REGISTRY, from_config, from_function_path, register_corruption
 
 __all__ = [
     "REGISTRY",
@@ -20,9 +19,11 @@ __all__ = [
     "GaussianBlur",
     "GaussianNoise",
     "LinearCorruption",
+    "Observed",
     "Params",
     "RandomMask",
     "RandomProjection",
     "from_config",
     "from_function_path",
+    "register_corruption",
 ]

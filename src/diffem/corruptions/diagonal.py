@@ -11,16 +11,16 @@ They are thinned by hiding a further part of the observed coefficients.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from diffem.errors import DiffemError
 from diffem.mixtures import Basis, Diagonal
 
-from .base import SPREAD, LinearCorruption, Params
+from .base import SPREAD, LinearCorruption, Observed, Params
 
 HIDDEN = 0.3  # the fraction of the observed entries that thinning hides
 LEAST_GAIN = 1e-3  # a coefficient that the blur weakens more than this counts as unseen
@@ -29,13 +29,26 @@ LEAST_GAIN = 1e-3  # a coefficient that the blur weakens more than this counts a
 class DiagonalCorruption(LinearCorruption):
     """See the module; subclasses say what the gains, the basis and the masks are."""
 
+    diagonal = True
+    by_entry = True
+
     def gains(self, shape: tuple[int, ...]) -> tuple[Basis | None, Tensor | float]:
         """The basis and the gains h (shape of an item), for items of `shape`."""
         return None, 1.0
 
-    @property
-    def by_entry(self) -> bool:
-        return type(self).gains is DiagonalCorruption.gains
+    def basis(self, shape: tuple[int, ...]) -> Basis | None:
+        return self.gains(shape)[0]
+
+    def check(self, y: np.ndarray, params: Mapping[str, np.ndarray], shape: tuple[int, ...]) -> tuple[int, ...]:
+        if "mask" in params:
+            mask = params["mask"].shape
+            try:
+                fits = np.broadcast_shapes(mask, y.shape) == y.shape
+            except ValueError:
+                fits = False
+            if not fits:
+                raise DiffemError(f"mask.npy: shape {mask} does not broadcast against y's {y.shape}")
+        return shape
 
     def forward(self, x: Tensor, params: Params) -> Tensor:
         return self._filter(x, params, power=1)
@@ -79,9 +92,7 @@ class DiagonalCorruption(LinearCorruption):
             precision = precision * params["mask"].to(y).expand_as(y).flatten(1)
         return Diagonal(z, precision, basis)
 
-    def thin(
-        self, y: Tensor, params: Params, generator: torch.Generator
-    ) -> tuple[tuple[Tensor, Params], tuple[Tensor, Params]]:
+    def thin(self, y: Tensor, params: Params, generator: torch.Generator) -> tuple[Observed, Observed]:
         everything = y if y.ndim == 2 else y[:, :1]  # a mask of its own for every feature, one for all channels
         mask = params["mask"].bool() if "mask" in params else torch.ones_like(everything, dtype=torch.bool)
         hide = (torch.rand(mask.shape, generator=generator, device=generator.device) < HIDDEN).to(mask.device)
@@ -97,9 +108,6 @@ class DiagonalCorruption(LinearCorruption):
 
     def condition(self, y: Tensor, params: Params) -> list[Tensor]:
         return [y, params["mask"].to(y).expand_as(y) if "mask" in params else torch.ones_like(y)]
-
-    def scale_y(self, y: Tensor, params: Params, centre: float, half: float) -> Tensor:
-        return self._filter((y - centre) / half, params, power=0) if "mask" in params else (y - centre) / half
 
 
 class RandomMask(DiagonalCorruption):
@@ -119,9 +127,12 @@ class RandomMask(DiagonalCorruption):
             raise DiffemError(f"RandomMask: block must be at least 1, got {block}")
         self.rate, self.block = float(rate), int(block)
 
-    @property
-    def config(self) -> dict[str, object]:
-        return {"name": "RandomMask", "rate": self.rate, "noise": self.noise, "block": self.block}
+    def check(self, y: np.ndarray, params: Mapping[str, np.ndarray], shape: tuple[int, ...]) -> tuple[int, ...]:
+        if "mask" not in params:
+            raise DiffemError(
+                "mask.npy: missing; RandomMask needs to know which entries were observed (true = observed)"
+            )
+        return super().check(y, params, shape)
 
     def draw(self, n: int, shape: tuple[int, ...], generator: torch.Generator) -> Params:
         spatial = shape if len(shape) == 1 else shape[1:]
@@ -139,10 +150,6 @@ class GaussianNoise(DiagonalCorruption):
         noise: Its standard deviation.
     """
 
-    @property
-    def config(self) -> dict[str, object]:
-        return {"name": "GaussianNoise", "noise": self.noise}
-
 
 class GaussianBlur(DiagonalCorruption):
     """Blurs every spatial axis with a Gaussian kernel (borders reflect), then adds white noise.
@@ -152,21 +159,14 @@ class GaussianBlur(DiagonalCorruption):
         noise: Standard deviation of the noise.
     """
 
+    by_entry = False
+
     def __init__(self, std: float, noise: float) -> None:
         super().__init__(noise)
         if not std > 0:
             raise DiffemError(f"GaussianBlur: std of the kernel must be > 0 pixels, got {std}")
         self.std = float(std)
         self._cache: dict[tuple[int, ...], tuple[Basis, Tensor]] = {}
-
-    @property
-    def config(self) -> dict[str, object]:
-        return {"name": "GaussianBlur", "std": self.std, "noise": self.noise}
-
-    def scaled(self, centre: float, half: float) -> GaussianBlur:
-        other = copy.copy(self)
-        other.noise = self.noise / half
-        return other
 
     def gains(self, shape: tuple[int, ...]) -> tuple[Basis, Tensor]:
         if shape not in self._cache:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from diffem.errors import DiffemError
 from diffem.mixtures import Rows
 
-from .base import SPREAD, LinearCorruption, Params
+from .base import SPREAD, LinearCorruption, Observed, Params
 
 
 class RandomProjection(LinearCorruption):
@@ -25,9 +28,15 @@ class RandomProjection(LinearCorruption):
             raise DiffemError(f"RandomProjection: rows must be at least 1, got {rows}")
         self.rows = int(rows)
 
-    @property
-    def config(self) -> dict[str, object]:
-        return {"name": "RandomProjection", "rows": self.rows, "noise": self.noise}
+    def check(self, y: np.ndarray, params: Mapping[str, np.ndarray], shape: tuple[int, ...]) -> tuple[int, ...]:
+        if "matrix" not in params:
+            raise DiffemError("matrix.npy: missing; RandomProjection needs one matrix (rows, features) per observation")
+        matrix = params["matrix"]
+        if matrix.ndim != 3 or y.ndim != 2 or matrix.shape[:2] != y.shape:
+            raise DiffemError(
+                f"matrix.npy: shape {matrix.shape} does not fit y's {y.shape}; it must be (N, rows, features)"
+            )
+        return (int(matrix.shape[2]),)
 
     def draw(self, n: int, shape: tuple[int, ...], generator: torch.Generator) -> Params:
         if len(shape) != 1:
@@ -54,7 +63,7 @@ class RandomProjection(LinearCorruption):
     def likelihood(self, y: Tensor, params: Params) -> Rows:
         return Rows(y, params["matrix"].to(y), torch.full_like(y[:, :1], self.noise_std))
 
-    def thin(self, y: Tensor, params: Params, generator: torch.Generator):
+    def thin(self, y: Tensor, params: Params, generator: torch.Generator) -> tuple[Observed, Observed]:
         # One row is hidden, by writing zeros: a zero row measures nothing.
         row = torch.randint(y.shape[1], (len(y), 1), generator=generator, device=generator.device).to(y.device)
         hide = torch.arange(y.shape[1], device=y.device) == row
@@ -67,5 +76,6 @@ class RandomProjection(LinearCorruption):
     def condition(self, y: Tensor, params: Params) -> list[Tensor]:
         return [y, params["matrix"].to(y).flatten(1)]
 
-    def scale_y(self, y: Tensor, params: Params, centre: float, half: float) -> Tensor:
-        return (y - centre * params["matrix"].to(y).sum(-1)) / half
+    def entries(self, y: Tensor, params: Params) -> tuple[Tensor, Tensor]:
+        back = self.adjoint(y, params)
+        return back, torch.ones_like(back, dtype=torch.bool)

@@ -13,9 +13,17 @@ from .base import BlackBox, Corruption
 from .diagonal import GaussianBlur, GaussianNoise, RandomMask
 from .projection import RandomProjection
 
-REGISTRY: dict[str, type[Corruption]] = {
-    c.__name__: c for c in (RandomMask, GaussianNoise, GaussianBlur, RandomProjection)
-}
+REGISTRY: dict[str, type[Corruption]] = {}
+
+
+def register_corruption(kind: type[Corruption]) -> type[Corruption]:
+    """Registers a class under its name: folders and saved models may name it. A decorator."""
+    REGISTRY[kind.__name__] = kind
+    return kind
+
+
+for _kind in (RandomMask, GaussianNoise, GaussianBlur, RandomProjection):
+    register_corruption(_kind)
 
 
 def from_config(config: dict, source: str = "corruption") -> Corruption:

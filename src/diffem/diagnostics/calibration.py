@@ -41,10 +41,10 @@ from scipy import stats
 from torch import Tensor
 
 from diffem import seeding
-from diffem.corruptions import Corruption, LinearCorruption, Params
+from diffem.corruptions import Corruption, Params
 from diffem.corruptions.base import NOISE_FLOOR
 from diffem.errors import DiffemError
-from diffem.posteriors import BATCH, PosteriorSampler, sample_many
+from diffem.samplers import BATCH, Sampler, draw_from, prior_samples
 
 PROJECTIONS = 4
 BINS = 8  # of a histogram of ranks: more of them see finer faults, and need more items
@@ -129,7 +129,7 @@ def tarp_coverage(draws: Tensor, truth: Tensor, references: Tensor, generator: t
     return Coverage(alpha, coverage, float(found.statistic_sign * found.statistic), float(found.pvalue))
 
 
-def simulate(posterior: PosteriorSampler, prior: PosteriorSampler, n: int, draws: int, seed: int) -> Trials:
+def simulate(posterior: Sampler, prior: Sampler, n: int, draws: int, seed: int, batch: int = BATCH) -> Trials:
     """Items from the prior, an observation of each by the posterior's corruption, and `draws` posterior draws given each.
 
     Raises:
@@ -137,20 +137,17 @@ def simulate(posterior: PosteriorSampler, prior: PosteriorSampler, n: int, draws
     """
     if prior.shape != posterior.shape:
         raise DiffemError(f"prior: makes items of shape {prior.shape}, the posterior {posterior.shape}")
-    seed, (centre, half) = seeding.fold(seed, *b"calibration"), posterior.scaling
-    corruption, items = posterior.corruption, sample_many(prior, n, seed)
-    x, y, params, drawn = [], [], [], []
+    seed, corruption = seeding.fold(seed, *b"calibration"), posterior.corruption
+    items = prior_samples(prior, n, seed, batch)
+    y, params, drawn = [], [], []
     for number, rows in enumerate(torch.arange(n).split(BATCH)):
-        generator = seeding.generator(seed, number, "data")
-        observed, p = corruption.observe(items[rows], generator)
+        observed, p = corruption.observe(items[rows], seeding.generator(seed, number, "data"))
         keys = (seeding.item_seeds(seed, j, "user", rows) for j in range(draws))
-        drawn.append(torch.stack([posterior.sample(observed, p, k) for k in keys]))
-        y.append(corruption.scale_y(observed, p, centre, half))
+        drawn.append(torch.stack([draw_from(posterior, observed, p, k, batch) for k in keys]))
+        y.append(observed)
         params.append(p)
-        x.append(items[rows])
     joined = {name: torch.cat([p[name] for p in params]) for name in params[0]}
-    scaled = lambda a: (a - centre) / half  # noqa: E731
-    return Trials(scaled(torch.cat(x)), torch.cat(y), joined, scaled(torch.cat(drawn, 1)), posterior.model_corruption)
+    return Trials(items, torch.cat(y), joined, torch.cat(drawn, 1), corruption)
 
 
 def quantities(trials: Trials, generator: torch.Generator, projections: int = PROJECTIONS) -> dict[str, tuple]:
@@ -164,7 +161,7 @@ def quantities(trials: Trials, generator: torch.Generator, projections: int = PR
     along, drawn = truth @ directions, draws @ directions
     found: dict[str, tuple] = {f"projection_{k}": (drawn[..., k], along[..., k]) for k in range(projections)}
     found["squared_norm"] = draws.square().sum(-1), truth.square().sum(-1)
-    if isinstance(trials.corruption, LinearCorruption) and trials.corruption.noise >= NOISE_FLOOR:
+    if trials.corruption.linear and trials.corruption.noise >= NOISE_FLOOR:
         likelihood = torch.stack([_log_likelihood(trials, x) for x in trials.draws])
         found["log_likelihood"] = likelihood, _log_likelihood(trials, trials.x)
     return found
@@ -216,7 +213,7 @@ def calibration(trials: Trials, seed: int) -> dict:
 
 
 def self_consistency(
-    posterior: PosteriorSampler, prior: PosteriorSampler, seed: int, n: int = 256, draws: int = 15
+    posterior: Sampler, prior: Sampler, seed: int, n: int = 256, draws: int = 15, batch: int = BATCH
 ) -> dict:
     """:func:`calibration` of a posterior under its prior, on simulated observations; nothing real enters.
 
@@ -226,12 +223,12 @@ def self_consistency(
         seed: Seed of the run.
         n: Items.
         draws: Draws for each; it takes n * draws draws in all.
+        batch: Items at a time.
     """
-    return calibration(simulate(posterior, prior, n, draws, seed), seed)
+    return calibration(simulate(posterior, prior, n, draws, seed, batch), seed)
 
 
 def _log_likelihood(trials: Trials, x: Tensor) -> Tensor:
     """log Q(y | x) of items (n, *shape), up to what does not depend on x; (n,)."""
-    assert isinstance(trials.corruption, LinearCorruption)
     error = trials.corruption.forward(x, trials.params) - trials.y
     return -error.double().square().flatten(1).sum(1) / (2 * trials.corruption.noise**2)

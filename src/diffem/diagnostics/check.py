@@ -15,12 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffem.config import Config
-from diffem.corruptions import LinearCorruption, RandomMask
 from diffem.corruptions.diagonal import LEAST_GAIN, DiagonalCorruption
-from diffem.diagnostics.cost import forecast
+from diffem.data import Observations, evenly
 from diffem.diagnostics.spectrum import DIRECTIONS, Spectrum
-from diffem.observations import Observations, evenly
 
 LEVELS = ("problem", "warning", "note")
 SAMPLE = 8192  # observations that are looked at closely,
@@ -47,20 +44,21 @@ class Finding:
     text: str
 
 
-def check(observations: Observations, config: Config | None = None) -> list[Finding]:
+def check(observations: Observations, seed: int = 0) -> list[Finding]:
     """All findings, problems first.
 
     Arguments:
         observations: The observations; they are only read.
-        config: The configuration that they will be trained with; without one, nothing is said about the cost.
+        seed: Of the run; it says which observations are held out.
 
     Raises:
-        DiffemError: If there are too few observations, or the configuration does not fit them.
+        DiffemError: If there are too few observations.
     """
-    train, *halves = observations.split((config or Config()).em.seed)
+    train, *halves = observations.split(seed)
+    observations.rehearse(observations.units(train))
     survey, sample = Survey(observations), Sample(observations)
-    linear = isinstance(observations.corruption, LinearCorruption)
-    spectrum = Spectrum.of(sample.z, sample.seen, sample.matrix, observations.corruption.noise) if linear else None
+    known = observations.corruption.diagonal or sample.matrix is not None
+    spectrum = Spectrum.of(sample.z, sample.seen, sample.matrix, observations.corruption.noise) if known else None
     quiet = noise(observations, sample, spectrum)
     findings = [
         *observed(observations, survey),
@@ -73,8 +71,6 @@ def check(observations: Observations, config: Config | None = None) -> list[Find
     if all(finding.level == "note" for finding in quiet):  # these are told beyond the declared noise
         findings += constant_entries(observations, sample)
         findings += constant_directions(observations, spectrum)
-    if config:
-        findings.append(Finding("note", "cost", forecast(observations, config)))
     return sorted(findings, key=lambda finding: LEVELS.index(finding.level))
 
 
@@ -97,7 +93,7 @@ class Survey:
     def __init__(self, observations: Observations) -> None:
         n, corruption, params = len(observations), observations.corruption, observations.params
         d, features = math.prod(observations.y.shape[1:]), math.prod(observations.shape)
-        diagonal, matrices = isinstance(corruption, DiagonalCorruption), "matrix" in params and features <= DIRECTIONS
+        diagonal, matrices = corruption.diagonal, "matrix" in params and features <= DIRECTIONS
         self.looks = np.zeros(d) if diagonal else np.zeros((features, features)) if matrices else None
         self.together = np.zeros((d, d)) if "mask" in params and d <= DIRECTIONS else None
         self.hidden, self.shown, self.keys = np.zeros(n), np.zeros(n, int), np.zeros(n, np.uint64)
@@ -157,7 +153,7 @@ def _gain(observations: Observations) -> np.ndarray:
 
 
 def _blurs(observations: Observations) -> bool:
-    return isinstance(observations.corruption, DiagonalCorruption) and bool((_gain(observations) != 1).any())
+    return observations.corruption.diagonal and bool((_gain(observations) != 1).any())
 
 
 # --- what the observations show ----------------------------------------------------------------------
@@ -171,9 +167,12 @@ def observed(observations: Observations, survey: Survey) -> list[Finding]:
     is 0 (not of a blur, whose nature it is), a warning if it stands for fewer than :data:`FEW` observations; else a
     note.
     """
-    if not isinstance(observations.corruption, LinearCorruption):
+    if not observations.corruption.linear:
         return [Finding("note", "black-box", "what a black box hides cannot be told from its observations")]
     looks, vectors, n, found = survey.looks, None, len(observations), []
+    if looks is None and "matrix" not in observations.params:
+        name = observations.corruption.config["name"]
+        return [Finding("note", "observed", f"what {name} hides cannot be told from its observations")]
     if looks is None:
         text = f"{math.prod(observations.shape)} features are too many to look for directions that no matrix sees"
         return [Finding("note", "observed", text)]
@@ -218,7 +217,7 @@ def mask_rate(observations: Observations, survey: Survey) -> list[Finding]:
     declared, error = getattr(corruption, "rate", 0.0), survey.hidden.std() / math.sqrt(len(observations))
     if abs(rate - declared) <= max(4 * error, 0.01):
         return []
-    use = "use" if isinstance(corruption, RandomMask) else "use `name: RandomMask` with"
+    use = "use" if hasattr(corruption, "rate") else "use `name: RandomMask` with"
     text = f"declared rate {declared:g}, but the observed fraction is {1 - rate:.3g}, so that re-corruption would draw the wrong masks; {use} `rate: {rate:.3g}`"
     return [Finding("problem", "mask-rate", text)]
 
@@ -248,8 +247,7 @@ def constant_entries(observations: Observations, sample: Sample) -> list[Finding
 
     A note: such entries cost nothing but time. A problem if it is all of them.
     """
-    linear = isinstance(observations.corruption, LinearCorruption)
-    if not linear or sample.matrix is not None or not len(sample.values):
+    if not observations.corruption.diagonal or not len(sample.values):
         return []
     variance, level = sample.variance, observations.corruption.noise**2
     excess = SURE * np.sqrt(2 / np.maximum(sample.count, 2)) * level + 1e-12 * np.square(sample.values).mean()
@@ -297,7 +295,7 @@ def noise(observations: Observations, sample: Sample, spectrum: Spectrum | None)
     what is likely nothing but noise. Another warning, `clipped`, if values are exactly the least, or the largest.
     """
     corruption, values = observations.corruption, sample.values
-    if not isinstance(corruption, LinearCorruption) or not len(values):
+    if not corruption.linear or not len(values):
         return []
     end, count = max(((v, (values == v).sum()) for v in (values.min(), values.max())), key=lambda pair: pair[1])
     if corruption.noise and count > max(1, CLIPPED * len(values)):
@@ -331,7 +329,7 @@ def _quietest(where: str, std: np.ndarray, error: np.ndarray, declared: float) -
 def _quiet_coefficients(observations: Observations, sample: Sample) -> list[Quiet]:
     """Entries of y, or cosines of a blur: of those that it deletes nothing but the noise is left."""
     use = np.flatnonzero(sample.count >= FEW)
-    if sample.matrix is not None or not len(use):
+    if not observations.corruption.diagonal or not len(use):
         return []
     declared, deleted = observations.corruption.noise, _gain(observations) <= LEAST_GAIN
     if deleted.any():
@@ -379,7 +377,7 @@ def value_range(observations: Observations, sample: Sample) -> list[Finding]:
     boxes.
     """
     corruption, stated, values = observations.corruption, observations.range, sample.values
-    if not isinstance(corruption, DiagonalCorruption) or not len(values):
+    if not corruption.diagonal or not len(values):
         return []
     low, high = float(values.min()), float(values.max())
     floats = observations.y.dtype.kind == "f" and sample.whole and low >= 0 and high <= 255

@@ -35,10 +35,9 @@ import torch
 from torch import Tensor
 
 from diffem import seeding
-from diffem.corruptions import LinearCorruption
+from diffem.data import Dataset
 from diffem.diagnostics.divergence import observe_anew
 from diffem.diagnostics.scores import OVER_CONFIDENT
-from diffem.observations import Observations
 
 ERRORS = 3.0
 CLOSE = 0.05  # the share of reconstructions that count as close neighbours
@@ -60,49 +59,49 @@ NUMBERS = {
         1.0,
         OVER_CONFIDENT,
         "how much posterior draws vary, over how much their errors say that they should",
-        "the posterior draws vary {value:.2f} times as much as their errors say that they should",
+        "the posterior draws vary {value:.2f} times as much as their errors say that they should: read their intervals as too narrow",
     ),
     "diversity": Number(
         1.0,
         0.85,
         "how far re-corrupted reconstructions are apart, over how far the observations are",
-        "the reconstructions are too much alike: re-corrupted, they are {value:.2f} times as far apart as the observations",
+        "the reconstructions are too much alike: re-corrupted, they are {value:.2f} times as far apart as the observations; fewer em.iterations may keep more of them",
     ),
     "prior_diversity": Number(
         1.0,
         0.85,
         "how far re-corrupted prior samples are apart, over how far the observations are",
-        "the prior samples are too much alike: re-corrupted, they are {value:.2f} times as far apart as the observations",
+        "the prior samples are too much alike: re-corrupted, they are {value:.2f} times as far apart as the observations; do not rely on their variety",
     ),
     "neighbours": Number(
         1.0,
         0.8,
         "how far a prior sample is from the nearest other one, over how far a reconstruction is",
-        "the prior samples crowd: they are {value:.2f} times as far from their nearest as the reconstructions are",
+        "the prior samples crowd: they are {value:.2f} times as far from their nearest as the reconstructions are; do not rely on their variety",
     ),
     "duplicates": Number(
         CLOSE,
         0.15,
         "the share of prior samples that nearly repeat another one",
-        "the prior repeats itself: {value:.0%} of its samples nearly repeat another one, where {healthy:.0%} would",
+        "the prior repeats itself: {value:.0%} of its samples nearly repeat another one, where {healthy:.0%} would; do not rely on their variety",
     ),
     "memorised": Number(
         CLOSE,
         0.15,
         "the share of prior samples that nearly repeat a reconstruction that it was trained on",
-        "the prior copies: {value:.0%} of its samples nearly repeat what it was trained on, where {healthy:.0%} would",
+        "the prior copies: {value:.0%} of its samples nearly repeat what it was trained on, where {healthy:.0%} would; do not count them as new",
     ),
     "nearest": Number(
         1.0,
         1.15,
         "how far an observation is from the nearest reconstruction of another, over how far a re-corrupted one is",
-        "some observations are unlike all reconstructions of others: {value:.2f} times as far from the nearest as they should be",
+        "some observations are unlike all reconstructions of others: {value:.2f} times as far from the nearest as they should be; look at these, and at the declared corruption",
     ),
     "outside": Number(
         0.0,
         0.5,
         "how far reconstructions lie outside the stated range of the data, in halves of it",
-        "the reconstructions lie outside the stated range of the data, by {value:.2f} of half of it: the corruption may be a wrong one",
+        "the reconstructions lie outside the stated range of the data, by {value:.2f} of half of it; is the declared corruption the true one?",
     ),
 }
 
@@ -111,21 +110,19 @@ def collapse_watch(
     x: Tensor,
     samples: Tensor | None,
     training: Tensor,
-    observations: Observations,
+    data: Dataset,
     rows: np.ndarray,
-    scaling: tuple[float, float],
     seed: int,
     ratio: tuple[float, float] | None = None,
 ) -> dict[str, dict]:
     """The numbers of :data:`NUMBERS` that can be had, ready for JSON.
 
     Arguments:
-        x: A reconstruction of each of the observations `rows`, (n, *shape), in the units of y.
+        x: A reconstruction of each of the observations `rows`, (n, *shape), in model units.
         samples: Prior samples (n, *shape), or None.
         training: Reconstructions of training observations (N, *shape).
-        observations: The observations.
+        data: The observations.
         rows: The held-out ones that were reconstructed.
-        scaling: (centre, half) of the model units.
         seed: Of the operator parameters and noise with which x and samples are observed anew.
         ratio: The calibration ratio and the standard error of its logarithm.
 
@@ -134,22 +131,23 @@ def collapse_watch(
         None if all is well.
     """
     seed, found = seeding.fold(seed, *b"collapse"), {}
-    flat = lambda a: a.flatten(1).double() / scaling[1]  # noqa: E731
+    flat = lambda a: a.flatten(1).double()  # noqa: E731
     if ratio is not None:
         found["spread"] = ratio
-    again, observed, _ = observe_anew(x, observations, rows, scaling, seed)
+    again, observed, _ = observe_anew(x, data, rows, seed)
     found["diversity"] = _ratio(_mean_distances(again), _mean_distances(observed), 2)
     if samples is not None:
-        again, observed, _ = observe_anew(samples, observations, rows, scaling, seed + 1)
+        again, observed, _ = observe_anew(samples, data, rows, seed + 1)
         found["prior_diversity"] = _ratio(_mean_distances(again), _mean_distances(observed), 2)
         theirs, ours, learned = flat(samples), flat(x), flat(training)
         found["neighbours"] = _ratio(_neighbours(theirs), _neighbours(ours))
         found["duplicates"] = _share(_neighbours(theirs), _neighbours(ours))
         found["memorised"] = _share(torch.cdist(theirs, learned).amin(1), torch.cdist(ours, learned).amin(1))
-    if isinstance(observations.corruption, LinearCorruption):
-        found["nearest"] = _nearest(x, observations, rows, scaling, seed + 2)
-    if observations.range is not None:
-        found["outside"] = _outside(x, *observations.range)
+    if data.corruption.linear:
+        found["nearest"] = _nearest(x, data, rows, seed + 2)
+    if data.observations.range is not None:
+        low, high = (data.units.scale(v) for v in data.observations.range)
+        found["outside"] = _outside(x, low, high)
     return {name: _told(NUMBERS[name], *pair) for name, pair in found.items()}
 
 
@@ -194,24 +192,16 @@ def _neighbours(rows: Tensor) -> Tensor:
     return torch.cdist(rows, rows).fill_diagonal_(torch.inf).amin(1)
 
 
-def _nearest(
-    x: Tensor, observations: Observations, rows: np.ndarray, scaling: tuple[float, float], seed: int
-) -> tuple[float, float]:
-    corruption, (centre, half) = observations.corruption.scaled(*scaling), scaling
-    assert isinstance(corruption, LinearCorruption)
-    clean = (x - centre) / half
-    y, params = observations.batch(rows)
-    pairs = (
-        (corruption.scale_y(y, params, centre, half), params),
-        corruption.observe(clean, seeding.generator(seed, 0, "user")),
-    )
+def _nearest(x: Tensor, data: Dataset, rows: np.ndarray, seed: int) -> tuple[float, float]:
+    corruption = data.corruption
+    pairs = data.batch(rows), corruption.observe(x, seeding.generator(seed, 0, "user"))
     distances = []
     for y, params in pairs:
         target, seen = corruption.compared(y), corruption.seen(y, params).expand_as(y)
         least = []
         for i in range(len(y)):
             own = {name: p[i : i + 1].expand(len(x), *p.shape[1:]) for name, p in params.items()}
-            error = (corruption.compared(corruption.forward(clean, own)) - target[i]).square() * seen[i]
+            error = (corruption.compared(corruption.forward(x, own)) - target[i]).square() * seen[i]
             mean = error.flatten(1).sum(1) / seen[i].sum().clamp(min=1)
             mean[i] = torch.inf  # its own reconstruction knows it
             least.append(mean.amin().sqrt())

@@ -41,13 +41,13 @@ import torch
 from torch import Tensor
 
 from diffem import seeding
-from diffem.corruptions import LinearCorruption
+from diffem.data import Dataset
 from diffem.diagnostics.calibration import ranks
 from diffem.diagnostics.divergence import energy_items
-from diffem.observations import Observations
-from diffem.posteriors import BATCH, PosteriorSampler, draw_many
+from diffem.samplers import BATCH, Sampler, draw_from, draw_many
 
 PREDICTIONS, MOST_SPLITS = 1024, 8  # a final score is of some 1,024 predictions, at most 8 of each observation
+SPLIT = 256  # observations whose hidden parts are drawn at once; what is hidden depends on it
 SMALLEST = 1e-12  # of a CRPS: few draws estimate it without bias, so that it may be 0
 
 OVER_CONFIDENT, UNDER_CONFIDENT = 0.75, 1.25  # calibration ratios beyond which draws are called so
@@ -165,13 +165,13 @@ def crps(draws: Tensor, y: Tensor) -> Tensor:
 
 
 def score(
-    sampler: PosteriorSampler,
-    observations: Observations,
+    sampler: Sampler,
+    data: Dataset,
     indices: np.ndarray,
     seed: int,
     draws: int = 4,
     splits: int = 1,
-    batch: int = 256,
+    batch: int = BATCH,
 ) -> Score:
     """Scores a sampler on observations, with random numbers that depend on the arguments only.
 
@@ -180,19 +180,19 @@ def score(
 
     Arguments:
         sampler: What is scored.
-        observations: The observations.
+        data: The observations.
         indices: The held-out ones that are used.
         seed: Seed of the run: equal seeds give scores that can be compared in pairs.
         draws: Number M of draws per split, at least 2.
         splits: How often each observation is split anew; its value is the mean.
         batch: Observations at a time.
     """
-    if not isinstance(sampler.model_corruption, LinearCorruption):
-        x = draw_many(sampler, observations, indices, 1, seed, "score")[:, 0]
-        return Score("energy_distance", energy_items(x, observations, indices, sampler.scaling, seed))
+    if not data.corruption.predictable:
+        x = draw_many(sampler, data, indices, 1, seed, "score", batch)[0]
+        return Score("energy_distance", energy_items(x, data, indices, seed))
     values, variance, error, count = torch.zeros(4, len(indices))
-    noise = sampler.model_corruption.noise
-    for rows, hidden in _hidden(sampler, observations, indices, seed, draws, splits, batch):
+    noise = data.corruption.noise
+    for rows, hidden in _hidden(sampler, data, indices, seed, draws, splits, batch):
         seen, d = hidden.seen, hidden.draws
         each = (crps(hidden.noisy, hidden.target) * seen).sum(1) / seen.sum(1).clamp(min=1)
         values[rows] += each / splits
@@ -242,23 +242,23 @@ class Coverage:
 
 
 def coverage(
-    sampler: PosteriorSampler,
-    observations: Observations,
+    sampler: Sampler,
+    data: Dataset,
     indices: np.ndarray,
     seed: int,
     draws: int = 39,
-    batch: int = 256,
+    batch: int = BATCH,
 ) -> Coverage | None:
     """Coverage of the hidden parts of observations; None for a black box, which cannot be split.
 
     Arguments are those of :func:`score`. An entry is compared with draws that have the observation noise, so
     that its rank among them is uniform if the posterior is right.
     """
-    if not isinstance(sampler.model_corruption, LinearCorruption):
+    if not data.corruption.predictable:
         return None
     counts = torch.zeros(len(indices), draws + 1, dtype=torch.long)
-    generator = seeding.generator(seed, 0, "score", 1)
-    for rows, hidden in _hidden(sampler, observations, indices, seed, draws, 1, batch):
+    generator = seeding.generator(seeding.fold(seed, *b"ties"), 0, "score")
+    for rows, hidden in _hidden(sampler, data, indices, seed, draws, 1, batch):
         found = ranks(hidden.noisy, hidden.target, generator)
         counts[rows].scatter_add_(1, found, hidden.seen.long())
     return Coverage(counts.numpy())
@@ -275,8 +275,8 @@ class _Hidden:
 
 
 def _hidden(
-    sampler: PosteriorSampler,
-    observations: Observations,
+    sampler: Sampler,
+    data: Dataset,
     indices: np.ndarray,
     seed: int,
     draws: int,
@@ -284,27 +284,25 @@ def _hidden(
     batch: int,
 ) -> Iterator[tuple[slice, _Hidden]]:
     """Splits observations, and predicts what was hidden; yields which of the indices, and the predictions."""
-    corruption, (centre, half) = sampler.model_corruption, sampler.scaling
-    assert isinstance(corruption, LinearCorruption)
-    for again, start in itertools.product(range(splits), range(0, len(indices), batch)):
-        chunk = indices[start : start + batch]
-        y, params = observations.batch(chunk)
-        split = sampler.corruption.thin(y, params, seeding.generator(seed, start // batch, "score", again))
+    corruption = data.corruption
+    for again, start in itertools.product(range(splits), range(0, len(indices), SPLIT)):
+        chunk = indices[start : start + SPLIT]
+        split = corruption.thin(*data.batch(chunk), seeding.generator(seed, start // SPLIT, "score", again))
         assert split is not None
-        given, (hidden, hidden_params) = split
-        target = corruption.compared(corruption.scale_y(hidden, hidden_params, centre, half))
+        (y, params), (hidden, hidden_params) = split
+        target = corruption.compared(hidden)
         seen = corruption.seen(hidden, hidden_params).expand_as(target).float()
         predictions, noisy = [], []
-        for some in torch.arange(again * draws, (again + 1) * draws).split(max(1, BATCH // len(chunk))):
+        for some in torch.arange(again * draws, (again + 1) * draws).split(max(1, batch // len(chunk))):
             n = len(some)  # draws at once, of each observation
             seeds = torch.cat([seeding.item_seeds(seed, int(j), "score", chunk) for j in some])
-            x = sampler.sample(_tiled(given[0], n), {k: _tiled(v, n) for k, v in given[1].items()}, seeds)
-            predicted = corruption.forward((x - centre) / half, {k: _tiled(v, n) for k, v in hidden_params.items()})
+            x = draw_from(sampler, _tiled(y, n), {k: _tiled(v, n) for k, v in params.items()}, seeds, batch)
+            predicted = corruption.forward(x, {k: _tiled(v, n) for k, v in hidden_params.items()})
             noise = corruption.noise * seeding.normal(seeds, tuple(predicted.shape[1:]), stream=10_000)
             predicted = corruption.compared(predicted)
-            predictions.append(predicted.reshape(n, len(chunk), -1).cpu())
-            noisy.append((predicted + noise).reshape(n, len(chunk), -1).cpu())
-        flat = [torch.cat(predictions), torch.cat(noisy), target.flatten(1).cpu(), seen.flatten(1).cpu()]
+            predictions.append(predicted.reshape(n, len(chunk), -1))
+            noisy.append((predicted + noise).reshape(n, len(chunk), -1))
+        flat = [torch.cat(predictions), torch.cat(noisy), target.flatten(1), seen.flatten(1)]
         yield slice(start, start + len(chunk)), _Hidden(*flat)
 
 

@@ -32,7 +32,7 @@ reference posterior's variance that is left,
     E \left[ \frac{e^T W e}{v} + w \log v \right] \, , \qquad e = S^{-1} (x - d) \, ,
 
 with w the diagonal of W, which is least at :math:`v = E[e^T W e \mid x_t, y] / w`. Samplers put this variance back
-(:mod:`diffem.posteriors`). Where :math:`S` is not diagonal (a blur, a projection) an item has one share, the mean over
+(:mod:`diffem.samplers`). Where :math:`S` is not diagonal (a blur, a projection) an item has one share, the mean over
 its entries: scaling them one by one would turn what is uncertain into directions that were observed.
 
 References:
@@ -43,6 +43,8 @@ References:
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -50,12 +52,14 @@ import torch
 from azula.noise import VESchedule
 from torch import Tensor, nn
 
-from diffem import mixtures, networks
-from diffem.corruptions import Corruption, LinearCorruption, Params
+from diffem.corruptions import Corruption, Params
 from diffem.errors import DiffemError
-from diffem.mixtures import Diagonal, Mixture
+from diffem.mixtures import Diagonal, ExactPosterior, Mixture
+from diffem.networks import Given, NetworkConfig
 
-LEAST = 0.001  # of v: a rare error where none was expected must not rule a step
+OTHER_WEIGHTS = "its weights are not those of its network and its observations"
+TIME_ALPHA = 3.0
+LEAST = 0.001  # the lower bound of v, so that one outlier cannot rule an update
 
 
 def share(h: Tensor) -> Tensor:
@@ -71,15 +75,13 @@ class DenoiserConfig:
         precondition: `plain`, `start`, or `auto`: `start` where the start is a mixture, else `plain`.
         sigma_min: The least noise level.
         sigma_max: The largest noise level.
-        time_alpha: First parameter of the Beta density of the training times.
-        time_beta: Second parameter of it.
+        time_beta: Training times have the Beta density with parameters 3 and this one: a smaller one trains high noise levels more.
         observation_dropout: The fraction of training items whose observation is withheld.
     """
 
     precondition: str = "auto"
     sigma_min: float = 1e-2
     sigma_max: float = 1e1
-    time_alpha: float = 3.0
     time_beta: float = 1.5
     observation_dropout: float = 0.1
 
@@ -88,6 +90,8 @@ class DenoiserConfig:
             raise DiffemError(f"denoiser.precondition: must be auto, plain or start, got {self.precondition!r}")
         if not 0 < self.sigma_min < self.sigma_max:
             raise DiffemError("denoiser.sigma_min: must be > 0 and below denoiser.sigma_max")
+        if not 0 < self.time_beta < math.inf:
+            raise DiffemError(f"denoiser.time_beta: must be > 0, got {self.time_beta}")
         if not 0 <= self.observation_dropout <= 1:
             raise DiffemError(f"denoiser.observation_dropout: must be in [0, 1], got {self.observation_dropout}")
 
@@ -99,8 +103,9 @@ class Denoiser(nn.Module):
         corruption: The corruption in model units.
         shape: The shape of an item.
         config: See :class:`DenoiserConfig`.
-        network: See :class:`diffem.networks.NetworkConfig`.
+        network: What builds the backbone: :class:`diffem.networks.NetworkConfig`, or :class:`diffem.networks.Given`.
         start: The mixture of the start, for `precondition: start`.
+        weights: The expected shapes of the network's weights, by name; they are checked before memory is allocated.
     """
 
     def __init__(
@@ -108,35 +113,48 @@ class Denoiser(nn.Module):
         corruption: Corruption,
         shape: tuple[int, ...],
         config: DenoiserConfig,
-        network: networks.NetworkConfig,
+        network: NetworkConfig | Given,
         start: Mixture | None = None,
+        weights: dict[str, torch.Size] | None = None,
     ) -> None:
         super().__init__()
-        self.corruption, self.shape, self.config = corruption, tuple(shape), config
+        self.corruption, self.shape, self.config, self.built_by = corruption, tuple(shape), config, network
         self.precision = torch.float32  # of the network's arithmetic; the reference posterior is always exact
         self.precondition = config.precondition
         if self.precondition == "auto":
             self.precondition = "plain" if start is None else "start"
         if self.precondition == "start" and start is None:
             raise DiffemError("denoiser.precondition: start needs a Gaussian or mixture start (start.kind)")
-        features = torch.Size(shape).numel()
-        self.reference = start if self.precondition == "start" and start is not None else Mixture.standard(features)
+        whitened = self.precondition == "start" and start is not None
+        self.reference = start if whitened else Mixture.standard(torch.Size(shape).numel())
         x = torch.zeros(1, *shape)
-        generator = torch.Generator().manual_seed(0)
-        y, params = corruption.observe(x, generator)
+        y, params = corruption.observe(x, torch.Generator().manual_seed(0))
         self.schedule = VESchedule(config.sigma_min, config.sigma_max)
         with torch.no_grad():
             inputs = self._inputs(x, torch.ones(1), y, params, torch.zeros(1, dtype=torch.bool))[1]
-        self.network = networks.build(network, self.shape, [tuple(v.shape[1:]) for v in inputs])
+        shapes = [tuple(v.shape[1:]) for v in inputs]
+        if weights is not None:
+            with torch.device("meta"):
+                made = network.build(self.shape, shapes).state_dict()
+            if {k: v.shape for k, v in made.items()} != weights:
+                raise DiffemError(OTHER_WEIGHTS)
+        self.network = network.build(self.shape, shapes)
 
-    def _apply(self, fn, recurse=True):  # the mixture moves with the module, but is not trained
-        mixture = self.reference
-        self.reference = Mixture(*(fn(t) for t in mixture.tensors.values()), basis=mixture.basis)
-        return super()._apply(fn, recurse)
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self.reference.mean.device
 
-    def _posterior(self, x_t: Tensor, sigma: Tensor, y: Tensor, params: Params, withheld: Tensor) -> mixtures.Posterior:
+    def with_network(self, network: nn.Module) -> Denoiser:
+        """The same denoiser with another network; everything else is shared."""
+        other = copy.copy(self)
+        other._modules = {**self._modules, "network": network}
+        return other
+
+    def posterior(self, x_t: Tensor, sigma: Tensor, y: Tensor, params: Params, withheld: Tensor) -> ExactPosterior:
+        """The reference posterior; arguments as in :meth:`predict`."""
         flat = x_t.flatten(1)
-        if self.precondition == "plain" or not isinstance(self.corruption, LinearCorruption):
+        if self.precondition == "plain" or not self.corruption.exact:
             likelihood = Diagonal(flat, torch.zeros_like(flat))
         else:
             likelihood = self.corruption.likelihood(y, params).withheld(withheld)
@@ -144,8 +162,8 @@ class Denoiser(nn.Module):
 
     def _inputs(
         self, x_t: Tensor, sigma: Tensor, y: Tensor, params: Params, withheld: Tensor
-    ) -> tuple[mixtures.Posterior, list[Tensor]]:
-        posterior = self._posterior(x_t, sigma, y, params, withheld)
+    ) -> tuple[ExactPosterior, list[Tensor]]:
+        posterior = self.posterior(x_t, sigma, y, params, withheld)
         level = sigma.view(-1, *(1,) * len(self.shape))
         given = (~withheld).to(x_t).view(-1, *(1,) * len(self.shape))
         inputs = [x_t * torch.rsqrt(1 + level.square())]
@@ -157,7 +175,7 @@ class Denoiser(nn.Module):
 
     def predict(
         self, x_t: Tensor, sigma: Tensor, y: Tensor, params: Params, withheld: Tensor | None = None
-    ) -> tuple[mixtures.Posterior, Tensor, Tensor]:
+    ) -> tuple[ExactPosterior, Tensor, Tensor]:
         """The reference posterior, the network's correction f (B, d), and v (B, d): all of the flattened item.
 
         Arguments:
@@ -191,6 +209,7 @@ class Denoiser(nn.Module):
         generator: torch.Generator,
         dropout: float = 0.0,
         weigh: Callable[[Tensor], Tensor] | None = None,
+        rows: slice = slice(None),
     ) -> Tensor:
         """The denoising loss of a batch of items and their observations, in model units; a scalar.
 
@@ -202,13 +221,17 @@ class Denoiser(nn.Module):
             params: Operator parameters.
             generator: Draws times, noise, and whose observation is withheld.
             dropout: The fraction of the observations that is withheld.
-            weigh: W, a symmetric map of (B, *shape); the identity by default.
+            weigh: W, a symmetric map of (B, *shape), B the number of `rows`; the identity by default.
+            rows: The part of the batch whose loss it is; what is drawn is drawn for all.
         """
         device = generator.device
         sigma = self.times(len(x), generator).to(x)
         noise = torch.randn(x.shape, generator=generator, device=device).to(x)
         withheld = torch.rand(len(x), generator=generator, device=device).to(x.device) < dropout
-        x_t = x + sigma.view(-1, *(1,) * (x.ndim - 1)) * noise
+        signs = torch.randint(0, 2, x.shape, generator=generator, device=device).to(x) * 2 - 1 if weigh else None
+        x, sigma, y, withheld = x[rows], sigma[rows], y[rows], withheld[rows]
+        params = {k: p[rows] for k, p in params.items()}
+        x_t = x + sigma.view(-1, *(1,) * (x.ndim - 1)) * noise[rows]
         posterior, f, v = self.predict(x_t, sigma, y, params, withheld)
 
         def product(a: Tensor, b: Tensor) -> Tensor:  # a W b, entry by entry
@@ -217,11 +240,10 @@ class Denoiser(nn.Module):
         with torch.no_grad():
             target = posterior.whiten(x.flatten(1) - posterior.mean).to(x)
             left = posterior.variance.mean(1).to(x)
-            if weigh is None:
+            if signs is None:
                 weight = torch.ones_like(target)
             else:  # z W z with random signs z: the diagonal of W, or in the mean its trace
-                signs = torch.randint(0, 2, target.shape, generator=generator, device=device).to(x) * 2 - 1
-                weight = product(signs, signs)
+                weight = product(signs[rows].flatten(1), signs[rows].flatten(1))
         missed = target - f
         error = posterior.scale(missed).to(x)
         whitened = product(missed.detach(), missed.detach())
@@ -234,7 +256,7 @@ class Denoiser(nn.Module):
     def times(self, n: int, generator: torch.Generator) -> Tensor:
         """Noise levels to train at, shape (n,)."""
         # by inversion: torch's Beta takes no generator
-        return self.schedule.sigma(_beta(n, self.config.time_alpha, self.config.time_beta, generator))
+        return self.schedule.sigma(_beta(n, TIME_ALPHA, self.config.time_beta, generator))
 
 
 def _beta(n: int, alpha: float, beta: float, generator: torch.Generator) -> Tensor:
@@ -242,7 +264,7 @@ def _beta(n: int, alpha: float, beta: float, generator: torch.Generator) -> Tens
     middle = (grid[1:] + grid[:-1]) / 2
     density = middle ** (alpha - 1) * (1 - middle) ** (beta - 1)
     cumulative = torch.cat((torch.zeros(1, dtype=torch.float64), density.cumsum(0)))
-    uniform = torch.rand(n, generator=generator, device=generator.device).double().cpu() * cumulative[-1]
+    uniform = torch.rand(n, generator=generator, device=generator.device).cpu().double() * cumulative[-1]
     right = torch.searchsorted(cumulative, uniform, right=True).clamp(1, len(grid) - 1)
     low, high = cumulative[right - 1], cumulative[right]
     return grid[right - 1] + (uniform - low) / (high - low) * (grid[right] - grid[right - 1])

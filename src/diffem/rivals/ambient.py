@@ -8,7 +8,7 @@ The observation :math:`y = A x` is corrupted further, to :math:`\tilde A x`, and
 and is least for :math:`h = E[x \mid \tilde A x_t, \tilde A]`: given :math:`\tilde A` the network cannot know which further
 entries :math:`A` shows, and must predict them all. W (here one over the standard deviation that the reference posterior
 leaves to each entry of y) does not move the minimum. Samples are drawn with an :math:`\tilde A` that is drawn once,
-posterior samples by diffusion posterior sampling (:mod:`diffem.guidance`) with the same denoiser.
+posterior samples by diffusion posterior sampling (:mod:`diffem.rivals.guidance`) with the same denoiser.
 Noise in y is taken for a part of the data, as in the paper.
 
 References:
@@ -20,17 +20,18 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from diffem import mixtures
-from diffem.corruptions import LinearCorruption, Params, RandomMask, RandomProjection
-from diffem.denoisers import Denoiser
-from diffem.em import DiffEM
+from diffem.corruptions import Params, RandomMask, RandomProjection
+from diffem.data import Items
+from diffem.denoiser import Denoiser
+from diffem.em import STEPS, DiffEM, finish
 from diffem.errors import DiffemError
-from diffem.mixtures import Diagonal, Rows, RowsPosterior
-from diffem.posteriors import DiffusionPosterior
+from diffem.mixtures import Diagonal, ExactPosterior, Rows
+from diffem.mixtures.model import RowsPosterior
+from diffem.rivals.guidance import DPSSampler
+from diffem.samplers import Query, register_sampler
 
 
 class AmbientDenoiser(Denoiser):
@@ -39,8 +40,7 @@ class AmbientDenoiser(Denoiser):
     Its head of variances is not trained: they are those of the reference posterior.
     """
 
-    def _posterior(self, x_t: Tensor, sigma: Tensor, y: Tensor, params: Params, withheld: Tensor) -> mixtures.Posterior:
-        assert isinstance(self.corruption, LinearCorruption)
+    def posterior(self, x_t: Tensor, sigma: Tensor, y: Tensor, params: Params, withheld: Tensor) -> ExactPosterior:
         if isinstance(self.corruption, RandomProjection):
             # A~ x_t says what its least solution says, whose noise is white where it has any; A~ z is not white
             solve = torch.linalg.pinv(params["matrix"]) @ params["matrix"]
@@ -52,8 +52,7 @@ class AmbientDenoiser(Denoiser):
 
     def _inputs(
         self, x_t: Tensor, sigma: Tensor, y: Tensor, params: Params, withheld: Tensor
-    ) -> tuple[mixtures.Posterior, list[Tensor]]:
-        assert isinstance(self.corruption, LinearCorruption)
+    ) -> tuple[ExactPosterior, list[Tensor]]:
         seen = self.corruption.forward(x_t, params)
         back = self._lift(seen, params)
         scaled = seen * torch.rsqrt(1 + sigma.square()).view(-1, *(1,) * (seen.ndim - 1))
@@ -71,7 +70,6 @@ class AmbientDenoiser(Denoiser):
             generator: Draws times and noise.
         """
         corruption = self.corruption
-        assert isinstance(corruption, LinearCorruption)
         sigma = self.times(len(y), generator).to(y)
         level = sigma.view(-1, *(1,) * len(self.shape))
         noise = torch.randn(len(y), *self.shape, generator=generator, device=generator.device).to(y)
@@ -88,33 +86,41 @@ class AmbientDenoiser(Denoiser):
 
     def _lift(self, y: Tensor, params: Params) -> Tensor:
         """The least x with A~ x = y."""
-        assert isinstance(self.corruption, LinearCorruption)
         if isinstance(self.corruption, RandomProjection):
             return (torch.linalg.pinv(params["matrix"]) @ y[..., None])[..., 0]
         return self.corruption.adjoint(y, params)
 
 
-class AmbientPosterior(DiffusionPosterior):
-    """Samples with an :class:`AmbientDenoiser`; arguments as for :class:`DiffusionPosterior`, whose guidance is `dps`."""
+@register_sampler
+class AmbientSampler(DPSSampler):
+    """Samples with an :class:`AmbientDenoiser`, guided as by `dps`."""
 
     kind = "ambient"
+    denoiser_class = AmbientDenoiser
 
-    def _told(self, y: Tensor, params: Params, seeds: Tensor, withheld: Tensor) -> Params:
-        drawn = self._drawn(y, seeds) if withheld.all() else params  # then params are those of no observation
-        return self._further(y, drawn, seeds)
+    @classmethod
+    def suits(cls, corruption, sampler, denoiser) -> None:
+        if not isinstance(corruption, RandomMask | RandomProjection):
+            raise DiffemError(f"ambient: needs RandomMask or RandomProjection, got {corruption.config['name']}")
+        super().suits(corruption, sampler, denoiser)
+
+    def shown(self, query: Query) -> Params:
+        if query.shown is None:
+            # parameters of no observation are drawn, too
+            params = self._drawn(query.y, query.seeds) if query.withheld.all() else query.params
+            query.shown = self._further(query.y, params, query.seeds)
+        return query.shown
 
     def _drawn(self, y: Tensor, seeds: Tensor) -> Params:
         """Parameters of the corruption, an item at a time, so that they do not depend on its neighbours."""
-        drawn = [self.model_corruption.draw(1, self.shape, _generator(seed)) for seed in seeds]
+        drawn = [self.corruption.draw(1, self.shape, _generator(seed)) for seed in seeds]
         return {k: torch.cat([d[k] for d in drawn]).to(y.device) for k in drawn[0]}
 
     def _further(self, y: Tensor, params: Params, seeds: Tensor) -> Params:
         """Parameters of A~, likewise."""
         parts = []
         for i, seed in enumerate(seeds):
-            split = self.model_corruption.thin(
-                y[i : i + 1], {k: v[i : i + 1] for k, v in params.items()}, _generator(seed)
-            )
+            split = self.corruption.thin(y[i : i + 1], {k: v[i : i + 1] for k, v in params.items()}, _generator(seed))
             assert split is not None
             parts.append(split[0][1])
         return {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
@@ -124,31 +130,30 @@ def _generator(seed: Tensor) -> torch.Generator:
     return torch.Generator().manual_seed(int(seed) & (2**62 - 1))
 
 
+def prior(em: DiffEM) -> None:
+    """The prior is the posterior's own network."""
+    em.posterior(em.diffusion(width=0.0)).save_pretrained(em.run.folder / "prior")
+    em.next_iteration("done")
+    finish(em)
+
+
 class Ambient(DiffEM):
     """A run of Ambient Diffusion: one M-step of `m_step.first_steps` on the observations, then samples."""
 
-    denoiser_class = AmbientDenoiser
-    sampler_class = AmbientPosterior
+    steps = {**STEPS, "prior": prior}  # noqa: RUF012
 
-    def __init__(self, config, observations, *args, **kwargs) -> None:
-        if not isinstance(observations.corruption, RandomMask | RandomProjection):
-            name = observations.corruption.config["name"]
-            raise DiffemError(f"ambient: needs RandomMask or RandomProjection, got {name}")
-        if config.sampler.guidance != "dps" or config.em.iterations != 1:
-            raise DiffemError("ambient: needs sampler.guidance dps and em.iterations 1")
-        super().__init__(config, observations, *args, **kwargs)
+    def __init__(self, config, *args, **kwargs) -> None:
+        if config.sampler.kind != "ambient" or config.em.iterations != 1:
+            raise DiffemError("ambient: needs sampler.kind ambient and em.iterations 1")
+        super().__init__(config, *args, **kwargs)
 
-    def _loss(self, x: np.ndarray, generator: torch.Generator, dropout: float) -> Tensor:
+    def losses(self, x: Items, generator: torch.Generator, dropout: float) -> list[Tensor]:
         rows = torch.randint(len(self.train), (self.config.m_step.batch,), generator=generator, device=self.device)
-        y, params = self.observations.batch(self.train[rows.cpu().numpy()])
-        y = self.model_corruption.scale_y(y, params, *self.scaling).to(self.device)
-        params = {k: v.to(self.device) for k, v in params.items()}
-        split = self.model_corruption.thin(y, params, generator)
-        denoiser = self.trainer.denoiser
+        y, params = self.data.batch(self.train[rows.cpu().numpy()], self.device)
+        split, denoiser = self.data.corruption.thin(y, params, generator), self.trainer.denoiser
         assert isinstance(denoiser, AmbientDenoiser)
         assert split is not None
-        return denoiser.observed_loss(y, params, split[0], generator)
+        return [denoiser.observed_loss(y, params, split[0], generator)]
 
-    def _finish(self) -> None:
-        self._sampler(width=0.0).save_pretrained(self.run.folder / "prior")
-        self._next("done")
+
+AmbientSampler.algorithm = Ambient

@@ -27,12 +27,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from diffem import drawing
 from diffem.diagnostics.diagnose import p_words
 from diffem.diagnostics.divergence import COMPARISONS
 from diffem.diagnostics.scores import OVER_CONFIDENT, UNDER_CONFIDENT
-from diffem.drawing import ITEMS, Figure, Pictures, Row, finite, seen_entries, std_limit, uri
 from diffem.errors import DiffemError
+from diffem.report import drawing
+from diffem.report.drawing import ITEMS, Figure, Pictures, Row, finite, seen_entries, std_limit, uri
 
 SCORES = {"crps": "CRPS", "energy_distance": "energy distance"}
 SAMPLES_OF = {"reconstructions": "reconstructions, re-corrupted", "prior": "prior samples, re-corrupted"}
@@ -416,7 +416,7 @@ def write(run: str | Path) -> Path:
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
     template = environment.from_string(
-        resources.files("diffem").joinpath("templates/report.html").read_text(encoding="utf-8")
+        resources.files("diffem.report").joinpath("report.html").read_text(encoding="utf-8")
     )
     ratio = finite(loaded.final, "ratio")
     honest = ratio is None or OVER_CONFIDENT <= ratio <= UNDER_CONFIDENT

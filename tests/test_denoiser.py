@@ -8,11 +8,10 @@ import pytest
 import torch
 
 from diffem.corruptions import GaussianBlur, RandomMask, RandomProjection
-from diffem.denoisers import LEAST, Denoiser, DenoiserConfig
-from diffem.m_step import MStepConfig, Trainer
+from diffem.denoiser import LEAST, Denoiser, DenoiserConfig
 from diffem.mixtures import Mixture
 from diffem.networks import NetworkConfig
-from diffem.posteriors import likelihood_basis
+from diffem.trainer import MStepConfig, Trainer
 
 CORRUPTION, SIGMA = RandomMask(0.5, 0.1), 1.0
 MLP = NetworkConfig(kind="mlp", width=16, depth=1, embedding=8)
@@ -30,7 +29,7 @@ def build(
 def test_variance_is_that_of_two_points():
     # x is -1 or 1 in one entry, 0 in the other: given x_t its mean is tanh(x_t / sigma^2), and its variance 1 - tanh^2.
     network, config = NetworkConfig(kind="mlp", width=64, depth=2, embedding=32), MStepConfig(learning_rate=2e-3)
-    trainer = Trainer(build(network, (2,)), build(network, (2,)), config)
+    trainer = Trainer(build(network, (2,)), config)
     generator = torch.Generator().manual_seed(1)
 
     def items(n: int) -> torch.Tensor:
@@ -39,7 +38,7 @@ def test_variance_is_that_of_two_points():
     for step in range(800):
         x = items(256)
         y, params = CORRUPTION.observe(x, generator)
-        trainer.update(trainer.denoiser.loss(x, y, params, generator, 1.0), 2e-3 if step < 530 else 5e-4)
+        trainer.update([trainer.denoiser.loss(x, y, params, generator, 1.0)], 2e-3 if step < 530 else 5e-4)
     x, withheld = items(20_000), torch.ones(20_000, dtype=torch.bool)
     x_t = x + SIGMA * torch.randn(x.shape, generator=generator)
     y, params = CORRUPTION.observe(x, generator)
@@ -85,7 +84,7 @@ class Case:
             0.5 * torch.randn(1, self.features, generator=generator),
             0.7 * torch.randn(1, self.features, 2, generator=generator),
             0.1 + torch.rand(1, self.features, generator=generator),
-            likelihood_basis(self.corruption, shape),
+            self.corruption.basis(shape),
         )
         self.denoiser = build(network, shape, self.corruption, None if plain else self.prior)
         for parameter in self.denoiser.network.parameters():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,13 +12,9 @@ Features = Callable[[Tensor], Tensor]  # of items (N, *): (N, f)
 ITEMS = 4096  # at most so many are compared: pairwise distances take the square of it
 
 
-def compare(
-    x: np.ndarray, clean: np.ndarray, scaling: tuple[float, float], features: Features | None = None
-) -> dict[str, float]:
-    """Distances of items x (N, *) to clean ones of the same rows, in model units (x - centre) / half; with `features`,
-    which maps such items to (N, f), a Frechet distance there."""
-    centre, half = scaling
-    u, v = ((torch.from_numpy(np.asarray(a, dtype=np.float32)) - centre) / half for a in (x, clean))
+def compare(u: Tensor, v: Tensor, features: Features | None = None) -> dict[str, float]:
+    """Distances of items u (N, *) to clean ones v of the same rows, in model units; with `features`, which maps such items to
+    (N, f), a Frechet distance there."""
     found = {"psnr": psnr(u, v, 2.0), "energy_distance": energy_distance(u, v, of_one_row=True)}
     if features is not None:
         found["frechet"] = frechet_distance(features(u), features(v))

@@ -15,11 +15,13 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from diffem import memory, starts
 from diffem.config import Config
-from diffem.corruptions import LinearCorruption
+from diffem.data import Items, Observations
 from diffem.diagnostics.scores import PREDICTIONS, final_splits
 from diffem.em import DiffEM
-from diffem.observations import Observations
+from diffem.judging import DRAWS, SPLITS
+from diffem.samplers import draw_many
 
 FIT = 8
 FIT_ITEMS = 1024
@@ -37,34 +39,39 @@ def forecast(observations: Observations, config: Config) -> str:
     """
     full, n, em_config, m_step = config.start, len(observations), config.em, config.m_step
     start = replace(full, items=min(full.items, FIT_ITEMS), ranks=(max(full.ranks),))
-    once, twice = (replace(config, start=replace(start, iterations=steps)) for steps in (1, 4))
+    once, twice = (replace(start, iterations=steps) for steps in (1, 4))
     with tempfile.TemporaryDirectory(prefix="diffem-check-") as folder:
-        em = DiffEM(once, observations, folder, allow_unobserved=True)
-        em._build(em._initial_prior()[0])
-        more = min(full.items, len(em.train)) / min(start.items, len(em.train))
-        first = _seconds(em._initial_prior)
-        em.config = twice
-        a_round = max(_seconds(em._initial_prior) - first, 0.0)
-        fit = len(full.ranks) * (first + (FIT * more - 1) * a_round)
-    generator, rows = torch.Generator(em.device).manual_seed(0), np.arange(min(config.e_step.batch, n))
-    x = np.broadcast_to(np.float32(em.scaling[0]), (n, *em.shape))
-    y, params = observations.batch(rows)
-    sampler = em._sampler(config.e_step.width, steps=1)  # all steps take equally long
-    update = _seconds(lambda: em.trainer.update(em._loss(x, generator, config.denoiser.observation_dropout), 0.0))
-    draw = _seconds(lambda: sampler.sample(y, params, torch.from_numpy(rows)).cpu()) / len(rows)
-    draw *= config.sampler.evaluations / sampler.sampler.evaluations
+        em = DiffEM(config, observations, folder, allow_unobserved=True)
+        make = lambda start: starts.make(start, em.data, em.train, em.seed, device=em.device)  # noqa: E731
+        first = a_round = 0.0
+        posterior = em.given_start
+        if posterior is None:
+            first = _seconds(lambda: make(once))
+            a_round = max(_seconds(lambda: make(twice)) - first, 0.0)
+            posterior = em.posterior(make(once)[0])
+        posterior.save_pretrained(em.run.folder / "start")
+        em.build()
+    more = min(full.items, len(em.train)) / min(start.items, len(em.train))
+    fit = len(full.ranks) * (first + (FIT * more - 1) * a_round)
+    generator, rows = torch.Generator(em.device).manual_seed(0), np.arange(min(em.batch, n))
+    x = Items(np.broadcast_to(np.float32(em.data.units.centre), (n, *em.data.shape)), em.data.units)
+    sampler, dropout = em.diffusion(steps=1), config.denoiser.observation_dropout  # all steps take equally long
+    update = _seconds(lambda: em.trainer.update(em.losses(x, generator, dropout), rate=0.0))
+    draw = _seconds(lambda: draw_many(sampler, em.data, rows, 1, 0, batch=em.batch)) / len(rows)
+    draw *= em.sampler_class.evaluations(config.sampler) / em.sampler_class.evaluations(sampler.sampler)
     iterations = em_config.iterations
     updates = min(iterations, 1) * m_step.first_steps + max(iterations - 1, 0) * m_step.steps
-    scored = em_config.score_draws * isinstance(em.corruption, LinearCorruption)
-    often = min(em_config.score_items, len(em.validation)) * em_config.score_splits * scored
+    scored = DRAWS * em.data.corruption.predictable
+    often = min(em_config.score_items, len(em.validation)) * SPLITS * scored
     draws = iterations * (em_config.refresh * n + often)
     if iterations:  # the end: widths, the reconstructions, and the test
         rated, tested = (min(len(part), PREDICTIONS) for part in (em.validation, em.test))
         draws += n + scored * (3 * rated * final_splits(rated) + tested * final_splits(tested))  # three widths, or so
         updates += config.prior.steps * (config.prior.kind == "unconditional")
     whole, parts = fit + updates * update + draws * draw, (fit, updates * update, draws * draw)
+    size = m_step.micro_batch or m_step.batch
     first, second, third = (_duration(seconds) for seconds in parts)
-    return f"about {_duration(whole)} on this machine, as busy as it is now ({em.device}): {first} for the start, {second} for {updates:,} updates, {third} for {draws:,.0f} draws"
+    return f"about {_duration(whole)} on this machine, as busy as it is now ({em.device}): {first} for the start, {second} for {updates:,} updates, {third} for {draws:,.0f} draws; memory: {memory.words(em.trainer.footprint() * size)} for an update of {size}, {memory.words(sampler.footprint() * em.batch)} for {em.batch} draws at a time"
 
 
 def _seconds(work: Callable[[], object]) -> float:

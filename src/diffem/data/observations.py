@@ -5,7 +5,8 @@ On disk they are a folder that anyone can write with numpy:
     y.npy            observations, (N, *y shape); NaN is allowed where the mask says unobserved
     mask.npy ...     one file per operator parameter, batch first (mask: true = observed, broadcasts against y)
     corruption.yaml  flat: `name: RandomMask`, `rate: 0.75`, `noise: 0.01`, and optionally
-                     `range: [low, high]` of the clean data and `shape: [...]` of one clean item
+                     `range: [low, high]` of the clean data and `shape: [...]` of one clean item;
+                     `clip: true`: a black box only sees values in that range
     held_out.npy     optional, (N,) true for the observations that never train, e.g. whole patients, nights or writers;
                      a seeded tenth by default. The first half of them validates, the second half tests
     clean.npy        optional, the clean items; read by evaluation and report only, never by training
@@ -13,7 +14,7 @@ On disk they are a folder that anyone can write with numpy:
 Arrays are memory-mapped, so that only the batch in use is in memory.
 
 Units: everything here is in the units of y as stored. Models work on (x - centre) / half, which
-:meth:`Observations.scaling` derives from `range` (uint8: 0 to 255), so that data span about [-1, 1].
+:meth:`Observations.units` derives from `range` (uint8: 0 to 255), so that data span about [-1, 1]: see :class:`Dataset`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,10 +30,11 @@ import yaml
 from torch import Tensor
 
 from diffem import seeding
-from diffem.corruptions import BlackBox, Corruption, Params, from_config
+from diffem.corruptions import REGISTRY, BlackBox, Corruption, Observed, from_config
 from diffem.errors import DiffemError
+from diffem.units import Units
 
-PARAMETER_FILES = ("mask", "matrix", "kernel")
+PARAMETER_FILES = ("mask", "matrix", "kernel")  # of any corruption; its own names beside them
 HELD_OUT = 0.1
 LEAST_HELD_OUT = 4  # two validate and two test: one alone has no standard error
 CHUNK = 4096
@@ -61,7 +64,6 @@ class Observations:
         range: Sequence[float] | None = None,
         shape: Sequence[int] | None = None,
         source: str = "observations",
-        check: bool = True,
         held_out: np.ndarray | None = None,
     ) -> None:
         self.y, self.params, self.corruption, self.source = y, dict(params or {}), corruption, source
@@ -71,6 +73,9 @@ class Observations:
                 f"{source}: y.npy: needs at least one observation of shape (features,) or (channels, *spatial), got {y.shape}"
             )
         self.shape = tuple(int(s) for s in (shape or y.shape[1:]))
+        if y.dtype.kind not in "biuf":
+            kind = {"c": "complex numbers", "M": "dates", "m": "time spans"}.get(y.dtype.kind, "text or objects")
+            raise DiffemError(f"{source}: y.npy: holds {kind} ({y.dtype}); give real numbers")
         if range is None and y.dtype == np.uint8:
             range = (0, 255)
         if range is None and y.dtype.kind in "iub":
@@ -81,8 +86,7 @@ class Observations:
             got = list(range) if isinstance(range, tuple | np.ndarray) else range
             raise DiffemError(f"{source}: range: must be [low, high] with low < high, got {got!r}")
         self.range = None if range is None else (float(range[0]), float(range[1]))
-        if check:
-            self._check()
+        _refuse_mistakes(self)
 
     @classmethod
     def load(cls, folder: str | Path, corruption: Corruption | None = None) -> Observations:
@@ -108,25 +112,33 @@ class Observations:
             raise DiffemError(
                 f"{config_file}: missing; it says how y came about, e.g. `name: RandomMask`, `rate: 0.75`, `noise: 0.01`"
             )
-        value_range, shape = config.pop("range", None), config.pop("shape", None)
+        value_range, shape, clip = config.pop("range", None), config.pop("shape", None), config.pop("clip", False)
         if corruption is None:
             corruption = from_config(config, str(config_file))
+        if clip is not False:
+            corruption = _clipped(corruption, value_range, clip, str(config_file))
         y = open_array(folder / "y.npy")
-        params = {
-            name: open_array(folder / f"{name}.npy") for name in PARAMETER_FILES if (folder / f"{name}.npy").exists()
-        }
+        names = dict.fromkeys((*PARAMETER_FILES, *corruption.parameters))
+        params = {name: open_array(folder / f"{name}.npy") for name in names if (folder / f"{name}.npy").exists()}
         held_out = open_array(folder / "held_out.npy") if (folder / "held_out.npy").exists() else None
         return cls(y, corruption, params, value_range, shape, source=str(folder), held_out=held_out)
 
     def save(self, folder: str | Path) -> None:
-        """Writes the folder; a black box is not written, since data never name code."""
+        """Writes the folder; a corruption that is not registered is not written, since data never name code."""
         folder = Path(folder)
+        unread = [k for k in self.params if k not in (*PARAMETER_FILES, *self.corruption.parameters)]
+        if unread:
+            raise DiffemError(
+                f"{folder}: {unread[0]}.npy would not be read again; name it among the corruption's `parameters`"
+            )
         folder.mkdir(parents=True, exist_ok=True)
         for name, array in {"y": self.y, **self.params}.items():
             np.save(folder / f"{name}.npy", array)
         if self.held_out is not None:
             np.save(folder / "held_out.npy", self.held_out)
-        config: dict = {} if isinstance(self.corruption, BlackBox) else dict(self.corruption.config)
+        config: dict[str, Any] = dict(self.corruption.config)
+        if config["name"] not in REGISTRY:
+            config = {"clip": True} if "clip" in config else {}
         if self.range is not None:
             config["range"] = list(self.range)
         if self.shape != self.y.shape[1:]:
@@ -136,7 +148,7 @@ class Observations:
     def __len__(self) -> int:
         return len(self.y)
 
-    def batch(self, indices: Tensor | np.ndarray | Sequence[int]) -> tuple[Tensor, Params]:
+    def batch(self, indices: Tensor | np.ndarray | Sequence[int]) -> Observed:
         """Observations `indices` as float32 (entries that were not observed are 0) and their parameters."""
         indices = np.asarray(indices)
         y = torch.from_numpy(np.ascontiguousarray(self.y[indices], dtype=np.float32))
@@ -173,17 +185,23 @@ class Observations:
         half = len(held_out) // 2
         return train, np.sort(held_out[:half]), np.sort(held_out[half:])
 
-    def scaling(self, train: np.ndarray) -> tuple[float, float]:
-        """(centre, half) of the affine map to model units, from the range or else from training observations."""
+    def units(self, train: np.ndarray) -> Units:
+        """The units of models, from the range or else from training observations."""
         if self.range is not None:
-            return (self.range[0] + self.range[1]) / 2, (self.range[1] - self.range[0]) / 2
-        y, params = self.batch(train[:CHUNK])
+            return Units((self.range[0] + self.range[1]) / 2, (self.range[1] - self.range[0]) / 2)
+        y, params = self.batch(evenly(train, CHUNK))
         values = y[self.corruption.seen(y, params).expand_as(y)]
+        if not len(values):
+            return Units()
         if self.y.shape[1:] == self.shape and "matrix" not in params:
             low, high = np.quantile(values.numpy(), [0.001, 0.999]).tolist()
             if low < high:
-                return (low + high) / 2, (high - low) / 2
-        return 0.0, 2 * float(values.square().mean().sqrt()) or 1.0
+                return Units((low + high) / 2, (high - low) / 2)
+        return Units(0.0, 2 * float(values.square().mean().sqrt()) or 1.0)
+
+    def rehearse(self, units: Units) -> None:
+        """Tries the corruption, on items of the middle of the range: see :meth:`Corruption.rehearse`."""
+        self.corruption.rehearse(tuple(self.y.shape[1:]), torch.full((2, *self.shape), float(units.centre)))
 
     def unobserved(self) -> list[tuple[int, ...]]:
         """The entries that no observation shows (masks only)."""
@@ -196,69 +214,83 @@ class Observations:
                 return []
         return [tuple(int(v) for v in index) for index in np.argwhere(~ever)]
 
+    def refuse_unobserved(self) -> None:
+        """Raises a DiffemError if some entry is in no observation."""
+        if missing := self.unobserved():
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise DiffemError(
+                f"{self.source}: mask.npy: no observation shows entry {list(missing[0])}{more}, so it cannot be learned; "
+                "--allow-unobserved goes on"
+            )
+
     def digest(self) -> str:
         """A checksum of a sample of the observations: a resumed run must see the ones it began with."""
         rows = np.unique(np.linspace(0, len(self) - 1, 256).astype(int))
         digest = hashlib.sha256()
-        held_out = [] if self.held_out is None else [self.held_out]
-        for array in (self.y, *(self.params[k] for k in sorted(self.params)), *held_out):
+        for array in (self.y, *(self.params[k] for k in sorted(self.params))):
             digest.update(np.ascontiguousarray(array[rows]).tobytes())
-        return digest.hexdigest()[:16]
-
-    def _check(self) -> None:
         if self.held_out is not None:
-            fits = self.held_out.dtype == bool and self.held_out.shape == (len(self),)
-            if not fits or not LEAST_HELD_OUT <= self.held_out.sum() < len(self):
-                raise DiffemError(
-                    f"{self.source}: held_out.npy: must be {len(self)} of bool, at least {LEAST_HELD_OUT} of them true and one false, "
-                    f"got shape {self.held_out.shape} of {self.held_out.dtype} with {np.count_nonzero(self.held_out)} true"
-                )
-        for name, array in self.params.items():
-            if len(array) != len(self):
-                raise DiffemError(f"{self.source}: {name}.npy: has {len(array)} rows where y.npy has {len(self)}")
-        if isinstance(self.corruption, BlackBox) and self.params:
-            name = next(iter(self.params))
-            raise DiffemError(f"{self.source}: {name}.npy: a black box has no parameters of its own; remove the file")
-        if "mask" in self.params:
-            shape = self.params["mask"].shape
-            try:
-                fits = np.broadcast_shapes(shape, self.y.shape) == self.y.shape
-            except ValueError:
-                fits = False
-            if not fits:
-                raise DiffemError(
-                    f"{self.source}: mask.npy: shape {shape} does not broadcast against y's {self.y.shape}"
-                )
-        elif self.corruption.config["name"] == "RandomMask":
-            raise DiffemError(
-                f"{self.source}: mask.npy: missing; RandomMask needs to know which entries were observed (true = observed)"
-            )
-        if self.corruption.config["name"] == "RandomProjection":
-            if "matrix" not in self.params:
-                raise DiffemError(
-                    f"{self.source}: matrix.npy: missing; RandomProjection needs one matrix (rows, features) per observation"
-                )
-            matrix = self.params["matrix"]
-            if matrix.ndim != 3 or self.y.ndim != 2 or matrix.shape[:2] != self.y.shape:
-                raise DiffemError(
-                    f"{self.source}: matrix.npy: shape {matrix.shape} does not fit y's {self.y.shape}; it must be (N, rows, features)"
-                )
-            self.shape = (int(matrix.shape[2]),)
-        if self.y.dtype.kind == "f":
-            for i in self.chunks():
-                y, _params = self.batch(i)
-                bad = ~torch.isfinite(y)
-                if bad.any():
-                    where = tuple(bad.nonzero()[0].tolist())
-                    index = (int(i[where[0]]), *where[1:])
-                    raise DiffemError(
-                        f"{self.source}: y.npy: entry {list(index)} is not finite although it counts as observed; mask it or remove it"
-                    )
+            digest.update(np.ascontiguousarray(self.held_out).tobytes())
+        return digest.hexdigest()[:16]
 
 
 def evenly(rows: np.ndarray, count: int) -> np.ndarray:
     """At most `count` of the rows, from everywhere: data come sorted by writer, place, or time."""
     return rows if len(rows) <= count else rows[np.linspace(0, len(rows) - 1, count).round().astype(int)]
+
+
+def _refuse_mistakes(observations: Observations) -> None:
+    """Refuses arrays that do not fit each other, and values that count as observed but are not numbers."""
+    if observations.held_out is not None:
+        fits = observations.held_out.dtype == bool and observations.held_out.shape == (len(observations),)
+        if not fits or not LEAST_HELD_OUT <= observations.held_out.sum() < len(observations):
+            raise DiffemError(
+                f"{observations.source}: held_out.npy: must be {len(observations)} of bool, at least {LEAST_HELD_OUT} of them true and one false, "
+                f"got shape {observations.held_out.shape} of {observations.held_out.dtype} with {np.count_nonzero(observations.held_out)} true"
+            )
+    for name, array in observations.params.items():
+        if len(array) == 1 < len(observations):  # one for all
+            array = observations.params[name] = np.broadcast_to(array, (len(observations), *array.shape[1:]))
+        if array.dtype.kind not in "biuf":
+            raise DiffemError(f"{observations.source}: {name}.npy: holds {array.dtype}, not numbers")
+        if len(array) != len(observations):
+            raise DiffemError(
+                f"{observations.source}: {name}.npy: has {len(array)} rows where y.npy has {len(observations)}"
+            )
+    if isinstance(observations.corruption, BlackBox) and observations.params:
+        name = next(iter(observations.params))
+        raise DiffemError(
+            f"{observations.source}: {name}.npy: a black box has no parameters of its own; remove the file"
+        )
+    try:
+        observations.shape = observations.corruption.check(observations.y, observations.params, observations.shape)
+    except DiffemError as error:
+        raise DiffemError(f"{observations.source}: {error}") from None
+    if "mask" in observations.params and observations.params["mask"].dtype != bool:
+        for i in observations.chunks():
+            part = np.asarray(observations.params["mask"][i])
+            if not np.isin(part, (0, 1)).all():
+                value = part[~np.isin(part, (0, 1))][0]
+                raise DiffemError(
+                    f"{observations.source}: mask.npy: holds {value:g}; a mask is true or 1 where y was observed, else false or 0"
+                )
+    if observations.y.dtype.kind == "f":
+        for i in observations.chunks():
+            y, _params = observations.batch(i)
+            bad = ~torch.isfinite(y)
+            if bad.any():
+                where = tuple(bad.nonzero()[0].tolist())
+                index = (int(i[where[0]]), *where[1:])
+                raise DiffemError(
+                    f"{observations.source}: y.npy: entry {list(index)} is not finite although it counts as observed; mask it or remove it"
+                )
+
+
+def _clipped(corruption: Corruption, value_range: Any, clip: object, source: str) -> BlackBox:
+    if clip is not True or not _is_range(value_range) or not isinstance(corruption, BlackBox):
+        raise DiffemError(f"{source}: clip: must be true, beside a `range: [low, high]`, and is for black boxes")
+    low, high = value_range
+    return BlackBox(corruption.function, corruption.path, (float(low), float(high)))
 
 
 def _is_range(value: object) -> bool:

@@ -11,17 +11,19 @@ import pytest
 import torch
 
 from diffem import config as configuration
-from diffem import em as em_module
-from diffem import guidance, seeding
+from diffem import judging, seeding
 from diffem.corruptions import BlackBox, GaussianBlur, GaussianNoise, LinearCorruption, RandomMask, RandomProjection
-from diffem.denoisers import Denoiser, DenoiserConfig
+from diffem.data import Observations
+from diffem.denoiser import Denoiser, DenoiserConfig
 from diffem.diagnostics import Score
 from diffem.em import DiffEM
 from diffem.errors import DiffemError
 from diffem.mixtures import Mixture
 from diffem.networks import NetworkConfig
-from diffem.observations import Observations
-from diffem.posteriors import DiffusionPosterior, SamplerConfig, from_pretrained, likelihood_basis
+from diffem.posterior import Posterior, from_pretrained
+from diffem.rivals import guidance
+from diffem.samplers import DiffusionSampler, SamplerConfig, kind_of, sample_prior, trained_kind
+from diffem.units import Units
 
 DOUBLE = torch.float64
 D = 5
@@ -42,7 +44,7 @@ def gaussian(corruption=None) -> Mixture:
     """One component, with distinct eigenvalues, in the corruption's basis."""
     generator = seeded(3)
     mean, factor = 0.5 * torch.randn(1, D, generator=generator), 0.6 * torch.randn(1, D, 2, generator=generator)
-    basis = None if corruption is None else likelihood_basis(corruption, (D,))
+    basis = None if corruption is None else corruption.basis((D,))
     return Mixture(torch.zeros(1), mean, factor, torch.linspace(0.05, 0.5, D)[None], basis)
 
 
@@ -73,14 +75,14 @@ def denoiser(corruption, start: Mixture | None = None, **settings) -> Denoiser:
         return Denoiser(corruption, (D,), config, NETWORK, start or gaussian(corruption)).eval()
 
 
-def sampler(corruption, width: float = 0.0, trained: bool = False, scaling=(0.0, 1.0), **settings):
-    model = denoiser(corruption.scaled(*scaling), gaussian(corruption), sigma_min=0.05, sigma_max=SIGMA_MAX)
+def sampler(corruption, width: float = 0.0, trained: bool = False, kind: str = "diffusion", **settings):
+    """A sampler in model units; `corruption` is in these, too."""
+    model = denoiser(corruption, gaussian(corruption), sigma_min=0.05, sigma_max=SIGMA_MAX)
     if trained:
         generator = seeded(1)
         for parameter in model.network.parameters():
             parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator)
-    config = SamplerConfig(**settings)
-    return DiffusionPosterior(corruption, (D,), scaling, model, config, NETWORK, width=width)
+    return kind_of(kind, "kind")(model, SamplerConfig(kind, width=width, **settings))
 
 
 def observed(corruption, n: int, seed: int = 5) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -200,12 +202,12 @@ def posterior_of(case: str):
 def draws(case: str, **settings) -> torch.Tensor:
     y, params, *_ = posterior_of(case)
     many = {k: v.expand(DRAWN, *v.shape[1:]) for k, v in params.items()}
-    return sampler(CASES[case], steps=STEPS, **settings).sample(y.expand(DRAWN, -1), many, keys(DRAWN)).double()
+    return sampler(CASES[case], steps=STEPS, **settings).draw(y.expand(DRAWN, -1), many, keys(DRAWN)).double()
 
 
 @cache
 def matched_draws(case: str) -> torch.Tensor:
-    return draws(case, guidance="mmps", guidance_iterations=5 if case == "mask" else 3)
+    return draws(case, kind="mmps", options={"iterations": 5 if case == "mask" else 3})
 
 
 def off(x: torch.Tensor, mean: torch.Tensor, cov: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -251,7 +253,7 @@ def test_dps_is_biased(strength):
     """
     *_, mean, cov = posterior_of("mask")
     seen = FIXED["mask"]["mask"][0]
-    x = draws("mask", guidance="dps", guidance_strength=strength)
+    x = draws("mask", kind="dps", options={"strength": strength})
     mean_off, cov_off = off(x, mean, cov)
     mean_tolerance, cov_tolerance = tolerances(mean, cov)
     assert mean_off.max() > 5 * mean_tolerance
@@ -261,9 +263,9 @@ def test_dps_is_biased(strength):
 
 
 GUIDED = [
-    {"guidance": "mmps", "guidance_iterations": 3},
-    {"guidance": "mmps", "guidance_iterations": 2, "guidance_solver": "cg"},
-    {"guidance": "dps", "guidance_strength": 0.3},
+    {"kind": "mmps", "options": {"iterations": 3}},
+    {"kind": "mmps", "options": {"iterations": 2, "solver": "cg"}},
+    {"kind": "dps", "options": {"strength": 0.3}},
 ]
 
 
@@ -272,8 +274,8 @@ GUIDED = [
 def test_draws_do_not_depend_on_the_batch(case, settings):
     of, n = sampler(CASES[case], trained=True, steps=12, **settings), 30
     y, params = observed(CASES[case], n)
-    whole = of.sample(y, params, keys(n))
-    parts = [of.sample(y[i], {k: v[i] for k, v in params.items()}, keys(n)[i]) for i in torch.arange(n).split(7)]
+    whole = of.draw(y, params, keys(n))
+    parts = [of.draw(y[i], {k: v[i] for k, v in params.items()}, keys(n)[i]) for i in torch.arange(n).split(7)]
     assert whole.isfinite().all()
     assert whole.std() > 0.1
     torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-4, atol=1e-4)
@@ -285,10 +287,10 @@ def test_the_network_of_a_guided_sampler_is_not_shown_y(settings, monkeypatch):
     y, params = observed(CASES["mask"], n)
     shown = []
     of.denoiser.network.register_forward_hook(lambda module, inputs, output: shown.append(inputs[0]))
-    draws = of.sample(y, params, keys(n))
+    draws = of.draw(y, params, keys(n))
     first = [v.clone() for v in shown[0]]
     shown.clear()
-    assert not torch.allclose(draws, of.sample(y + params["mask"], params, keys(n)), atol=0.05)  # but y moves the draws
+    assert not torch.allclose(draws, of.draw(y + params["mask"], params, keys(n)), atol=0.05)  # but y moves the draws
     assert len(first) == 6  # x_t, the reference's mean and spread, y, mask, whether it was given
     assert all(torch.equal(a, b) for a, b in zip(first, shown[0], strict=True))
     assert all(not v.any() for v in shown[0][3:])
@@ -301,13 +303,12 @@ def test_prior_samples_ignore_y(settings, width, monkeypatch):
     plain = sampler(corruption, width, trained=True, steps=5)
     of = sampler(corruption, width, trained=True, steps=5, **settings)
     y, params = observed(corruption, n)
-    assert not torch.allclose(of.sample(y, params, keys(n)), plain.sample(y, params, keys(n)), atol=0.05)
+    assert not torch.allclose(of.draw(y, params, keys(n)), plain.draw(y, params, keys(n)), atol=0.05)
     for name in ("mmps", "dps"):
         monkeypatch.setattr(guidance, name, None)  # called by none of what follows
-    assert torch.equal(of.sample_prior(keys(n)), plain.sample_prior(keys(n)))
+    assert torch.equal(sample_prior(of, keys(n)), sample_prior(plain, keys(n)))
     withheld = torch.ones(n, dtype=torch.bool)
-    with torch.no_grad():
-        one, two = (of._sample(c * y, params, keys(n), withheld) for c in (1, 100))
+    one, two = (of.draw(c * y, params, keys(n), withheld) for c in (1, 100))
     assert torch.equal(one, two)
 
 
@@ -330,14 +331,14 @@ def test_evaluations_are_those_that_a_spy_counts(settings, derivatives):
             mean.register_hook(lambda gradient: count("derivative"))
 
     of.denoiser.network.register_forward_hook(listen)
-    of.sample(*observed(CASES["projection"], n), keys(n))
+    of.draw(*observed(CASES["projection"], n), keys(n))
     assert counts == {"forward": steps + 1, "derivative": (steps + 1) * derivatives}
-    assert of.sampler.evaluations == counts["forward"] + 2 * counts["derivative"]
+    assert of.evaluations(of.sampler) == counts["forward"] + 2 * counts["derivative"]
 
 
 SETTINGS = {
-    "em": {"iterations": 1, "score_draws": 2},
-    "m_step": {"steps": 4, "first_steps": 4, "batch": 8, "checkpoint": 2},
+    "em": {"iterations": 1},
+    "m_step": {"steps": 4, "first_steps": 4, "batch": 8},
     "start": {"components": [1], "ranks": [1], "iterations": 10},
     "network": {"kind": "mlp", "width": 16, "depth": 1, "embedding": 16},
     "prior": {"kind": "joint"},
@@ -356,87 +357,111 @@ def test_a_guided_run(settings, derivatives, tmp_path, monkeypatch):
         ones, width = torch.ones(6), getattr(of, "width", 0.0)
         return Score("crps", (2.0 - (width > 0)) * ones, (0.5 + width / 100) * ones, ones, 0 * ones)
 
-    monkeypatch.setattr(em_module, "score", narrow)
+    monkeypatch.setattr(judging, "score", narrow)
     rows = list(DiffEM(sections, data, tmp_path).iterate())
     assert [row["iteration"] for row in rows] == [0, 1, 2]
     assert rows[1]["network_evaluations"] == 3 * 4 * 8 + 40 * 4 * (1 + 2 * derivatives)
     # only what is not guided puts variance back, and can be widened
-    assert (rows[2]["of"], rows[2]["width"]) == (1, 1.0 if settings else em_module.WIDTHS[-1])
+    assert (rows[2]["of"], rows[2]["width"]) == (1, 1.0 if settings else judging.WIDTHS[-1])
     assert rows[2]["network_evaluations"] == (0 if settings else 40 * 4)
     loaded = from_pretrained(tmp_path / "posterior")
-    assert (loaded.sampler.guidance, loaded.width) == (settings.get("guidance", "none"), rows[2]["width"])
-    x = loaded.sample(*data.batch(np.arange(40)), seeding.item_seeds(0, 1 if settings else 2, "e_step", np.arange(40)))
+    assert (loaded.sampler.kind, loaded.sampler.width) == (settings.get("kind", "diffusion"), rows[2]["width"])
+    seeds = seeding.item_seeds(0, 1 if settings else 2, "e_step", np.arange(40))
+    x = loaded.sample(*data.batch(np.arange(40)), seeds=seeds)[0]
     np.testing.assert_allclose(x, np.load(tmp_path / "reconstructions.npy"), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("settings", GUIDED)
 def test_save_and_load(settings, tmp_path):
-    scaling, n = (0.5, 2.0), 9
-    of = sampler(CASES["mask"], 0.7, trained=True, scaling=scaling, steps=3, **settings)
+    corruption, units, n = CASES["mask"], Units(0.5, 2.0), 9
+    of = Posterior(sampler(corruption.scaled(units), 0.7, trained=True, steps=3, **settings), corruption, units)
     of.save_pretrained(tmp_path)
     stored = json.loads((tmp_path / "config.json").read_text())["sampler"]
     assert {k: stored[k] for k in settings} == settings
     loaded = from_pretrained(tmp_path)
-    assert loaded.sampler == of.sampler
-    y, params = observed(CASES["mask"], n)
-    assert torch.equal(of.sample(y, params, keys(n)), loaded.sample(y, params, keys(n)))
-    assert torch.equal(of.sample_prior(keys(n)), loaded.sample_prior(keys(n)))
+    assert type(loaded.sampler) is type(of.sampler)
+    assert loaded.sampler.sampler == of.sampler.sampler
+    assert (loaded.units, loaded.sampler.width) == (units, 0.7)
+    y, params = observed(corruption, n)
+    one, two = (posterior.sample(y, params, seeds=keys(n)) for posterior in (of, loaded))
+    assert torch.equal(one, two)
+    assert torch.equal(sample_prior(of.sampler, keys(n)), sample_prior(loaded.sampler, keys(n)))
 
 
 # --- what is refused -----------------------------------------------------------------------------------
+
+UNSEEN = DenoiserConfig(observation_dropout=1.0)
+SOLVER = "sampler.options: solver must be gmres or cg, with iterations at least 1"
 
 
 @pytest.mark.parametrize(
     ("settings", "text"),
     [
-        ({"guidance": "moment"}, "sampler.guidance: must be none, mmps or dps, got 'moment'"),
         (
-            {"guidance_solver": "lu"},
-            "sampler.guidance_solver: must be gmres or cg, with guidance_iterations at least 1",
+            {"kind": "mmp"},
+            "sampler.kind: unknown sampler 'mmp'; did you mean 'mmps'? (known: ambient, diffusion, dps, mixture, mmps, observation); is its module imported?",
+        ),
+        ({"kind": "mixture"}, "sampler.kind: mixture has no network that could be trained; use diffusion"),
+        ({"kind": "mmps", "options": {"solver": "lu"}}, SOLVER),
+        ({"kind": "mmps", "options": {"iterations": 0}}, SOLVER),
+        (
+            {"kind": "mmps", "options": {"iteration": 2}},
+            "sampler.options: iteration: mmps has no such option; did you mean 'iterations'? (known: iterations, solver)",
         ),
         (
-            {"guidance_iterations": 0},
-            "sampler.guidance_solver: must be gmres or cg, with guidance_iterations at least 1",
+            {"kind": "dps", "options": {"solver": "cg"}},
+            "sampler.options: solver: dps has no such option; (known: strength)",
         ),
-        ({"steps": 0}, "sampler.steps: must be at least 1, got 0"),
+        ({"kind": "dps", "options": {"strength": "1"}}, "sampler.options: strength: must be like 1.0, got '1'"),
+        ({"options": {"strength": 1.0}}, "sampler.options: strength: diffusion has no options"),
+        ({"steps": 0}, "sampler: steps must be from 1 to 3,000, width from 0 to 100"),
     ],
 )
 def test_settings_that_are_refused(settings, text):
+    def choose() -> None:
+        config = SamplerConfig(**settings)
+        trained_kind(config).suits(CASES["mask"], config, UNSEEN)
+
     with pytest.raises(DiffemError) as caught:
-        SamplerConfig(**settings)
+        choose()
     assert str(caught.value) == text
 
 
 @pytest.mark.parametrize("kind", ["mmps", "dps"])
 def test_a_black_box_cannot_be_guided(kind):
-    corruption = BlackBox(torch.sign, "torch:sign")
-    model = Denoiser(corruption.scaled(0.0, 1.0), (D,), DenoiserConfig(precondition="plain"), NETWORK)
-    parts = corruption, (D,), (0.0, 1.0), model
+    corruption = BlackBox(torch.sign, "torch:sign").scaled(Units())
+    guided, plain = SamplerConfig(kind), SamplerConfig()
     with pytest.raises(DiffemError) as caught:
-        DiffusionPosterior(*parts, SamplerConfig(guidance=kind), NETWORK)
-    assert str(caught.value) == f"sampler.guidance: {kind} needs a linear-Gaussian corruption; use none"
-    assert DiffusionPosterior(*parts, SamplerConfig(), NETWORK).sample(torch.ones(2, D), {}, keys(2)).shape == (2, D)
+        kind_of(kind, "kind").suits(corruption, guided, UNSEEN)
+    assert str(caught.value) == f"sampler.kind: {kind} needs a linear-Gaussian corruption; use diffusion"
+    DiffusionSampler.suits(corruption, plain, UNSEEN)
+    model = Denoiser(corruption, (D,), DenoiserConfig(precondition="plain"), NETWORK)
+    assert DiffusionSampler(model, plain).draw(torch.ones(2, D), {}, keys(2)).shape == (2, D)
 
 
 def test_noise_alone_can_be_guided():
     corruption = GaussianNoise(0.3)
     y = torch.randn(6, D, generator=seeded(0))
-    one = sampler(corruption, steps=8, guidance="mmps", guidance_iterations=5).sample(y, {}, keys(6))
-    torch.testing.assert_close(one, sampler(corruption, steps=8).sample(y, {}, keys(6)), rtol=0, atol=1e-4)
+    one = sampler(corruption, steps=8, kind="mmps", options={"iterations": 5}).draw(y, {}, keys(6))
+    torch.testing.assert_close(one, sampler(corruption, steps=8).draw(y, {}, keys(6)), rtol=0, atol=1e-4)
 
 
-def test_guidance_wants_a_network_that_sees_no_observation():
+def refused(corruption, tmp_path, **sections) -> str:
+    """What a run says; it has made no folder."""
+    data = Observations(np.random.default_rng(0).random((20, 4)), corruption, range=(0, 1))
     with pytest.raises(DiffemError) as error:
-        configuration.from_dict({"sampler": {"guidance": "mmps"}})
-    assert str(error.value) == (
-        "sampler.guidance: mmps guides a network that sees no observation; set denoiser.observation_dropout to 1"
+        DiffEM(configuration.from_dict({**SETTINGS, **sections}), data, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    return str(error.value)
+
+
+def test_guidance_wants_a_network_that_sees_no_observation(tmp_path):
+    said = refused(GaussianNoise(0.3), tmp_path, sampler={"kind": "mmps"}, denoiser={})
+    assert said == (
+        "sampler.kind: mmps guides a network that sees no observation; set denoiser.observation_dropout to 1"
     )
 
 
 def test_a_run_refuses_guidance_through_a_black_box(tmp_path):
-    data = Observations(np.random.default_rng(0).random((20, 4)), BlackBox(lambda x: x, "m:f"), range=(0, 1))
-    config = configuration.from_dict({**SETTINGS, "sampler": {"guidance": "dps"}})
-    with pytest.raises(DiffemError) as error:
-        DiffEM(config, data, tmp_path / "run")
-    assert str(error.value) == "sampler.guidance: dps needs a linear-Gaussian corruption; use none"
-    assert not (tmp_path / "run").exists()
+    said = refused(BlackBox(lambda x: x, "m:f"), tmp_path, sampler={"kind": "dps"})
+    assert said == "sampler.kind: dps needs a linear-Gaussian corruption; use diffusion"

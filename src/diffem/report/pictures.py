@@ -7,43 +7,42 @@ from pathlib import Path
 
 import numpy as np
 
-from diffem.observations import Observations, evenly
-from diffem.posteriors import draw_many, from_pretrained, sample_many
-from diffem.run import Run
+from diffem import files
+from diffem.data import Observations, evenly
+from diffem.posterior import from_pretrained
 
 
 def save(
-    run: Run,
+    run: Path,
     observations: Observations,
     held_out: np.ndarray,
     seed: int,
     clean: Path | None = None,
     device: str = "auto",
     precision: str = "auto",
+    batch: int | None = None,
 ) -> None:
     """Writes pictures.npz into the run folder; clean items, if there are any, are only shown."""
     image = len(observations.shape) > 1
     rows = evenly(held_out, 8 if image else 200)
-    load = lambda name: from_pretrained(run.folder / name, device=device, precision=precision)  # noqa: E731
-    posterior, start = load("posterior"), load("start")
-    draws = draw_many(posterior, observations, rows, 16, seed)
+    load = lambda name: from_pretrained(run / name, observations.corruption, device=device, precision=precision)  # noqa: E731
+    draws = load("posterior").reconstruct(observations, rows, 16, seed, batch)
     low, high = observations.range or (float(draws.min()), float(draws.max()))
     y, params = observations.batch(rows)
     arrays = {
         "y": y.numpy(),
-        "mean": draws.mean(1).numpy(),
-        "std": draws.std(1).numpy(),
-        "draws": draws[:, :4].numpy(),
-        "start": draw_many(start, observations, rows, 1, seed)[:, 0].numpy(),
+        "mean": draws.mean(0).numpy(),
+        "std": draws.std(0).numpy(),
+        "draws": draws[:4].transpose(0, 1).numpy(),
+        "start": load("start").reconstruct(observations, rows, 1, seed, batch)[0].numpy(),
         "range": np.array([low, high]),
     }
     if "mask" in params:
         arrays["mask"] = params["mask"].numpy()
     if clean is not None and clean.exists():
         arrays["clean"] = np.asarray(np.load(clean, mmap_mode="r")[rows], dtype=np.float32)
-    if (run.folder / "prior" / "config.json").exists():
-        prior = load("prior")
-        arrays["samples"] = sample_many(prior, 64 if image else 1000, seed).numpy()
+    if (run / "prior" / "config.json").exists():
+        arrays["samples"] = load("prior").generate(64 if image else 1000, seed, batch).numpy()
     stream = io.BytesIO()
     np.savez_compressed(stream, **arrays)
-    run.write("pictures.npz", stream.getvalue())
+    files.replace(run / "pictures.npz", stream.getvalue())

@@ -36,8 +36,9 @@ from PIL import Image
 
 from diffem import files, seeding
 from diffem.corruptions import Corruption
+from diffem.data import Observations
+from diffem.data.observations import CHUNK
 from diffem.errors import DiffemError, suggest
-from diffem.observations import CHUNK, Observations
 
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
 MANIFOLD_POINTS = 65_536

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
-from diffem.corruptions import GaussianNoise
-from diffem.denoisers import Denoiser, DenoiserConfig
-from diffem.m_step import MStepConfig, Trainer
+from diffem import trainer as trainer_module
+from diffem.corruptions import Corruption, GaussianNoise, RandomMask
+from diffem.denoiser import Denoiser, DenoiserConfig
 from diffem.networks import NetworkConfig
+from diffem.trainer import Batch, MStepConfig, Trainer
 
 
-def trainer(**config) -> Trainer:
-    def make() -> Denoiser:
-        network = NetworkConfig(kind="mlp", width=8, depth=1, embedding=8)
-        return Denoiser(GaussianNoise(0.3), (3,), DenoiserConfig(precondition="plain"), network)
-
+def trainer(corruption: Corruption = GaussianNoise(0.3), **config) -> Trainer:  # noqa: B008
+    network = NetworkConfig(kind="mlp", width=8, depth=1, embedding=8)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return Trainer(make(), make(), MStepConfig(**config))
+        denoiser = Denoiser(corruption, (3,), DenoiserConfig(precondition="plain"), network)
+    return Trainer(denoiser, MStepConfig(**{"learning_rate": 1e-2, **config}))
 
 
 def loss(of: Trainer, step: int, factor: float = 1.0) -> torch.Tensor:
@@ -30,7 +31,7 @@ def loss(of: Trainer, step: int, factor: float = 1.0) -> torch.Tensor:
 
 def run(of: Trainer, first: int, last: int) -> None:
     for step in range(first, last):
-        of.update(loss(of, step), 1e-2)
+        of.update([loss(of, step)], 1e-2)
 
 
 def vector(denoiser: Denoiser) -> torch.Tensor:
@@ -40,7 +41,8 @@ def vector(denoiser: Denoiser) -> torch.Tensor:
 def test_average_is_young_first():
     of = trainer(ema=0.4)
     assert torch.equal(vector(of.averaged), vector(of.denoiser))
-    average, decays = vector(of.denoiser), [2 / 11, 3 / 12, 4 / 13, 5 / 14, 0.4, 0.4]  # (1 + n) / (10 + n), then ema
+    average = vector(of.denoiser)
+    decays = [0.0, 2 / 11, 3 / 12, 4 / 13, 5 / 14, 0.4, 0.4]  # a copy, (1 + n) / (10 + n), then ema
     for step, decay in enumerate(decays):
         run(of, step, step + 1)
         average = decay * average + (1 - decay) * vector(of.denoiser)
@@ -57,25 +59,26 @@ def test_only_the_denoiser_is_trained():
 
 
 def test_gradient_is_clipped():
-    of = trainer(clip=1.0)
+    of = trainer()
     parameters = list(of.denoiser.network.parameters())
     gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss(of, 0), parameters)])
     for factor in (0.5 / gradient.norm(), 1e4):
-        of = trainer(clip=1.0)
-        of.update(loss(of, 0, factor), 0.0)
+        of = trainer()
+        of.update([loss(of, 0, factor)], 0.0)
         left = torch.cat([p.grad.flatten() for p in of.denoiser.network.parameters()])
         expected = gradient * min(factor, 1 / gradient.norm())  # of both heads together
         torch.testing.assert_close(left, expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("before", [0, 4])
-def test_state_and_load_go_on_bitwise(before):
-    whole, part, fresh = (trainer(clip=1e-3) for _ in range(3))  # so that all is clipped
+def test_state_and_load_go_on_bitwise(before, monkeypatch):
+    monkeypatch.setattr(trainer_module, "CLIP", 1e-3)  # so that all is clipped
+    whole, part, fresh = (trainer() for _ in range(3))
     run(whole, 0, before + 5)
     run(part, 0, before)
     run(fresh, 100, 103)  # what was there is replaced
     if before == 0:
-        fresh = trainer(clip=1e-3)
+        fresh = trainer()
     fresh.load({k: v.clone() for k, v in part.state().items()})
     run(fresh, before, before + 5)
     one, two = whole.state(), fresh.state()
@@ -91,7 +94,7 @@ def test_reset_optimizer_forgets_moments():
     of.reset_optimizer()
     assert not any(k.startswith("optimizer.") for k in of.state())
     before = vector(of.denoiser)
-    of.update(loss(of, 9, 1e3), 1e-3)
+    of.update([loss(of, 9, 1e3)], 1e-3)
     moved = (vector(of.denoiser) - before).abs()
     assert moved.max() == pytest.approx(1e-3, rel=1e-2)  # Adam's first step has the size of the learning rate
 
@@ -106,11 +109,43 @@ def test_restart_from_average():
     assert torch.equal(vector(of.averaged), average)
     assert not any(k.startswith("optimizer.") for k in of.state())
     run(of, 6, 7)
-    torch.testing.assert_close(vector(of.averaged), average.lerp(vector(of.denoiser), 9 / 11))  # the average is young
+    first = vector(of.denoiser)
+    assert torch.equal(vector(of.averaged), first)  # the average is young
+    run(of, 7, 8)
+    torch.testing.assert_close(vector(of.averaged), first.lerp(vector(of.denoiser), 9 / 11))
 
 
-def test_weight_decay_is_decoupled():
-    of = trainer(weight_decay=0.5)
-    before = vector(of.denoiser)
-    of.update(loss(of, 0, 0.0), 0.1)
-    torch.testing.assert_close(vector(of.denoiser), before * (1 - 0.1 * 0.5))
+@pytest.mark.parametrize("micro", [1, 5, 16, 99])
+@pytest.mark.parametrize("weighed", [False, True])
+def test_a_batch_in_parts_has_the_gradient_of_the_whole(weighed, micro):
+    corruption, generator = RandomMask(0.5, 0.1), torch.Generator().manual_seed(2)
+    x = torch.randn(16, 3, generator=generator)
+    y, params = corruption.observe(x, generator)
+    source = corruption.draw(16, (3,), generator) if weighed else None
+    ones = torch.ones(16, dtype=torch.bool)
+    batch = Batch(x, y, params, source, ones, ~ones)
+    gradients = []
+    for size in (0, micro):
+        of = trainer(corruption, micro_batch=size)
+        generator = torch.Generator().manual_seed(3)
+        values = [loss.backward() or loss.item() for loss in of.losses(batch, generator, 0.3)]
+        assert len(values) == (-(-16 // size) if size else 1)
+        gradients.append((sum(values), torch.cat([p.grad.flatten() for p in of.denoiser.network.parameters()])))
+    (whole, gradient), (parts, added) = gradients
+    assert parts == pytest.approx(whole, rel=1e-5)
+    torch.testing.assert_close(added, gradient, rtol=1e-4, atol=1e-6)
+    assert gradient.norm() > 1e-3
+
+
+def test_what_is_not_finite_changes_nothing():
+    of = trainer()
+    run(of, 0, 3)
+    before = {k: v.clone() for k, v in of.state().items()}
+    assert not math.isfinite(of.update([loss(of, 3), loss(of, 4, math.nan)], 1e-2))
+    assert all(torch.equal(v, before[k]) for k, v in of.state().items())
+
+
+def test_the_learning_rate_is_constant_or_falls_in_a_line_to_a_twentieth():
+    linear, constant = (MStepConfig(learning_rate=2.0, schedule=schedule) for schedule in ("linear", "constant"))
+    assert [linear.rate(done) for done in (0, 0.5, 0.95, 1)] == pytest.approx([2, 1, 0.1, 0.1])
+    assert constant.rate(1) == 2

@@ -11,16 +11,18 @@ import torch
 from safetensors.torch import load_file
 
 from diffem import config as configuration
-from diffem import guidance, seeding
-from diffem.ambient import Ambient, AmbientDenoiser, AmbientPosterior
+from diffem import seeding
 from diffem.corruptions import GaussianBlur, GaussianNoise, RandomMask, RandomProjection
-from diffem.denoisers import DenoiserConfig
-from diffem.em import DiffEM
+from diffem.data import Observations
+from diffem.denoiser import DenoiserConfig
+from diffem.em import DiffEM, Progress
 from diffem.errors import DiffemError
 from diffem.mixtures import Mixture
 from diffem.networks import NetworkConfig
-from diffem.observations import Observations
-from diffem.posteriors import DiffusionPosterior, from_pretrained
+from diffem.posterior import Posterior, from_pretrained
+from diffem.rivals import guidance
+from diffem.rivals.ambient import Ambient, AmbientDenoiser, AmbientSampler
+from diffem.samplers import DiffusionSampler, sample_prior
 
 DOUBLE = torch.float64
 D = 4
@@ -185,10 +187,9 @@ def test_loss_is_least_at_the_mean_given_what_is_left(case):
 # --- its runs ------------------------------------------------------------------------------------------
 
 SETTINGS = {
-    "em": {"iterations": 1, "guard": False, "score_draws": 2},
-    "m_step": {"steps": 5, "first_steps": 7, "batch": 16, "checkpoint": 2},
-    "e_step": {"batch": 16},
-    "sampler": {"steps": 3, "guidance": "dps", "guidance_strength": 0.3},
+    "em": {"iterations": 1, "guard": False},
+    "m_step": {"steps": 5, "first_steps": 7, "batch": 16},
+    "sampler": {"kind": "ambient", "steps": 3, "options": {"strength": 0.3}},
     "denoiser": {"observation_dropout": 1.0},
     "start": {"components": [1], "ranks": [2], "iterations": 10},
     "network": {"kind": "mlp", "width": 16, "depth": 1, "embedding": 16},
@@ -209,12 +210,17 @@ def observations(case: str, poison: np.ndarray | None = None) -> Observations:
     return Observations(y.numpy(), CASES[case], {k: v.numpy() for k, v in params.items()})
 
 
+def drawn(loaded: Posterior, data: Observations, rows: np.ndarray, seeds: torch.Tensor) -> torch.Tensor:
+    """A draw for each of the observations `rows`."""
+    return loaded.sample(*data.batch(rows), seeds=seeds)[0]
+
+
 def bare(out: Path) -> list[dict]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 def train(out: Path, case: str = "mask", poison: np.ndarray | None = None, **sections) -> Ambient:
-    run = Ambient(settings(**sections), observations(case, poison), out)
+    run = Ambient(settings(**sections), observations(case, poison), out, batch=16, checkpoint_minutes=0)
     list(run.iterate())
     return run
 
@@ -231,10 +237,11 @@ def test_run_saves_a_posterior_and_a_prior(whole):
     data, seeds = observations(case), seeding.item_seeds(0, 1, "e_step", ALL)
     posterior, prior = (from_pretrained(out / name) for name in ("posterior", "prior"))
     for loaded in (posterior, prior):
-        assert isinstance(loaded, AmbientPosterior)
-        assert isinstance(loaded.denoiser, AmbientDenoiser)
-        assert loaded.denoiser.network.last.mean.weight.abs().max() > 0  # it has been trained
-    x, z = posterior.sample(*data.batch(ALL), seeds), prior.sample_prior(seeds)
+        assert isinstance(loaded.sampler, AmbientSampler)
+        assert isinstance(loaded.sampler.denoiser, AmbientDenoiser)
+        assert loaded.sampler.denoiser.network.last.mean.weight.abs().max() > 0  # it has been trained
+    assert prior.sampler.width == 0  # the head of variances has not
+    x, z = drawn(posterior, data, ALL, seeds), sample_prior(prior.sampler, seeds)
     for draws in (x, z):
         assert draws.shape == (N, D)
         assert draws.isfinite().all()
@@ -245,19 +252,20 @@ def test_run_saves_a_posterior_and_a_prior(whole):
 def test_draws_do_not_depend_on_the_batch(whole):
     out, case = whole
     data, loaded, seeds = observations(case), from_pretrained(out / "posterior"), seeding.item_seeds(0, 0, "user", ALL)
-    x, z = loaded.sample(*data.batch(ALL), seeds), loaded.sample_prior(seeds)
+    x, z = drawn(loaded, data, ALL, seeds), sample_prior(loaded.sampler, seeds)
     for rows in np.split(ALL, range(7, N, 7)):
-        torch.testing.assert_close(loaded.sample(*data.batch(rows), seeds[rows]), x[rows], rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(loaded.sample_prior(seeds[rows]), z[rows], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(drawn(loaded, data, rows, seeds[rows]), x[rows], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(sample_prior(loaded.sampler, seeds[rows]), z[rows], rtol=1e-4, atol=1e-4)
 
 
 def test_posterior_is_guided_by_all_that_was_observed(whole, monkeypatch):
     out, case = whole
     loaded, calls, shown, dps = from_pretrained(out / "posterior"), [], [], guidance.dps
     monkeypatch.setattr(guidance, "dps", lambda *arguments: (calls.append(arguments), dps(*arguments))[1])
-    loaded.denoiser.register_forward_pre_hook(lambda module, inputs: shown.append(inputs[3]))
-    y, params = observations(case).batch(ALL)
-    loaded.sample(y, params, seeding.item_seeds(0, 0, "user", ALL))
+    loaded.sampler.denoiser.register_forward_pre_hook(lambda module, inputs: shown.append(inputs[3]))
+    data, seeds = observations(case), seeding.item_seeds(0, 0, "user", ALL)
+    _, params = data.batch(ALL)
+    drawn(loaded, data, ALL, seeds)
     name = "mask" if case == "mask" else "matrix"
     assert len(calls) == len(shown) == 4
     assert all(torch.equal(call[3][name], params[name]) for call in calls)
@@ -266,7 +274,7 @@ def test_posterior_is_guided_by_all_that_was_observed(whole, monkeypatch):
     assert (given | ~kept).all()
     assert 0.1 < (given & ~kept).float().mean() / given.float().mean() < 0.6
     calls.clear()
-    loaded.sample_prior(seeding.item_seeds(0, 0, "user", ALL))
+    sample_prior(loaded.sampler, seeds)
     assert not calls
 
 
@@ -278,26 +286,24 @@ class Interrupted(Exception):
 def test_interrupted_run_goes_on_bitwise(where, whole, tmp_path, monkeypatch):
     out, case = whole
 
-    def progress(what: str, done: int, total: int) -> None:
-        if (where, what.split(": ")[0], done) in (
-            ("m_step", "iteration 1, M-step", 5),
-            ("e_step", "iteration 1, E-step", 16),
-        ):
+    def progress(made: Progress) -> None:
+        if made.step == where and made.done == {"m_step": 5, "e_step": 32}[where] and made.iteration == 1:
             raise Interrupted
 
-    def save(self, folder, save=AmbientPosterior.save_pretrained):
-        if Path(folder).name == {"commit": "posterior", "finish": "prior"}.get(where):
+    def save(self, folder, save=Posterior.save_pretrained):
+        name = Path(folder).name
+        if isinstance(self.sampler, AmbientSampler) and name == {"commit": "posterior", "finish": "prior"}.get(where):
             raise Interrupted
         save(self, folder)
 
-    run = Ambient(settings(), observations(case), tmp_path, progress=progress)
+    run = Ambient(settings(), observations(case), tmp_path, progress=progress, batch=16, checkpoint_minutes=0)
     with monkeypatch.context() as patched:
-        patched.setattr(AmbientPosterior, "save_pretrained", save)
+        patched.setattr(Posterior, "save_pretrained", save)
         with pytest.raises(Interrupted):
             list(run.iterate())
-    assert run.state.step == (5 if where == "m_step" else 0 if where == "finish" else 7)
+    assert run.state.updates == (5 if where == "m_step" else 0 if where == "finish" else 7)
     resumed = train(tmp_path, case)
-    assert resumed.state.phase == "done"
+    assert resumed.state.step == "done"
     for name in ("posterior/model.safetensors", "prior/model.safetensors", "reconstructions.npy"):
         assert (tmp_path / name).read_bytes() == (out / name).read_bytes(), name
     assert not (tmp_path / "next.npy").exists()
@@ -310,7 +316,7 @@ def test_held_out_observations_do_not_train(tmp_path):
     other = train(tmp_path / "other", poison=one.train[:1])
     models = [load_file(run.run.folder / "posterior" / "model.safetensors") for run in (one, two, other)]
     assert all(torch.equal(models[0][k], models[1][k]) for k in models[0])
-    assert any(not torch.equal(models[0][k], models[2][k]) for k in models[0] if k.startswith("network."))
+    assert any(not torch.equal(models[0][k], models[2][k]) for k in models[0] if k.startswith("denoiser.network."))
 
 
 def test_it_trains_once_for_the_steps_of_the_first_iteration(whole):
@@ -323,17 +329,17 @@ def test_it_trains_once_for_the_steps_of_the_first_iteration(whole):
 def test_em_starts_from_it(whole, tmp_path):
     out, case = whole
     plain = settings(
-        start={"kind": "run", "run": str(out)}, em={"iterations": 2}, sampler={"guidance": "none", "steps": 3}
+        start={"kind": "run", "run": str(out)}, em={"iterations": 2}, sampler={"kind": "diffusion", "options": {}}
     )
     em = DiffEM(plain, observations(case), tmp_path)
     rows = list(em.iterate())
     assert [row["iteration"] for row in rows][:3] == [0, 1, 2]
     start = from_pretrained(tmp_path / "start")
-    assert isinstance(start, AmbientPosterior)
+    assert isinstance(start.sampler, AmbientSampler)
     assert rows[0]["score"] == pytest.approx(bare(out)[1]["score"], rel=1e-4)
     last = from_pretrained(tmp_path / "posterior")
-    assert type(last) is DiffusionPosterior
-    draws = last.sample(*observations(case).batch(ALL), seeding.item_seeds(0, 0, "user", ALL))
+    assert type(last.sampler) is DiffusionSampler
+    draws = drawn(last, observations(case), ALL, seeding.item_seeds(0, 0, "user", ALL))
     assert draws.isfinite().all()
 
 
@@ -350,10 +356,16 @@ def test_other_corruptions_are_refused(corruption, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "sections", [{"sampler": {"guidance": "none"}}, {"sampler": {"guidance": "mmps"}}, {"em": {"iterations": 2}}]
+    "sections",
+    [
+        {"sampler": {"kind": "diffusion"}},
+        {"sampler": {"kind": "mmps"}},
+        {"sampler": {"kind": "dps"}},
+        {"em": {"iterations": 2}},
+    ],
 )
 def test_other_settings_are_refused(sections, tmp_path):
     with pytest.raises(DiffemError) as caught:
         Ambient(settings(**sections), observations("mask"), tmp_path / "run")
-    assert str(caught.value) == "ambient: needs sampler.guidance dps and em.iterations 1"
+    assert str(caught.value) == "ambient: needs sampler.kind ambient and em.iterations 1"
     assert not (tmp_path / "run").exists()

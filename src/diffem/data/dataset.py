@@ -1,0 +1,65 @@
+"""Observations and items in model units: the border at which units change."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffem.corruptions import Observed
+from diffem.units import Units
+
+from .observations import CHUNK, Observations
+
+
+class Dataset:
+    """Observations in model units.
+
+    Arguments:
+        observations: The observations, in their own units.
+        units: The units of models.
+
+    Attributes:
+        corruption: The corruption, in model units.
+        shape: The shape of an item.
+    """
+
+    def __init__(self, observations: Observations, units: Units) -> None:
+        self.observations, self.units, self.shape = observations, units, observations.shape
+        self.corruption = observations.corruption.scaled(units)
+
+    def __len__(self) -> int:
+        return len(self.observations)
+
+    def batch(self, rows: Tensor | np.ndarray | Sequence[int], device: torch.device | str = "cpu") -> Observed:
+        """Observations `rows` and their parameters, on a device; entries that were not observed are 0."""
+        y, params = self.observations.batch(rows)
+        y, params = y.to(device), {k: v.to(device) for k, v in params.items()}
+        return self.observations.corruption.scale_y(y, params, self.units), params
+
+    def chunks(self, rows: np.ndarray | None = None, size: int = CHUNK) -> Iterator[np.ndarray]:
+        """The rows (all by default) in runs of `size`, the last one shorter."""
+        return self.observations.chunks(rows, size)
+
+
+class Items:
+    """Items in an array that holds them in the units of the data, read and written in model units.
+
+    Arguments:
+        array: Shape (N, *shape); a memory map, as a rule.
+        units: The units of models.
+    """
+
+    def __init__(self, array: np.ndarray, units: Units) -> None:
+        self.array, self.units = array, units
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    def __getitem__(self, rows: np.ndarray) -> Tensor:
+        return self.units.scale(torch.from_numpy(np.asarray(self.array[rows], dtype=np.float32)))
+
+    def __setitem__(self, rows: np.ndarray, x: Tensor) -> None:
+        self.array[rows] = self.units.restore(x).cpu().numpy()

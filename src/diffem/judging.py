@@ -1,0 +1,102 @@
+"""What held-out observations say of an iteration, and of what a run ends with."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import TYPE_CHECKING
+
+import numpy as np
+from torch import Tensor
+
+from diffem.data import evenly
+from diffem.diagnostics import PREDICTIONS, Score, final_splits, score
+from diffem.diagnostics.divergence import energy_items
+from diffem.samplers import Sampler
+from diffem.selection import GATE
+
+if TYPE_CHECKING:
+    from diffem.em import DiffEM
+
+COMPARED, CORRUPTED = 2048, 4  # at most 2,048 reconstructions score a black box; each is corrupted 4 times
+DRAWS, SPLITS = 2, 2  # of a validation observation: draws a split, and how often it is split, to score an iteration
+WIDTHS = (0.5, 0.7, 1.0, 1.5, 2.5, 4.0, 6.0, 9.0)  # the end chooses among them
+
+
+def compared(em: DiffEM, sampler: Sampler) -> Score:
+    """What the selection compares: the score of validation observations; of a black box, how far its reconstructions of
+    training observations, observed anew, are from the observations."""
+    config = em.config.em
+    if em.data.corruption.predictable:
+        return scored(em, sampler, evenly(em.validation, config.score_items), SPLITS)
+    rows, began = evenly(em.train, COMPARED), time.monotonic()
+    found = energy_items(em.items("next")[rows], em.data, rows, em.seed, CORRUPTED)
+    em.state.score_seconds += time.monotonic() - began
+    return Score("energy_distance", found)
+
+
+def scored(em: DiffEM, sampler: Sampler, rows: np.ndarray, splits: int) -> Score:
+    """How well a sampler predicts hidden parts of observations."""
+    began = time.monotonic()
+    found = score(sampler, em.data, rows, em.seed, DRAWS, splits, em.batch)
+    em.state.score_seconds += time.monotonic() - began
+    return found
+
+
+def closely(em: DiffEM, name: str, sampler: Sampler, part: np.ndarray) -> Score:
+    """The score of many predictions of a part of the observations; it is not made again after a kill."""
+    rows = evenly(part, PREDICTIONS)
+    found: list[Score] = []
+
+    def make() -> dict[str, Tensor]:
+        found.append(scored(em, sampler, rows, final_splits(len(rows))))
+        return found[0].tensors
+
+    tensors = em.run.once(f"{em.state.iteration}-{name}", make)
+    return found[0] if found else Score("crps" if "spread" in tensors else "energy_distance", **tensors)
+
+
+def chosen_width(em: DiffEM, width: float) -> float:
+    """1, or the width that is better on validation observations, by more than the error."""
+    if not (em.sampler_class.widens and em.data.corruption.predictable and em.config.em.guard and width):
+        return width
+    found: dict[int, Score] = {}
+
+    def at(k: int) -> Score:
+        if k not in found:
+            found[k] = closely(em, f"width-{k}", em.diffusion(width=WIDTHS[k]), em.validation)
+        return found[k]
+
+    k = one = WIDTHS.index(1.0)
+    if not math.isfinite(at(one).criterion):
+        return width
+    for step in (1, -1):
+        while 0 <= k + step < len(WIDTHS) and at(k + step).criterion < at(k).criterion:
+            k += step
+    delta, error = at(k).criterion_difference(at(one))
+    return WIDTHS[k] if delta < -GATE * error else 1.0
+
+
+def row_of(em: DiffEM, sampler: Sampler, current: Score, verdict: dict) -> dict:
+    """The metrics of an iteration; `verdict` is the selection's."""
+    state = em.state
+    examples = state.updates * em.config.m_step.batch
+    of_draws = 0 if state.width is None else state.drawn * em.sampler_class.evaluations(em.config.sampler)
+    return {
+        "iteration": state.iteration,
+        "seconds": time.monotonic() - em._clock,
+        "score_seconds": state.score_seconds,
+        "examples": examples,
+        "network_evaluations": 3 * examples + of_draws,
+        "loss": state.loss_sum / state.updates if state.updates else None,
+        "score_name": current.name,
+        "score": current.mean,
+        "score_se": current.standard_error,
+        "log_score": current.log_score,
+        "criterion": current.criterion,
+        "ratio": current.ratio,
+        "ratio_se": current.ratio_error,
+        "width": state.width,
+        "failures": state.failures,
+        **verdict,
+    }

@@ -1,0 +1,85 @@
+"""How much memory the work takes, before it is done: from one item, and how much there is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from diffem.errors import DiffemError
+
+SHARE = 0.25  # of the memory that is available, for a batch of draws
+MOST = 256  # items at a time: more are no quicker
+UNKNOWN = 4 * 2**30  # bytes, where the system does not say
+CURRENT, KEPT = 4, 8  # evaluating a network takes about 4 of its largest outputs at once, and an eighth of all
+
+
+class TooLarge(DiffemError):
+    """What is asked for does not fit in memory."""
+
+
+def available(device: torch.device) -> int:
+    """Bytes that are free on a device."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    free = [UNKNOWN]
+    try:
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        free = [1024 * int(lines["MemAvailable"].split()[0])]
+        limit, used, stat = (Path(f"/sys/fs/cgroup/memory.{name}").read_text() for name in ("max", "current", "stat"))
+        cached = dict(line.split() for line in stat.splitlines())["inactive_file"]
+        free.append(int(limit) - int(used) + int(cached))  # of a container; `max` if there is no limit
+    except (OSError, KeyError, ValueError):
+        pass
+    return min(free)
+
+
+def of_draw(network: nn.Module, evaluate: Callable[[], object]) -> int:
+    """Bytes that one item takes while a network is evaluated without derivatives; `evaluate` does so, on one item."""
+    sizes: list[int] = []
+    leaves = [module for module in network.modules() if not [*module.children()]]
+
+    def note(_module: nn.Module, _inputs: tuple, output: object) -> None:
+        if isinstance(output, Tensor):
+            sizes.append(output.nbytes)
+
+    hooks = [module.register_forward_hook(note) for module in leaves]
+    try:
+        evaluate()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return CURRENT * max(sizes, default=0) + sum(sizes) // KEPT
+
+
+@contextmanager
+def of_update(network: nn.Module) -> Iterator[list[int]]:
+    """Counts the bytes that are kept for derivatives, without the weights of the network. The list that it gives has one entry."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
+    seen: dict[int, int] = {}
+    total = [0]
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            seen[storage.data_ptr()] = storage.nbytes()
+            total[0] = sum(seen.values())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield total
+
+
+def batch(item: int, device: torch.device) -> int:
+    """How many items, of so many bytes each, are drawn at a time: a power of two that fits, at most :data:`MOST`."""
+    fits = int(SHARE * available(device)) // max(item, 1)
+    return min(MOST, 1 << max(fits, 1).bit_length() - 1)
+
+
+def words(size: float) -> str:
+    """Bytes in words."""
+    return f"{size / 2**30:.1f} GB" if size >= 2**30 else f"{max(size / 2**20, 1):.0f} MB"

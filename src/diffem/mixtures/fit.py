@@ -1,0 +1,270 @@
+r"""Exact EM for mixtures on observations, accelerated by SQUAREM.
+
+Exact EM is slow where much is missing. From the parameters :math:`\theta_0` and two EM steps :math:`\theta_1, \theta_2`,
+with :math:`r = \theta_1 - \theta_0`, :math:`v = \theta_2 - \theta_1 - r` and :math:`a = |r| / |v|`, a third EM step starts
+from
+
+.. math:: \theta_0 + 2 a r + a^2 v \, .
+
+If the likelihood is lower there than at :math:`\theta_1`, the third step is thrown away and the fit goes on from
+:math:`\theta_2`.
+
+Reference:
+    | Simple and Globally Convergent Methods for Accelerating the Convergence of Any EM Algorithm
+    | (Varadhan & Roland, 2008)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from .likelihoods import Diagonal, Likelihood
+from .model import DiagonalPosterior, ExactPosterior, Mixture, RowsPosterior
+
+LEAST = 1e-3  # of a first variance: EM cannot leave 0
+SURE = 5.0  # standard errors by which a variance differs from 0
+REACH = 4.0  # the largest step length of SQUAREM at first; it grows fourfold where it was reached
+ROUNDS = 3  # rounds in a row without a larger validation likelihood, which end a fit
+
+Batches = Callable[[], Iterator[Likelihood]]
+
+
+def em_step(mixture: Mixture, batches, floor: float = 1e-6, ridge: float = 0.0) -> tuple[Mixture, float]:
+    """One exact EM step; returns the new mixture and the mean log likelihood of the old one.
+
+    Arguments:
+        mixture: The current parameters.
+        batches: Iterable of likelihoods, all of one kind; :class:`Diagonal` ones in one basis, where an
+            entry is seen at the same precision in every item that sees it.
+        floor: The least entry of the diagonal.
+        ridge: Pseudo-observations that regularise small components; 0 is maximum likelihood.
+    """
+    statistics = _Statistics(mixture)
+    for likelihood in batches:
+        statistics.add(likelihood)
+    return statistics.maximise(floor, ridge), statistics.log_likelihood / statistics.items
+
+
+class _Statistics:
+    """What exact EM needs of the data: sums over items, so that memory does not grow with their number."""
+
+    def __init__(self, mixture: Mixture) -> None:
+        self.mixture, self.items, self.log_likelihood = mixture, 0, 0.0
+        self.sums: tuple[Tensor, ...] = ()
+
+    def add(self, likelihood: Likelihood) -> None:
+        posterior = self.mixture.posterior(likelihood)
+        self.items += len(posterior.log_evidence)
+        self.log_likelihood += posterior.log_evidence.cpu().double().sum().item()
+        sums = self._diagonal(posterior) if isinstance(posterior, DiagonalPosterior) else self._rows(posterior)
+        if self.sums:
+            total = [a + b for a, b in zip(self.sums, sums, strict=True)]
+            if isinstance(posterior, DiagonalPosterior):
+                total[-1] = torch.maximum(self.sums[-1], sums[-1])  # the precisions are not a sum
+            sums = tuple(total)
+        self.sums = sums
+
+    def _diagonal(self, posterior: DiagonalPosterior) -> tuple[Tensor, ...]:
+        z, lam = posterior.likelihood.z, posterior.likelihood.precision
+        K, B, r = posterior.latent.shape
+        gamma = posterior.responsibilities.T[..., None]  # (K, B, 1)
+        u = torch.cat((posterior.latent, torch.ones(K, B, 1).to(z)), 2)
+        second = u[..., :, None] * u[..., None, :]
+        second[..., :r, :r] += torch.cholesky_inverse(posterior.chol) if r else 0.0
+        seen = (lam > 0).to(z)
+        value = torch.where(lam > 0, z, 0.0)
+        gram = seen.T @ (gamma * second.flatten(2))  # (K, d, (r+1)^2)
+        cross = value.T @ (gamma * u)  # (K, d, r+1)
+        return gamma.sum((1, 2)), gram, cross, value.square().T @ gamma, lam.amax(0)
+
+    def _rows(self, posterior: ExactPosterior) -> tuple[Tensor, ...]:
+        assert isinstance(posterior, RowsPosterior)
+        gamma, mean = posterior.responsibilities, posterior._means
+        second = torch.einsum("bk,bkde->kde", gamma, posterior._covs)
+        return (
+            gamma.sum(0),
+            gamma.T[..., None, :] @ mean.transpose(0, 1),
+            second + torch.einsum("bk,bkd,bke->kde", gamma, mean, mean),
+        )
+
+    def maximise(self, floor: float, ridge: float) -> Mixture:
+        """The M-step: the mixture of larger likelihood (of larger posterior density if `ridge` > 0)."""
+        counts = self.sums[0]
+        log_weights = ((counts + ridge) / (counts + ridge).sum()).log()
+        if len(self.sums) == 3:
+            return self._maximise_rows(log_weights, floor)
+        return self._maximise_diagonal(log_weights, floor, ridge)
+
+    def _maximise_rows(self, log_weights: Tensor, floor: float) -> Mixture:
+        counts, first, second = self.sums
+        weight = counts.clamp(min=1e-6)[:, None, None]
+        mean = first / weight
+        cov = second / weight - mean.mT @ mean
+        values, vectors = torch.linalg.eigh(0.5 * (cov + cov.mT))  # ascending
+        rank, features = self.mixture.rank, self.mixture.features
+        # Maximum likelihood of probabilistic PCA (Tipping & Bishop): discarded eigenvalues are averaged.
+        variance = values[:, : max(features - rank, 1)].mean(1).clamp(min=floor)
+        factor = vectors[..., features - rank :] * (values[:, features - rank :] - variance[:, None]).clamp(
+            min=0
+        ).sqrt().unsqueeze(1)
+        return Mixture(log_weights, mean[:, 0], factor, variance[:, None].expand(-1, features))
+
+    def _maximise_diagonal(self, log_weights: Tensor, floor: float, ridge: float) -> Mixture:
+        # Two conditional maximisations (ECM). First mu and V: for every entry a weighted regression of
+        # what was seen on (latent, 1). Its weights 1 / (psi + 1 / lambda) are equal for all items that
+        # saw the entry, so that they cancel. Then psi, by one EM step of z = (mu + V u) + e + noise.
+        _, gram, cross, square, level = self.sums
+        K, d, p = cross.shape
+        gram = gram.view(K, d, p, p)
+        psi, seen = self.mixture.variance, gram[..., -1, -1].clone()
+        gain = psi * level / (1 + psi * level)
+        if ridge:
+            # Pseudo-observations are of entries without noise, so that real ones weigh `gain` against them: factors near 0,
+            # means near the mean of all that was seen, which is near 0 itself where noise hides it.
+            overall = (gain * cross[..., -1]).sum(0) / ((gain * seen).sum(0) + ridge)
+            target = gain[..., None] * cross
+            target[..., -1] += ridge * overall
+            solvable = gain[..., None, None] * gram + ridge * torch.eye(p).to(gram)
+        else:
+            target, solvable = cross, torch.where((seen > 0)[..., None, None], gram, torch.eye(p).to(gram))
+        weights = torch.linalg.solve(solvable, target)  # (K, d, r+1)
+        error = square[..., 0] - 2 * (weights * cross).sum(-1)
+        error = error + torch.einsum("kdi,kdij,kdj->kd", weights, gram, weights)
+        total = gain.square() * error.clamp(min=0) + psi * (1 - gain) * seen
+        pooled = total.sum(1, keepdim=True) / seen.sum(1, keepdim=True)
+        pooled = torch.where(seen.sum(1, keepdim=True) > 0, pooled, psi.mean(1, keepdim=True))  # a dead component
+        variance = torch.where(seen + ridge > 0, (total + ridge * pooled) / (seen + ridge), psi).clamp(min=floor)
+        return Mixture(log_weights, weights[..., -1], weights[..., :-1], variance, self.mixture.basis)
+
+
+def _mean_log_likelihood(mixture: Mixture, batches: Batches) -> float:
+    values = torch.cat([mixture.posterior(b).log_evidence for b in batches()])
+    return values.cpu().double().mean().item()
+
+
+def converge(
+    mixture: Mixture, fitting: Batches, validating: Batches, iterations: int, tolerance: float, ridge: float
+) -> tuple[Mixture, float, int]:
+    """The mixture of the largest validation likelihood on the way of accelerated EM, that likelihood, and the EM steps made.
+
+    Arguments:
+        mixture: The first guess.
+        fitting: Yields the likelihoods that are fitted, anew at every call.
+        validating: Yields those by which the fit is ended.
+        iterations: The fit ends after the round that reaches this many EM steps.
+        tolerance: It ends when the validation likelihood has not risen by this for :data:`ROUNDS` rounds.
+        ridge: As in :func:`em_step`.
+    """
+    value = _mean_log_likelihood(mixture, validating)
+    best, reference, waited, steps, reach = (value, mixture), value, 0, 0, REACH
+    while steps < iterations and waited < ROUNDS:
+        mixture, reach, made = _accelerated(mixture, fitting, ridge, reach)
+        steps += made
+        value = _mean_log_likelihood(mixture, validating)
+        if value > best[0]:
+            best = value, mixture
+        waited = 0 if value > reference + tolerance else waited + 1
+        reference = max(reference, value)
+    return best[1], best[0], steps
+
+
+def _accelerated(mixture: Mixture, batches: Batches, ridge: float, reach: float) -> tuple[Mixture, float, int]:
+    """A round of SQUAREM: the next mixture, the next largest step length, and how many EM steps it took.
+
+    Arguments:
+        mixture: The current parameters.
+        batches: The observations.
+        ridge: As in :func:`em_step`.
+        reach: The largest step length a that is tried now.
+    """
+    first, _ = em_step(mixture, batches(), ridge=ridge)
+    second, before = em_step(first, batches(), ridge=ridge)
+    start, one, two = (_flat(m) for m in (mixture, first, second))
+    r = one - start
+    v = two - one - r
+    length = min((r.norm() / v.norm().clamp(min=torch.finfo(v.dtype).tiny)).item(), reach)
+    if not length > 1:  # no farther than EM itself; or not a number, where the weight of a component has become 0
+        return second, reach, 2
+    farther = _unflat(start + 2 * length * r + length**2 * v, mixture)
+    if not all(bool(part.isfinite().all()) for part in farther.tensors.values()):
+        return second, max(reach / 4, REACH), 2
+    third, after = em_step(farther, batches(), ridge=ridge)
+    if not after >= before:
+        return second, max(reach / 4, REACH), 3
+    return third, 4 * reach if length == reach else reach, 3
+
+
+def _flat(mixture: Mixture) -> Tensor:
+    """The parameters as one vector, in which every value is allowed: variances by their logarithms."""
+    parts = mixture.log_weights, mixture.mean, mixture.factor, mixture.variance.log()
+    return torch.cat([part.flatten().cpu().double() for part in parts])  # mps knows no float64
+
+
+def _unflat(vector: Tensor, like: Mixture) -> Mixture:
+    """The mixture of the form of `like` whose parameters are the vector."""
+    parts = vector.to(like.mean).split([part.numel() for part in like.tensors.values()])
+    log_weights, mean, factor, variance = (a.view_as(b) for a, b in zip(parts, like.tensors.values(), strict=True))
+    return Mixture(log_weights - log_weights.logsumexp(0), mean, factor, variance.exp(), like.basis)
+
+
+def single(likelihood: Likelihood, rank: int, features: int, generator: torch.Generator) -> Mixture:
+    """A first Gaussian: the mean and the variance of what was seen, random factors."""
+    if isinstance(likelihood, Diagonal):
+        mean, variance = _moments(likelihood) if likelihood.basis is None else _spectrum(likelihood)
+        basis = likelihood.basis
+    else:
+        mean = torch.zeros(features).to(likelihood.y)
+        variance = likelihood.y.square().mean() * features / likelihood.matrix.square().sum(-1).mean() / features
+        basis = None
+    half = 0.5 * variance.expand(features)
+    factor = torch.randn(1, features, rank, generator=generator).to(mean) * (half / max(rank, 1)).sqrt()[:, None]
+    return Mixture(torch.zeros(1).to(mean), mean[None], factor, half[None], basis)
+
+
+def _moments(likelihood: Diagonal) -> tuple[Tensor, Tensor]:
+    """The mean of each entry, shape (d,), and one variance for all."""
+    seen = likelihood.precision > 0
+    z = torch.where(seen, likelihood.z, 0.0)
+    mean = z.sum(0) / seen.sum(0).clamp(min=1)
+    variance = torch.where(seen, (z - mean).square(), 0.0).sum() / seen.sum().clamp(min=1)
+    return mean, variance.clamp(min=LEAST)
+
+
+def _spectrum(likelihood: Diagonal) -> tuple[Tensor, Tensor]:
+    """The mean and the variance of each coefficient in the basis, shape (d,), without the noise.
+
+    EM leaves a variance as it was where the noise hides it, and a blur hides many. There it is at most the least
+    that was found among those seen better: the spectra of things that are blurred fall.
+    """
+    z, noise = likelihood.z, (1 / likelihood.precision).mean(0)
+    power = (z - z.mean(0)).square().mean(0)
+    variance, error = power - noise, (2 / len(z)) ** 0.5 * power
+    order = noise.argsort()
+    sure = torch.where(variance > SURE * error, variance, torch.inf)[order]
+    bound = torch.empty_like(sure)
+    bound[order] = sure.cummin(0).values
+    variance = torch.where(variance > SURE * error, variance, bound).clamp(min=LEAST).clamp(max=power.max())
+    return z.mean(0) * variance / (variance + noise / len(z)), variance
+
+
+def spread(mixture: Mixture, count: int, likelihood: Likelihood, generator: torch.Generator) -> Mixture:
+    """Components around reconstructions that the single Gaussian draws."""
+    posterior = mixture.posterior(likelihood)
+    n, width = len(posterior.mean), mixture.rank + mixture.features
+    uniform = torch.rand(n, generator=generator)
+    normal = torch.randn(n, width, generator=generator)
+    draws = posterior.draw(uniform.to(posterior.mean.device), normal)
+    if mixture.basis is not None:
+        draws = mixture.basis.analyse(draws)
+    mean = draws[torch.randperm(n, generator=generator)[torch.arange(count) % n]]
+    return Mixture(
+        torch.full((count,), -math.log(count)).to(mean),
+        mean,
+        0.7 * mixture.factor.expand(count, -1, -1),
+        0.5 * mixture.variance.expand(count, -1),
+        mixture.basis,
+    )

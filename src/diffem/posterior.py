@@ -1,0 +1,231 @@
+"""What a run gives, and what users call: draws of clean items given observations, in the units of y."""
+
+from __future__ import annotations
+
+import json
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from safetensors.torch import save as serialise
+from torch import Tensor, nn
+
+from diffem import devices, files, memory, samplers, seeding
+from diffem.corruptions import REGISTRY, BlackBox, Corruption, from_config
+from diffem.data import Dataset, Observations
+from diffem.denoiser import Denoiser
+from diffem.errors import DiffemError
+from diffem.networks import Given, Network
+from diffem.samplers import Sampler
+from diffem.units import Units
+
+
+class Posterior(nn.Module):
+    """Draws x given y, in the units of y.
+
+    Arguments:
+        sampler: Draws in model units.
+        corruption: The corruption, in the units of y.
+        units: The units of models.
+        trained_on: A checksum of the observations that it was trained on, and the seed that held out some of them.
+    """
+
+    def __init__(self, sampler: Sampler, corruption: Corruption, units: Units, trained_on: dict | None = None) -> None:
+        super().__init__()
+        self.sampler, self.corruption, self.units, self.trained_on = sampler, corruption, units, trained_on
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of an item."""
+        return self.sampler.shape
+
+    @torch.no_grad()
+    def sample(
+        self,
+        y: Tensor | np.ndarray,
+        params: dict[str, Tensor] | dict[str, np.ndarray] | None = None,
+        n: int = 1,
+        generator: torch.Generator | None = None,
+        seeds: Tensor | None = None,
+        batch: int | None = None,
+    ) -> Tensor | np.ndarray:
+        """n draws for each observation.
+
+        Arguments:
+            y: Observations, shape (B, *y shape); what stands where a mask is false does not matter.
+            params: Their parameters by name, e.g. {"mask": mask}; a mask is true where y was observed.
+            n: Draws for each.
+            generator: Draws the keys of the items; torch's own by default.
+            seeds: One key an item instead, (B,): equal keys give equal draws, in a batch of any size.
+            batch: Observations at a time; as many as fit by default, see :mod:`diffem.memory`.
+
+        Returns:
+            Shape (n, B, *shape), in the units of y: a tensor, or an array if y is one.
+
+        Raises:
+            DiffemError: If y or the parameters are not those of the corruption.
+        """
+        if n < 1:
+            raise DiffemError(f"n: must be at least 1, got {n}")
+        arrays = isinstance(y, np.ndarray)
+        y, given = torch.as_tensor(y).float(), {k: torch.as_tensor(v) for k, v in (params or {}).items()}
+        given = {k: (v.bool() if k == "mask" else v.float()).to(y.device) for k, v in given.items()}
+        self._check(y, given)
+        if "mask" in given:
+            y = torch.where(given["mask"], y, 0.0)
+        if seeds is None:
+            base = torch.randint(2**62, (), generator=generator)
+            seeds = seeding.item_seeds(int(base), 0, "user", range(len(y)))
+        seeds = torch.as_tensor(seeds)
+        if len(seeds) != len(y):
+            raise DiffemError(f"seeds: {len(seeds)} of them, where y has {len(y)} rows")
+        found = []
+        for rows in torch.arange(len(y)).split(batch or self.batch):
+            part, of_part = y[rows].to(self.device), {k: v[rows].to(self.device) for k, v in given.items()}
+            part = self.corruption.scale_y(part, of_part, self.units)
+            keys = seeds.cpu()[rows].to(self.device)
+            found.append(torch.stack([self.sampler.draw(part, of_part, seeding.again(keys, j)) for j in range(n)]))
+        x = self.units.restore(torch.cat(found, 1)).to(y.device)
+        return x.numpy() if arrays else x
+
+    def _check(self, y: Tensor, params: dict[str, Tensor]) -> None:
+        for name, value in params.items():
+            if value.shape[:1] != y.shape[:1]:
+                raise DiffemError(f"{name}: has {len(value) if value.ndim else 0} rows where y has {len(y)}")
+        shape = tuple(y.shape[1:]) if self.corruption.diagonal else self.shape
+        shape = self.corruption.check(y.cpu().numpy(), {k: v.cpu().numpy() for k, v in params.items()}, shape)
+        if shape != self.shape:
+            raise DiffemError(f"y: is of items of shape {shape}, where the model's have {self.shape}")
+
+    def sample_prior(self, n: int, generator: torch.Generator | None = None, batch: int | None = None) -> Tensor:
+        """n new items, without an observation, shape (n, *shape), in the units of y.
+
+        Arguments:
+            n: How many.
+            generator: Draws their keys; torch's own by default.
+            batch: Items at a time.
+        """
+        if n < 1:
+            raise DiffemError(f"n: must be at least 1, got {n}")
+        base = torch.randint(2**62, (), generator=generator)
+        seeds = seeding.item_seeds(int(base), 0, "prior", range(n))
+        return self.units.restore(samplers.sample_prior(self.sampler, seeds, batch or self.batch))
+
+    def reconstruct(
+        self, observations: Observations, rows: np.ndarray, n: int = 1, seed: int = 0, batch: int | None = None
+    ) -> Tensor:
+        """n draws for each of the observations `rows`, shape (n, len(rows), *shape), in the units of y.
+
+        They depend on the seed and on the row, not on the batch.
+        """
+        data = Dataset(observations, self.units)
+        return self.units.restore(samplers.draw_many(self.sampler, data, rows, n, seed, batch=batch or self.batch))
+
+    def generate(self, n: int, seed: int = 0, batch: int | None = None) -> Tensor:
+        """The first n samples of the prior under a seed, shape (n, *shape), in the units of y."""
+        return self.units.restore(samplers.prior_samples(self.sampler, n, seed, batch or self.batch))
+
+    @cached_property
+    def batch(self) -> int:
+        """How many items are drawn at a time, if nobody says."""
+        return memory.batch(self.sampler.footprint(), self.device)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes; draws are returned to where y was."""
+        return self.sampler.device
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes config.json, model.safetensors and a model card; each file is replaced atomically."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = {
+            "kind": self.sampler.kind,
+            "corruption": self.corruption.config,
+            "shape": list(self.shape),
+            "scaling": [self.units.centre, self.units.half],
+            "trained_on": self.trained_on,
+            **self.sampler.config,
+        }
+        tensors = {k: v.detach().cpu().contiguous().clone() for k, v in self.sampler.state_dict().items()}
+        files.replace(folder / "model.safetensors", serialise(tensors or {"empty": torch.zeros(1)}))
+        files.replace(folder / "config.json", json.dumps(config, indent=2).encode())
+        files.replace(folder / "README.md", _CARD.format(**config).encode())
+
+
+_CARD = """# diffem model: {kind}
+
+Trained by diffem on observations corrupted by `{corruption}`; items of shape {shape}, no clean data.
+
+    from diffem import from_pretrained
+    draws = from_pretrained("THIS FOLDER").sample(y, params, n=8)
+"""
+
+
+def from_pretrained(
+    folder: str | Path,
+    corruption: Corruption | None = None,
+    network: Network | None = None,
+    device: str = "cpu",
+    precision: str = "float32",
+) -> Posterior:
+    """Loads what :meth:`Posterior.save_pretrained` wrote; nothing is unpickled.
+
+    Arguments:
+        folder: The folder.
+        corruption: Used instead of the saved one; needed where that is not on the shelf.
+        network: What made the network, where that is not one of diffem's; see :class:`diffem.networks.Given`.
+        device: Where it computes; see :func:`diffem.devices.choose`.
+        precision: How precisely its network does; likewise.
+
+    Raises:
+        DiffemError: If the folder does not hold a whole model.
+    """
+    folder = Path(folder)
+    where, dtype = devices.choose(device, precision)
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        tensors = load_file(folder / "model.safetensors")
+    except FileNotFoundError as error:
+        raise DiffemError(f"{error.filename or folder}: missing; {folder} is not a saved model") from None
+    except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DiffemError(f"{folder}: is not a complete saved model: {str(error).splitlines()[0]}") from None
+    try:
+        units, shape = Units(*config["scaling"]), tuple(config["shape"])
+        corruption = _corruption(config["corruption"], corruption, shape)
+        kind = samplers.kind_of(config["kind"], "config.json: kind")
+        with seeding.global_generators("cpu", 0):  # initial weights are drawn, and then loaded
+            own = None if network is None else Given(network)
+            sampler = kind.rebuild(config, tensors, corruption.scaled(units), shape, own)
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        what = " ".join(f"{type(error).__name__}: {error}".split())
+        raise DiffemError(f"{folder}: was saved by another version of diffem; train it again ({what})") from error
+    except DiffemError as error:
+        raise DiffemError(f"{folder}: {error}") from None
+    tensors.pop("empty", None)
+    if {k: v.shape for k, v in tensors.items()} != {k: v.shape for k, v in sampler.state_dict().items()}:
+        raise DiffemError(f"{folder}: was saved by another version of diffem; train it again")
+    sampler.load_state_dict(tensors)
+    for module in sampler.modules():
+        if isinstance(module, Denoiser):
+            module.precision = dtype
+    sampler.to(where).eval().requires_grad_(False)
+    return Posterior(sampler, corruption, units, config.get("trained_on"))
+
+
+def _corruption(saved: dict, given: Corruption | None, shape: tuple[int, ...]) -> Corruption:
+    """The corruption of a saved model: what the caller gave, or else the one on the shelf that it names."""
+    if given is None and saved["name"] == "BlackBox":
+        return BlackBox(lambda x: x, saved.get("function"))  # draws only ask it how y is scaled
+    if given is None and saved["name"] not in REGISTRY:
+        raise DiffemError(f"its corruption {saved['name']} is not one of diffem's; give it with corruption=")
+    if given is None:
+        return from_config(saved, "config.json: corruption")
+    # what does not fit in a file, as an array, is not in `saved`: then only the caller's can be had
+    other = saved != given.config and saved["name"] in REGISTRY
+    if other and from_config(saved).basis(shape) != given.basis(shape):
+        raise DiffemError(f"its mixture is written for {saved}, not for {given.config}")
+    return given

@@ -1,0 +1,381 @@
+r"""Samplers of q(x | y), in model units: what the E-step draws from.
+
+:class:`DiffusionSampler` runs the reverse diffusion from :math:`\sigma_t` to :math:`\sigma_s` in steps
+
+.. math:: x_s = x_t - \tau (x_t - \hat x) + \sigma_s \sqrt\tau \, z \, , \qquad
+    \tau = 1 - \sigma_s^2 / \sigma_t^2 \, , \qquad
+    \hat x = d(x_t, \sigma_t, y) + \sqrt{w_t \, v} \, (r - m) \, .
+
+With width :math:`w = 0` this is DDPM, the sampler of the paper, which loses variance at few steps. With :math:`w = 1` the
+residual variance of the denoiser is put back: :math:`r` is a draw from the reference posterior, :math:`m` its mean, and
+:math:`v(x_t, \sigma_t, y)` the share of its variance that the denoiser says it leaves unexplained
+(:mod:`diffem.denoiser`; NPR-DPM, Bao et al., arXiv 2206.07309).
+
+An imperfect network is still over-confident, and :math:`w > 1` puts back more, where there is room for error. With the
+variances :math:`s_t^2` of the entries under the reference posterior,
+
+.. math:: w_t = \min(w, 1) + \max(w - 1, 0) \, s_t^2 / \max s_T^2
+
+for every entry: all of it for the least known one at the first step, T, and hardly any for what was observed, for what never
+varies, and at low noise. The same factor everywhere would lay noise over these.
+
+A sampler of your own is a subclass of :class:`Sampler`, with a `kind`, under :func:`register_sampler`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from diffem import memory, seeding
+from diffem.corruptions import Corruption, Params
+from diffem.data import Dataset
+from diffem.denoiser import OTHER_WEIGHTS, Denoiser, DenoiserConfig
+from diffem.errors import DiffemError, suggest
+from diffem.mixtures import Mixture
+from diffem.networks import Given, NetworkConfig
+
+MOST_STEPS = 3000  # each takes three random streams; others begin at 10,000
+WIDEST = 100.0
+BATCH = 256  # items at a time, where a caller does not say
+
+
+@dataclass(frozen=True)
+class SamplerConfig:
+    """The sampler.
+
+    Attributes:
+        kind: `diffusion`, or another registered one.
+        steps: Number of steps.
+        width: How much of the residual variance the draws of an E-step put back: 1 all of it, 0 none (plain DDPM, as in the
+            paper). At the end of a guarded run the width is 1, or another one if that is better; 0 stays 0, and so does any width
+            where nothing can be predicted (black boxes).
+        options: Arguments of kinds that have more.
+    """
+
+    kind: str = "diffusion"
+    steps: int = 16
+    width: float = 1.0
+    options: dict = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.steps <= MOST_STEPS or not 0 <= self.width <= WIDEST:
+            raise DiffemError(f"sampler: steps must be from 1 to {MOST_STEPS:,}, width from 0 to {WIDEST:g}")
+
+
+class Sampler(nn.Module):
+    """Draws x given y, in model units.
+
+    Arguments:
+        corruption: The corruption, in model units.
+        shape: The shape of an item.
+    """
+
+    kind = ""
+
+    def __init__(self, corruption: Corruption, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.corruption, self.shape = corruption, tuple(shape)
+
+    def draw(self, y: Tensor, params: Params, seeds: Tensor, withheld: Tensor | None = None) -> Tensor:
+        """One draw an observation, shape (B, *shape).
+
+        Arguments:
+            y: Observations in model units, shape (B, *y shape), on :attr:`device`.
+            params: Their parameters.
+            seeds: One key an item (:func:`diffem.seeding.item_seeds`), shape (B,): all that is drawn depends on these.
+            withheld: True where the observation must not be used, shape (B,); nowhere by default. With none used it is a draw
+                from the prior.
+        """
+        raise NotImplementedError
+
+    @property
+    def mixture(self) -> Mixture | None:
+        """What may be the reference of a denoiser that goes on from here."""
+        return None
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return torch.device("cpu")
+
+    def footprint(self) -> int:
+        """Bytes that one item takes while it is drawn, about."""
+        d, mixture = math.prod(self.shape), self.mixture
+        floats = 16 * d
+        if mixture is not None:
+            floats += mixture.components * (8 * d + 4 * mixture.rank**2)
+        return 4 * floats
+
+    @property
+    def config(self) -> dict:
+        """What rebuilds it, beside its tensors."""
+        return {}
+
+    @classmethod
+    def rebuild(
+        cls,
+        config: dict,
+        tensors: dict[str, Tensor],
+        corruption: Corruption,
+        shape: tuple[int, ...],
+        network: Given | None = None,
+    ) -> Sampler:
+        """The sampler of a :attr:`config`, of the form of its tensors; their values are loaded later."""
+        return cls(corruption, shape)
+
+
+SAMPLERS: dict[str, type[Sampler]] = {}
+
+
+def register_sampler(kind: type[Sampler]) -> type[Sampler]:
+    """Makes a class of samplers known under its `kind`: to configurations and to saved models. A decorator."""
+    SAMPLERS[kind.kind] = kind
+    return kind
+
+
+def kind_of(name: str, where: str) -> type[Sampler]:
+    """The class of samplers of that name; `where` names the setting or the file in errors."""
+    if name not in SAMPLERS:
+        raise DiffemError(f"{where}: unknown sampler {name!r};{suggest(str(name), SAMPLERS)}; is its module imported?")
+    return SAMPLERS[name]
+
+
+def trained_kind(config: SamplerConfig) -> type[DiffusionSampler]:
+    """The class of samplers that a configuration names."""
+    kind = kind_of(config.kind, "sampler.kind")
+    if not issubclass(kind, DiffusionSampler):
+        raise DiffemError(f"sampler.kind: {config.kind} has no network that could be trained; use diffusion")
+    return kind
+
+
+@register_sampler
+class ObservationSampler(Sampler):
+    """The observation itself (what was not observed is the middle of the range)."""
+
+    kind = "observation"
+
+    def draw(self, y: Tensor, params: Params, seeds: Tensor, withheld: Tensor | None = None) -> Tensor:
+        if tuple(y.shape[1:]) != self.shape:
+            raise DiffemError(
+                f"start.kind: observation: y of shape {tuple(y.shape[1:])} cannot stand for items of shape {self.shape}"
+            )
+        return y
+
+
+@register_sampler
+class MixtureSampler(Sampler):
+    """The exact posterior under a mixture of Gaussians."""
+
+    kind = "mixture"
+
+    def __init__(self, corruption: Corruption, shape: tuple[int, ...], mixture: Mixture) -> None:
+        super().__init__(corruption, shape)
+        self.prior = mixture
+
+    @property
+    def mixture(self) -> Mixture:
+        return self.prior
+
+    @property
+    def device(self) -> torch.device:
+        return self.prior.mean.device
+
+    @classmethod
+    def rebuild(cls, config, tensors, corruption, shape, network=None) -> MixtureSampler:
+        return cls(corruption, shape, _mixture(tensors, "prior.", corruption, shape))
+
+    @torch.no_grad()
+    def draw(self, y: Tensor, params: Params, seeds: Tensor, withheld: Tensor | None = None) -> Tensor:
+        likelihood = self.corruption.likelihood(y, params)
+        posterior = self.prior.posterior(likelihood if withheld is None else likelihood.withheld(withheld))
+        width = self.prior.rank + self.prior.features
+        draw = posterior.draw(seeding.uniform(seeds), seeding.normal(seeds, (width,), stream=1))
+        return draw.view(-1, *self.shape).float()
+
+
+@register_sampler
+class DiffusionSampler(Sampler):
+    """Reverse diffusion with a denoiser; see the module.
+
+    Arguments:
+        denoiser: In model units.
+        sampler: See :class:`SamplerConfig`; `width` is w: up to 1 the share of the residual variance that is put back;
+            beyond, see the module.
+    """
+
+    kind = "diffusion"
+    denoiser_class = Denoiser
+    widens = True  # whether the width changes the draws
+    algorithm: type | None = None  # the class of its runs, if not DiffEM
+
+    def __init__(self, denoiser: Denoiser, sampler: SamplerConfig) -> None:
+        super().__init__(denoiser.corruption, denoiser.shape)
+        self.denoiser, self.sampler, self.width = denoiser, sampler, sampler.width
+
+    @classmethod
+    def suits(cls, corruption: Corruption, sampler: SamplerConfig, denoiser: DenoiserConfig) -> None:
+        """Raises a DiffemError if it cannot sample through this corruption, or with these settings."""
+        if sampler.options:
+            raise DiffemError(f"sampler.options: {next(iter(sampler.options))}: {cls.kind} has no options")
+
+    @classmethod
+    def evaluations(cls, sampler: SamplerConfig) -> int:
+        """What one draw costs, in evaluations of the network; a derivative through it counts as two more."""
+        return sampler.steps + 1
+
+    @property
+    def mixture(self) -> Mixture | None:
+        return self.denoiser.reference if self.denoiser.precondition == "start" else None
+
+    @property
+    def device(self) -> torch.device:
+        return self.denoiser.device
+
+    @property
+    def config(self) -> dict:
+        built_by = self.denoiser.built_by
+        return {
+            "denoiser": {**asdict(self.denoiser.config), "precondition": self.denoiser.precondition},
+            "network": asdict(built_by) if isinstance(built_by, NetworkConfig) else None,
+            "sampler": asdict(self.sampler),
+        }
+
+    @classmethod
+    def rebuild(cls, config, tensors, corruption, shape, network=None) -> DiffusionSampler:
+        fields = config["network"]
+        if fields is None and network is None:
+            raise DiffemError("its network is not one of diffem's; give it with network=")
+        if network is None:
+            plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+            network = NetworkConfig(**plain)
+            if max(network.depth, *network.blocks) > len(tensors):
+                raise DiffemError(OTHER_WEIGHTS)
+        of_denoiser = DenoiserConfig(**config["denoiser"])
+        start = _mixture(tensors, "denoiser.reference.", corruption, shape)
+        prefix = "denoiser.network."
+        weights = {k.removeprefix(prefix): v.shape for k, v in tensors.items() if k.startswith(prefix)}
+        denoiser = cls.denoiser_class(corruption, shape, of_denoiser, network, start, weights)
+        return cls(denoiser, SamplerConfig(**config["sampler"]))
+
+    def footprint(self) -> int:
+        nothing = torch.zeros(1, *self.shape)
+        y, params = self.corruption.observe(nothing, torch.Generator().manual_seed(0))
+        y, params = y.to(self.device), {k: v.to(self.device) for k, v in params.items()}
+        sigma = torch.ones(1, device=self.device)
+        with torch.no_grad():
+            evaluate = lambda: self.denoiser.predict(nothing.to(self.device), sigma, y, params)  # noqa: E731
+            return super().footprint() + memory.of_draw(self.denoiser.network, evaluate)
+
+    @property
+    def sigmas(self) -> Tensor:
+        """The noise levels, largest first, shape (steps + 1,)."""
+        return self.denoiser.schedule.sigma(torch.linspace(1, 0, self.sampler.steps + 1))
+
+    @torch.no_grad()
+    def draw(self, y: Tensor, params: Params, seeds: Tensor, withheld: Tensor | None = None) -> Tensor:
+        if withheld is None:
+            withheld = torch.zeros(len(y), dtype=torch.bool, device=y.device)
+        query, sigmas = Query(y, params, withheld, seeds), self.sigmas.to(y)
+        x = sigmas[0] * seeding.normal(seeds, self.shape)
+        for k, sigma in enumerate(sigmas):
+            after = sigmas[k + 1] if k + 1 < len(sigmas) else torch.zeros_like(sigma)
+            tau = 1 - (after / sigma).square()
+            clean = self.estimate(x, sigma, tau, query, stream=3 * k + 1).view(x.shape).to(x)
+            x = x - tau * (x - clean) + after * tau.sqrt() * seeding.normal(seeds, self.shape, stream=3 * k + 3)
+        return x
+
+    def estimate(self, x: Tensor, sigma: Tensor, tau: Tensor, query: Query, stream: int) -> Tensor:
+        """The item that a step goes towards, (B, *shape) or flat: the mean, and what the mean leaves of the variance.
+
+        Arguments:
+            x: Noisy items (B, *shape).
+            sigma: Their noise level, a scalar.
+            tau: The share of the way to the estimate that the step goes.
+            query: What is drawn, given what.
+            stream: The first of two random streams of the items that are free.
+        """
+        params = query.params if query.shown is None else query.shown
+        posterior, f, v = self.denoiser.predict(x, sigma.expand(len(x)), query.y, params, query.withheld)
+        clean = posterior.mean + posterior.scale(f)
+        if self.width > 0:
+            reference = self.denoiser.reference
+            uniform = seeding.uniform(query.seeds, stream=stream)
+            normal = seeding.normal(query.seeds, (reference.rank + reference.features,), stream=stream + 1)
+            factor: Tensor | float = min(self.width, 1.0)
+            if self.width > 1:
+                if query.widest is None:
+                    query.widest = posterior.variance.amax(1, keepdim=True)
+                factor = 1 + (self.width - 1) * posterior.variance / query.widest
+            clean = clean + (v * factor).sqrt() * (posterior.draw(uniform, normal) - posterior.mean)
+        return clean
+
+
+@dataclass
+class Query:
+    """The arguments of one call of :meth:`Sampler.draw`, and what is computed once for all of its steps.
+
+    Attributes:
+        y: Observations (B, *y shape); `params` their parameters, `withheld` where they must not be used (B,).
+        seeds: Keys of the items (B,).
+        widest: The largest variance of an entry at the first step, (B, 1).
+        shown: The parameters that the network is shown, if these are not `params`.
+    """
+
+    y: Tensor
+    params: Params
+    withheld: Tensor
+    seeds: Tensor
+    widest: Tensor | None = None
+    shown: Params | None = None
+
+
+def _mixture(tensors: dict[str, Tensor], prefix: str, corruption: Corruption, shape: tuple[int, ...]) -> Mixture:
+    parts = [tensors[prefix + name] for name in Mixture.names]
+    if math.prod(shape) != parts[1].shape[-1]:
+        raise DiffemError(f"its items have shape {shape}, but its mixture has {parts[1].shape[-1]} features")
+    return Mixture(*parts, basis=corruption.basis(shape))
+
+
+def draw_from(sampler: Sampler, y: Tensor, params: Params, seeds: Tensor, batch: int = BATCH) -> Tensor:
+    """Draws given observations in model units, (B, *shape), `batch` at a time; all of it on the CPU."""
+    found = []
+    for rows in torch.arange(len(y)).split(batch):
+        here = [v[rows].to(sampler.device) for v in (y, seeds, *params.values())]
+        found.append(sampler.draw(here[0], dict(zip(params, here[2:], strict=True)), here[1]).cpu())
+    return torch.cat(found)
+
+
+def draw_many(
+    sampler: Sampler, data: Dataset, rows: np.ndarray, n: int, seed: int, purpose: str = "user", batch: int = BATCH
+) -> Tensor:
+    """n draws for each of the observations `rows`, shape (n, len(rows), *shape)."""
+    found = []
+    for chunk in data.chunks(rows, batch):
+        seeds = (seeding.item_seeds(seed, j, purpose, chunk) for j in range(n))
+        found.append(torch.stack([draw_from(sampler, *data.batch(chunk), keys, batch) for keys in seeds]))
+    return torch.cat(found, 1)
+
+
+@torch.no_grad()
+def sample_prior(sampler: Sampler, seeds: Tensor, batch: int = BATCH) -> Tensor:
+    """One draw from the prior of a sampler for each of the keys, shape (len(seeds), *shape), on the CPU."""
+    found = []
+    for keys in seeds.split(batch):
+        # Observations of the right shape. They are withheld, so that their values do not matter.
+        nothing = torch.zeros(len(keys), *sampler.shape)
+        y, params = sampler.corruption.observe(nothing, torch.Generator().manual_seed(0))
+        y, params = y.to(sampler.device), {k: v.to(sampler.device) for k, v in params.items()}
+        withheld = torch.ones(len(keys), dtype=torch.bool, device=sampler.device)
+        found.append(sampler.draw(y, params, keys.to(sampler.device), withheld).cpu())
+    return torch.cat(found)
+
+
+def prior_samples(sampler: Sampler, n: int, seed: int, batch: int = BATCH) -> Tensor:
+    """The first n samples of a prior under a seed, shape (n, *shape)."""
+    return sample_prior(sampler, seeding.item_seeds(seed, 0, "prior", range(n)), batch)

@@ -1,0 +1,362 @@
+"""The M-step: what it trains on, and one update at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel
+
+from diffem import memory, seeding
+from diffem.corruptions import Corruption, Observed, Params
+from diffem.data import Dataset, Items, open_array
+from diffem.denoiser import Denoiser
+from diffem.errors import DiffemError
+
+LEAST_RATE = 0.05  # of the learning rate, at the end of a linear schedule
+CLIP = 1.0  # the largest norm of a gradient
+PASSES = 20  # passes over the data in which every item shows a part of its real observation; after n, PASSES / n do
+
+
+@dataclass(frozen=True)
+class MStepConfig:
+    """The M-step.
+
+    Attributes:
+        steps: Optimiser steps per iteration.
+        first_steps: Steps of the first iteration.
+        batch: Items per step.
+        micro_batch: So many of them go through the network at a time, and gradients are added up; 0 for all at once.
+        learning_rate: Of Adam.
+        schedule: `constant`, or `linear`: falls to a twentieth over all iterations, and again over the prior's steps.
+        ema: Decay of the exponential moving average of the weights, which the E-step uses.
+        thinned: The share of the simulated observations of which a part is hidden, too.
+        imputed_weight: How much imputed entries of a reconstruction weigh beside measured ones (lambda of
+            :mod:`diffem.denoiser`). With 1 the M-step is the paper's, which never shows the network a real observation.
+            Taken as 1 for noise, blurs and black boxes, whose observations all measure the same, and in guided runs.
+        optimizer: `carry` or `reset` its state between iterations.
+        flip: Mirror half of the items left to right before they are corrupted; for images that may be.
+        clean_examples: A .npy of a few clean items, shape (n, *shape), in the units of y; none by default.
+        clean_share: The fraction of a batch that is taken from them.
+    """
+
+    steps: int = 150
+    first_steps: int = 600
+    batch: int = 128
+    micro_batch: int = 0
+    learning_rate: float = 2e-3
+    schedule: str = "linear"
+    ema: float = 0.99
+    thinned: float = 0.5
+    imputed_weight: float = 0.003
+    optimizer: str = "carry"
+    flip: bool = False
+    clean_examples: str = ""
+    clean_share: float = 0.1
+
+    def __post_init__(self) -> None:
+        if min(self.steps, self.first_steps, self.batch) < 1 or self.micro_batch < 0:
+            raise DiffemError("m_step: steps, first_steps and batch must be at least 1, micro_batch >= 0")
+        if not 0 <= self.ema < 1 or not all(0 <= share <= 1 for share in (self.thinned, self.clean_share)):
+            raise DiffemError("m_step: ema must be in [0, 1), thinned and clean_share in [0, 1]")
+        if not 0 < self.learning_rate < math.inf:
+            raise DiffemError(f"m_step.learning_rate: must be > 0, got {self.learning_rate}")
+        if not 0 < self.imputed_weight <= 1:
+            raise DiffemError(f"m_step.imputed_weight: must be in (0, 1], got {self.imputed_weight}")
+        if self.schedule not in ("constant", "linear"):
+            raise DiffemError(f"m_step.schedule: must be constant or linear, got {self.schedule!r}")
+        if self.optimizer not in ("carry", "reset"):
+            raise DiffemError(f"m_step.optimizer: must be carry or reset, got {self.optimizer!r}")
+
+    def rate(self, done: float) -> float:
+        """The learning rate when a share `done` of the updates has been made."""
+        return self.learning_rate * (1.0 if self.schedule == "constant" else max(LEAST_RATE, 1 - done))
+
+
+@dataclass
+class Batch:
+    """What one update trains on, in model units.
+
+    Attributes:
+        x: Items (B, *shape): reconstructions, and clean examples.
+        y: Observations of them (B, *y shape), simulated or real.
+        params: The parameters of these.
+        source: The parameters of the real observations behind the items; None where all entries weigh the same.
+        reconstructed: Which items are reconstructions (B,).
+        mirrored: Which of the items were mirrored (B,).
+    """
+
+    x: Tensor
+    y: Tensor
+    params: Params
+    source: Params | None
+    reconstructed: Tensor
+    mirrored: Tensor
+
+    def part(self, rows: slice) -> Batch:
+        """Some of its items."""
+        of = lambda params: {k: v[rows] for k, v in params.items()}  # noqa: E731
+        source = None if self.source is None else of(self.source)
+        return Batch(self.x[rows], self.y[rows], of(self.params), source, self.reconstructed[rows], self.mirrored[rows])
+
+
+class Examples:
+    """What the M-step trains on: reconstructions, observed anew at every update.
+
+    Arguments:
+        data: The observations.
+        train: The rows that train.
+        config: See :class:`MStepConfig`.
+        device: Where batches are made.
+    """
+
+    def __init__(self, data: Dataset, train: np.ndarray, config: MStepConfig, device: torch.device) -> None:
+        self.data, self.train, self.config, self.device = data, train, config, device
+        self.clean = self._clean()
+
+    @property
+    def digest(self) -> str | None:
+        """A checksum of the clean examples; None without."""
+        return None if self.clean is None else hashlib.sha256(self.clean.array.tobytes()).hexdigest()[:16]
+
+    def _clean(self) -> Items | None:
+        path, shape = self.config.clean_examples, self.data.shape
+        if not path:
+            return None
+        if not Path(path).is_file():
+            raise DiffemError(f"m_step.clean_examples: {path}: no such file; it is a .npy of clean items")
+        examples = np.asarray(open_array(Path(path)), dtype=np.float32)
+        if examples.shape[1:] != shape or not len(examples) or not np.isfinite(examples).all():
+            raise DiffemError(
+                f"m_step.clean_examples: {path}: must hold finite items of shape {shape}, has {examples.shape}"
+            )
+        return Items(examples, self.data.units)
+
+    def batch(self, x: Items, generator: torch.Generator, updates: int, alone: bool = False) -> Batch:
+        """A batch of items and their observations.
+
+        Arguments:
+            x: The reconstructions, row i of observation i.
+            generator: Draws all that is drawn.
+            updates: How many updates the weights have seen: real observations are shown less and less.
+            alone: The observations will not be shown, so that none is real and all entries weigh the same.
+        """
+        config, data, device = self.config, self.data, self.device
+        rows = self.train[self._integers(len(self.train), generator)]
+        items = x[rows].to(device)
+        reconstructed = torch.ones(len(items), dtype=torch.bool, device=device)
+        if self.clean is not None:
+            chosen = torch.rand(len(items), generator=generator, device=device) < config.clean_share
+            items = pick(chosen, self.clean[self._integers(len(self.clean), generator)].to(items), items)
+            reconstructed &= ~chosen
+        mirrored = torch.zeros_like(reconstructed)
+        if config.flip:
+            mirrored = torch.rand(len(items), generator=generator, device=device) < 0.5
+            items = pick(mirrored, items.flip(-1), items)
+        simulated, source = self.simulate(items, generator), None
+        # without parameters every observation measures the same, and there is nothing to weigh
+        if not alone and config.imputed_weight < 1 and data.observations.params:
+            real = data.batch(rows, device)
+            source = real[1]
+            simulated = self._split(simulated, real, reconstructed & ~mirrored, generator, updates)
+        return Batch(items, *simulated, source, reconstructed, mirrored)
+
+    def simulate(self, x: Tensor, generator: torch.Generator) -> Observed:
+        """Fresh observations of items, a part of them thinned."""
+        y, params = self.data.corruption.observe(x, generator)
+        split = self.data.corruption.thin(y, params, generator)
+        if split is None or not self.config.thinned:
+            return y, params
+        chosen = torch.rand(len(x), generator=generator, device=x.device) < self.config.thinned
+        return _mixed(chosen, split[0], (y, params))
+
+    def _split(
+        self, simulated: Observed, real: Observed, allowed: Tensor, generator: torch.Generator, updates: int
+    ) -> Observed:
+        """The simulated observations, some of them replaced by a thinned part of the real ones.
+
+        What is hidden of them is real, too: this is what a network on the splitting loss learns from. All are replaced in the
+        first :data:`PASSES` over the training observations; after n passes PASSES / n of them, or they would be learned by heart.
+
+        Arguments:
+            simulated: Observations of reconstructions.
+            real: The observations that were reconstructed.
+            allowed: Which ones may be replaced (B,).
+            generator: Draws which ones are, and what is hidden of them.
+            updates: How many updates there were.
+        """
+        split = self.data.corruption.thin(*real, generator)
+        if split is None:
+            return simulated
+        passes = self.config.batch * updates / len(self.train)
+        chosen = torch.rand(len(allowed), generator=generator, device=self.device) * passes < PASSES
+        some = (split[0][0] != 0).flatten(1).any(1)  # a single row of a projection leaves nothing to show
+        return _mixed(chosen & allowed & some, split[0], simulated)
+
+    def _integers(self, below: int, generator: torch.Generator) -> np.ndarray:
+        drawn = torch.randint(below, (self.config.batch,), generator=generator, device=self.device)
+        return drawn.cpu().numpy()
+
+
+def weigh(x: Tensor, batch: Batch, corruption: Corruption, share: float) -> Tensor:
+    """W x of :mod:`diffem.denoiser`: what the source observations measured of x, and `share` of the rest.
+
+    Clean examples are measured in every entry.
+
+    Arguments:
+        x: Shape (B, *shape), in model units.
+        batch: Whose items they are.
+        corruption: The corruption in model units.
+        share: lambda.
+    """
+    assert batch.source is not None
+    measured = corruption.measured(pick(batch.mirrored, x.flip(-1), x), batch.source)
+    measured = pick(batch.mirrored, measured.flip(-1), measured)
+    return pick(batch.reconstructed, share * x + (1 - share) * measured, x)
+
+
+def pick(chosen: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """The items of a that are chosen (B,), and those of b that are not."""
+    return torch.where(chosen.view(-1, *(1,) * (a.ndim - 1)), a, b)
+
+
+def _mixed(chosen: Tensor, a: Observed, b: Observed) -> Observed:
+    """The observations of a that are chosen (B,), and those of b that are not; b may lack masks, as where all is shown."""
+    params = {k: pick(chosen, v, b[1].get(k, torch.ones_like(v))) for k, v in a[1].items()}
+    return pick(chosen, a[0], b[0]), params
+
+
+class Trainer:
+    """A denoiser in training, with the running average of its weights.
+
+    Arguments:
+        denoiser: What is trained.
+        config: See :class:`MStepConfig`.
+
+    Attributes:
+        averaged: The same denoiser with the average of the weights; the E-step draws with it.
+        updates: How many there were.
+    """
+
+    def __init__(self, denoiser: Denoiser, config: MStepConfig) -> None:
+        self.denoiser, self.config, self.updates = denoiser, config, 0
+        self.restart()
+
+    def restart(self) -> None:
+        """Goes on from the weights as they are, with a new average and a new optimiser."""
+
+        def blend(average, current, _) -> None:
+            count = int(self.average.n_averaged)  # on the CPU, where the one that is given may not be
+            decay = min(self.config.ema, (1 + count) / (10 + count))  # a young average forgets quickly
+            torch._foreach_lerp_([*average], [*current], 1 - decay)
+
+        self.average = AveragedModel(self.denoiser.network, multi_avg_fn=blend)
+        self.averaged = self.denoiser.with_network(self.average.module.requires_grad_(False)).eval()
+        self.reset_optimizer()
+
+    def restart_from_average(self) -> None:
+        """Goes on from the averaged weights, with a new average and a new optimiser."""
+        self.denoiser.network.load_state_dict(self.averaged.network.state_dict())
+        self.restart()
+
+    def reset_optimizer(self) -> None:
+        """Forgets the optimiser's moments."""
+        weights, rate = self.denoiser.network.parameters(), self.config.learning_rate
+        self.optimizer = torch.optim.Adam(weights, lr=rate, fused=True)
+
+    def footprint(self) -> int:
+        """Bytes that one item of an update takes."""
+        denoiser = self.denoiser
+        x = torch.zeros(2, *denoiser.shape)  # one alone has no statistics over a batch
+        y, params = denoiser.corruption.observe(x, torch.Generator().manual_seed(0))
+        x, y, params = x.to(self.device), y.to(self.device), {k: v.to(self.device) for k, v in params.items()}
+        with memory.of_update(denoiser.network) as kept, seeding.global_generators(self.device, 0):
+            denoiser.loss(x, y, params, torch.Generator(self.device).manual_seed(0))
+        return kept[0] // 2
+
+    def refuse_what_does_not_fit(self) -> None:
+        """Raises :class:`diffem.memory.TooLarge` if an update needs more memory than there is."""
+        item, size = self.footprint(), self.config.micro_batch or self.config.batch
+        there = memory.available(self.device)
+        if item * size > there:
+            fits = 1 << max(there // (2 * item), 1).bit_length() - 1
+            raise memory.TooLarge(
+                f"m_step: an update of {size} items takes about {memory.words(item * size)} of memory, {memory.words(there)} "
+                f"are free; use --m_step.micro_batch {fits}"
+            )
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self.denoiser.device
+
+    def losses(self, batch: Batch, generator: torch.Generator, dropout: float) -> Iterator[Tensor]:
+        """The loss of a batch in parts that add up to it, scalars; `dropout` is the fraction of its observations that is
+        withheld."""
+        n = len(batch.x)
+        size, state = self.config.micro_batch or n, generator.get_state()
+        for start in range(0, n, size):
+            rows = slice(start, min(start + size, n))
+            generator.set_state(state)  # every part sees the same draws
+            loss = self.denoiser.loss(
+                batch.x, batch.y, batch.params, generator, dropout, self._weigh(batch.part(rows)), rows
+            )
+            yield loss * ((rows.stop - start) / n)
+
+    def _weigh(self, batch: Batch) -> Callable[[Tensor], Tensor] | None:
+        if batch.source is None:
+            return None
+        return lambda x: weigh(x, batch, self.denoiser.corruption, self.config.imputed_weight)
+
+    def update(self, losses: Iterable[Tensor], rate: float) -> float:
+        """One step down the gradient of the sum of `losses`, at a learning rate, and one step of the average.
+
+        Returns:
+            The sum. If it is not finite nothing was changed.
+        """
+        self.optimizer.zero_grad()
+        total = 0.0
+        for loss in losses:
+            loss.backward()
+            total += loss.item()
+        if math.isfinite(total):
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            torch.nn.utils.clip_grad_norm_(self.denoiser.network.parameters(), CLIP)
+            self.optimizer.step()
+            self.average.update_parameters(self.denoiser.network)
+            self.updates += 1
+        return total
+
+    def state(self) -> dict[str, Tensor]:
+        """Weights, average and optimiser, by name."""
+        network = self.denoiser.network
+        tensors = {f"network.{k}": v for k, v in network.state_dict().items()}
+        tensors |= {f"average.{k}": v for k, v in self.average.state_dict().items()}
+        names = [name for name, _ in network.named_parameters()]
+        for i, slots in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{names[i]}.{slot}": torch.as_tensor(v) for slot, v in slots.items()}
+        return {**tensors, "updates": torch.tensor(self.updates)}
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Takes back what :meth:`state` gave."""
+
+        def part(prefix: str) -> dict[str, Tensor]:
+            return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
+
+        self.denoiser.network.load_state_dict(part("network."))
+        self.average.load_state_dict(part("average."))
+        self.updates = int(tensors["updates"])
+        slots: dict[int, dict[str, Tensor]] = {}
+        for i, (name, parameter) in enumerate(self.denoiser.network.named_parameters()):
+            if found := part(f"optimizer.{name}."):
+                # laid out as before: strides change the rounding of the fused update
+                slots[i] = {k: torch.empty_like(parameter).copy_(v) if v.ndim else v for k, v in found.items()}
+        if slots:
+            self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": slots})

@@ -1,0 +1,110 @@
+"""The documentation's code runs as it is printed."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import diffem
+from diffem import samplers
+from diffem.config import load_config
+from diffem.corruptions import registry
+
+ROOT = Path(__file__).parents[1]
+SMALL = [
+    ("em.iterations", "1"),
+    ("em.guard", "false"),
+    ("m_step.steps", "3"),
+    ("m_step.first_steps", "3"),
+    ("prior.steps", "3"),
+    ("prior.sampler_steps", "3"),
+    ("sampler.steps", "3"),
+    ("start.ranks", "[2]"),
+    ("start.components", "[1]"),
+]
+
+
+def blocks(section: str) -> list[str]:
+    """The code of a section of the page."""
+    text = (ROOT / "docs" / "your-own.md").read_text()
+    part = text.split(f"\n## {section}\n")[1].split("\n## ")[0]
+    return re.findall(r"```python\n(.*?)```", part, re.DOTALL)
+
+
+def digits(corruption: diffem.Corruption) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    generator = torch.Generator().manual_seed(0)
+    y, params = corruption.observe(16 * torch.rand(80, 1, 8, 8, generator=generator), generator)
+    return y.numpy(), {k: v.numpy() for k, v in params.items()}
+
+
+def masked() -> diffem.Observations:
+    corruption = diffem.RandomMask(0.5, 0.08)
+    y, params = digits(corruption)
+    return diffem.Observations(y, corruption, params, range=(0, 16))
+
+
+def draws(posterior: diffem.Posterior, observations: diffem.Observations) -> torch.Tensor:
+    return posterior.sample(*observations.batch(range(5)), n=2, generator=torch.Generator().manual_seed(1))
+
+
+def test_a_corruption(tmp_path):
+    names: dict = {}
+    code, use = blocks("A corruption")
+    exec(code, names)
+    y, _ = digits(names["corruption"])
+    assert y.max() == 12
+    names |= {"y": y, "config": load_config("demo", SMALL), "out": str(tmp_path / "run")}
+    exec(use, names)
+    assert draws(names["posterior"], names["observations"]).shape == (2, 5, 1, 8, 8)
+    exec(use, names)  # a finished run does nothing
+
+
+def test_a_network(tmp_path):
+    names: dict = {"diffem": diffem}
+    code, use = blocks("A network")
+    exec(code, names)
+    names |= {"observations": masked(), "config": load_config("demo", SMALL), "out": str(tmp_path / "run")}
+    exec(use, names)
+    assert type(names["posterior"].sampler.denoiser.network.module).__name__ == "Small"
+    assert draws(names["posterior"], names["observations"]).isfinite().all()
+    exec(use, names)
+
+
+def test_a_sampler(tmp_path, monkeypatch):
+    monkeypatch.setattr(samplers, "SAMPLERS", dict(samplers.SAMPLERS))
+    names: dict = {"diffem": diffem}
+    code, use = blocks("A sampler")
+    exec(code, names)
+    exec(use, names)
+    assert names["config"].sampler.kind == "clipped"
+    config, out = load_config("demo", [*SMALL, ("sampler.kind", "clipped")]), str(tmp_path / "run")
+    observations = masked()
+    for _ in range(2):
+        assert [row["iteration"] for row in diffem.DiffEM(config, observations, out).iterate()] == [0, 1, 2]
+    posterior = diffem.from_pretrained(f"{out}/prior")
+    assert type(posterior.sampler) is names["Clipped"]
+    x = posterior.sample_prior(5)
+    assert (x.min(), x.max()) >= (0, 0)
+    assert x.max() <= 16
+
+
+def test_a_hook(tmp_path):
+    names: dict = {"diffem": diffem}
+    code, use = blocks("A hook")
+    exec(code, names)
+    names |= {"observations": masked(), "config": load_config("demo", SMALL), "out": str(tmp_path / "run")}
+    exec(use, names)
+    assert all(0 < row["brightness"] < 16 for row in names["rows"])
+
+
+def test_the_shelf_is_open(tmp_path, monkeypatch):
+    monkeypatch.setattr(registry, "REGISTRY", dict(registry.REGISTRY))
+    code = blocks("A corruption")[0].replace("class Saturation", "@diffem.register_corruption\nclass Saturation")
+    names: dict = {}
+    exec(code, names)
+    np.save(tmp_path / "y.npy", digits(names["corruption"])[0])
+    (tmp_path / "corruption.yaml").write_text("name: Saturation\nlevel: 12\nnoise: 0.5\nrange: [0, 16]\n")
+    assert type(diffem.Observations.load(tmp_path).corruption) is names["Saturation"]
