@@ -408,7 +408,7 @@ def e_step(em: DiffEM) -> None:
                     raise DiffemError(f"start: {what}")
                 roll_back(em, what)
                 return
-            out[rows[fresh]] = em.data.units.restore(x).cpu().numpy()
+            Items(out, em.data.units)[rows[fresh]] = x
         em.progress(Progress("e_step", state.iteration, int(rows[-1]) + 1, len(em.data)))
         if em.due():
             em.run.grown("next", out, int(rows[-1]) + 1, state.iteration)
