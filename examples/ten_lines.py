@@ -15,3 +15,4 @@ for row in diffem.DiffEM("demo", observations, "runs/ten-lines").iterate():
 draws = diffem.from_pretrained("runs/ten-lines/posterior").sample(
     y[:8], {"mask": params["mask"][:8]}, n=4
 )  # (4, 8, 1, 8, 8)
+new = diffem.from_pretrained("runs/ten-lines/prior").sample_prior(64)  # (64, 1, 8, 8)
