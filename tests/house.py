@@ -1,11 +1,14 @@
-"""Lines a module, and circles of imports.
+"""Lines a module, and circles of imports; and the page of every public name.
 
 python tests/house.py
+python tests/house.py --api > docs/api.md
 """
 
 from __future__ import annotations
 
 import ast
+import inspect
+import sys
 from pathlib import Path
 
 SOURCE = Path(__file__).parents[1] / "src"
@@ -76,7 +79,31 @@ def longest() -> tuple[int, str]:
     return max(classes)
 
 
+def api() -> str:
+    """docs/api.md: every public name with the first sentence of its docstring."""
+    import diffem
+
+    def sentence(thing: object) -> str:
+        text = " ".join((inspect.getdoc(thing) or "").split("\n\n")[0].split())
+        return text.replace("|", "\\|").replace(":class:", "").replace(":meth:", "").replace(":func:", "")
+
+    lines = ["# The public names", "", "Made by `python tests/house.py --api`. `help(diffem.NAME)` says more.", ""]
+    lines += ["| name | what it is |", "|---|---|"]
+    for name in diffem.__all__:
+        thing = getattr(diffem, name)
+        lines.append(f"| `{name}` | {sentence(thing)} |")
+        if inspect.isclass(thing) and name in ("DiffEM", "Observations", "Posterior", "Corruption"):
+            for method, function in vars(thing).items():
+                function = getattr(function, "__func__", function)
+                if not method.startswith("_") and (inspect.isfunction(function) or isinstance(function, property)):
+                    lines.append(f"| `{name}.{method}` | {sentence(function)} |")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
+    if "--api" in sys.argv:
+        print(api(), end="")
+        return
     sizes = {name: len(file.read_text().splitlines()) for name, file in modules().items()}
     for name, lines in sorted(sizes.items(), key=lambda item: -item[1]):
         print(f"{lines:6d}  {name}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import house
 import numpy as np
 import torch
 
@@ -108,3 +109,12 @@ def test_the_shelf_is_open(tmp_path, monkeypatch):
     np.save(tmp_path / "y.npy", digits(names["corruption"])[0])
     (tmp_path / "corruption.yaml").write_text("name: Saturation\nlevel: 12\nnoise: 0.5\nrange: [0, 16]\n")
     assert type(diffem.Observations.load(tmp_path).corruption) is names["Saturation"]
+
+
+def test_the_page_of_public_names_is_that_of_today():
+    page = house.api()
+    assert (ROOT / "docs" / "api.md").read_text() == page  # python tests/house.py --api > docs/api.md
+    for name in diffem.__all__:
+        assert f"| `{name}` | " in page
+    assert "| |" not in page.replace("| | |", "")  # each has a sentence
+    assert not [line for line in page.splitlines() if line.endswith("|  |")]
