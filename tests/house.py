@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 SOURCE = Path(__file__).parents[1] / "src"
-LONGEST = 200  # lines of a class, about
+LONGEST = 210  # lines of a class, about
 
 
 def modules() -> dict[str, Path]:

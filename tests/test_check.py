@@ -573,3 +573,16 @@ def test_command_with_a_black_box(tmp_path, capsys, monkeypatch):
     np.save("obs/y.npy", features(1200).clip(-1, 1).astype(np.float32))
     assert main(["check", "obs", "--corruption", "a_box_of_mine:clip"]) == 0
     assert "note     black-box: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("wrong", [True, False])
+def test_an_inverted_mask_is_a_problem(wrong):
+    data = observe(features(400), RandomMask(0.4, 0.01))
+    mask = data.params["mask"]
+    y = np.where(mask, data.y, 0).astype(np.float32)
+    found = [
+        f
+        for f in check(Observations(y, RandomMask(0.4, 0.01), {"mask": ~mask if wrong else mask}))
+        if f.name == "mask-inverted"
+    ]
+    assert [f.level for f in found] == ["problem"] * wrong

@@ -180,3 +180,10 @@ def test_every_setting_is_described(capsys):
     assert all(words.endswith((".", ")")) for _, words in found.values()), [w for _, w in found.values()]
     assert cli.main(["settings"]) == 0
     assert "--em.iterations 20\n    Number of EM iterations.\n" in capsys.readouterr().out
+
+
+def test_overrides_are_pairs_or_a_dictionary_of_values_or_of_yaml():
+    for overrides in ([("em.iterations", 2)], [("em.iterations", "2")], {"em.iterations": 2}, {"em.iterations": "2"}):
+        assert config.load_config("demo", overrides).em.iterations == 2
+    with pytest.raises(DiffemError, match="em.iterations: must be of type int, got 2.5"):  # noqa: RUF043
+        config.load_config("demo", {"em.iterations": 2.5})

@@ -1452,9 +1452,18 @@ def test_a_hook_cannot_decide(added, whole, tmp_path):
 
 def test_what_a_hook_adds_must_be_json(tmp_path):
     em = make(tmp_path)
-    em.hooks = [lambda em, row: {"mine": np.float32(1)}]
-    with pytest.raises(DiffemError, match=r"^hooks: .* cannot be written as JSON: Object of type float32"):
+    em.hooks = [lambda em, row: {"mine": np.float32(1), "ours": torch.tensor(2)}]
+    assert [(row["mine"], row["ours"]) for row in em.iterate()] == [(1, 2)] * 5
+    em = make(tmp_path / "other")
+    em.hooks = [lambda em, row: {"mine": object()}]
+    with pytest.raises(DiffemError, match=r"^hooks: .* cannot be written as JSON: "):
         list(em.iterate())
+
+
+def test_a_folder_of_observations_is_enough(tmp_path):
+    observations().save(tmp_path / "data")
+    em = DiffEM(settings(), tmp_path / "data", tmp_path / "run")
+    assert next(em.iterate())["iteration"] == 0
 
 
 def test_a_posterior_that_held_out_others_is_no_start(whole):

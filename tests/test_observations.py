@@ -541,3 +541,27 @@ def test_clip_is_saved_too(tmp_path):
     box = BlackBox(torch.sqrt, "torch:sqrt", (0.0, 4.0))
     Observations(np.zeros((40, 3)), box, range=(0, 4)).save(tmp_path)
     assert Observations.load(tmp_path, BlackBox(torch.sqrt, "torch:sqrt")).corruption.config == box.config
+
+
+def test_tensors_and_lists_are_arrays():
+    mask, y = torch.rand(40, 3) > 0.5, torch.randn(40, 3)
+    one = Observations(y, RandomMask(0.5, 0.1), {"mask": mask})
+    two = Observations(y.tolist(), RandomMask(0.5, 0.1), {"mask": mask.tolist()})
+    assert torch.equal(one.batch([1, 2])[0], two.batch([1, 2])[0])
+
+
+@pytest.mark.parametrize(
+    ("corruption", "params", "text"),
+    [
+        ("RandomMask", None, "corruption: must be a corruption, e.g. RandomMask(0.5, 0.1), got 'RandomMask'"),
+        (
+            RandomMask(0.5, 0.1),
+            np.ones((40, 3), bool),
+            'params: must be named arrays, e.g. {"mask": mask}, got ndarray',
+        ),
+    ],
+)
+def test_what_is_not_a_corruption_or_named_arrays(corruption, params, text):
+    with pytest.raises(DiffemError) as caught:
+        Observations(np.zeros((40, 3)), corruption, params)
+    assert str(caught.value) == f"observations: {text}"

@@ -234,7 +234,7 @@ FITS = "where the model's have (6,)"
             "mask",
             (3, D),
             {"maks": MASK},
-            "mask.npy: missing; RandomMask needs to know which entries were observed (true = observed)",
+            "params: maks: is no parameter of RandomMask; did you mean 'mask'? (known: kernel, mask, matrix)",
         ),
         ("mask", (3, D), {"mask": MASK[:, :4]}, "mask.npy: shape (3, 4) does not broadcast against y's (3, 6)"),
         ("mask", (3, D), {"mask": MASK[:1]}, "mask: has 1 rows where y has 3"),
@@ -527,3 +527,24 @@ def test_no_draws_are_refused():
         with pytest.raises(DiffemError) as caught:
             draw()
         assert str(caught.value) == "n: must be at least 1, got 0"
+
+
+def test_what_is_not_finite_or_not_known_is_refused():
+    posterior = diffusion(CASES["mask"][0])
+    y, params = observed(*CASES["mask"])
+    y = torch.where(params["mask"], y, torch.nan)
+    assert posterior.sample(y, params).isfinite().all()
+    for given, text in (
+        (
+            {"mask": ~params["mask"]},
+            "y: holds what is not finite where it counts as observed; a mask is true where y was observed",
+        ),
+        (
+            {"masks": params["mask"]},
+            "params: masks: is no parameter of RandomMask; did you mean 'mask'? (known: kernel, mask, matrix)",
+        ),
+        (params["mask"], 'params: must be named arrays, e.g. {"mask": mask}, got Tensor'),
+    ):
+        with pytest.raises(DiffemError) as caught:
+            posterior.sample(y, given)
+        assert str(caught.value) == text

@@ -134,8 +134,10 @@ def presets() -> list[str]:
     return sorted(f.name[:-5] for f in (resources.files("diffem") / "presets").iterdir() if f.name.endswith(".yaml"))
 
 
-def load_config(preset: str | None = None, overrides: Sequence[tuple[str, str]] = ()) -> Config:
-    """A preset (a name, or a path to a YAML file) with overrides ('section.field', 'YAML value').
+def load_config(
+    preset: str | None = None, overrides: Mapping[str, object] | Sequence[tuple[str, object]] = ()
+) -> Config:
+    """A preset (a name, or a path to a YAML file) with overrides: {'section.field': value}, or pairs; text is read as YAML.
 
     Raises:
         DiffemError: Naming the unknown preset, section or field with a suggestion, or the value that does not fit.
@@ -152,9 +154,12 @@ def load_config(preset: str | None = None, overrides: Sequence[tuple[str, str]] 
                 raise DiffemError(f"{preset}: must hold sections of `field: value` lines")
         else:
             raise DiffemError(f"{preset}: unknown preset;{suggest(preset, presets())}")
-    for key, text in overrides:
+    for key, text in overrides.items() if isinstance(overrides, Mapping) else overrides:
         section, _, name = key.partition(".")
-        values[section] = {**(values.get(section) or {}), name: _yaml(text, f"--{key}")}
+        values[section] = {
+            **(values.get(section) or {}),
+            name: _yaml(text, f"--{key}") if isinstance(text, str) else text,
+        }
     return from_dict(values, source)
 
 

@@ -103,7 +103,7 @@ class DiffEM:
 
     Arguments:
         config: The configuration, or the name of a preset.
-        observations: The observations.
+        observations: The observations, or their folder.
         out: The run folder; if it holds an unfinished run of the same configuration, that one goes on.
         start: A posterior to start from, instead of what the configuration names.
         network: A network of your own, see :class:`diffem.networks.Given`.
@@ -128,7 +128,7 @@ class DiffEM:
     def __init__(
         self,
         config: Config | str,
-        observations: Observations,
+        observations: Observations | str | os.PathLike[str],
         out: str | os.PathLike[str],
         start: Posterior | None = None,
         network: Network | None = None,
@@ -141,6 +141,8 @@ class DiffEM:
         checkpoint_minutes: float = 5.0,
     ) -> None:
         config = load_config(config) if isinstance(config, str) else config
+        if not isinstance(observations, Observations):
+            observations = Observations.load(Path(observations))
         if batch is not None and batch < 1:
             raise DiffemError(f"batch: must be at least 1, got {batch}")
         self.config, self.observations, self.seed = config, observations, config.em.seed
@@ -446,8 +448,8 @@ def judge(em: DiffEM) -> None:
 def _checked(added: dict) -> dict:
     """What a hook adds to a row, if it can be saved."""
     try:
-        return json.loads(json.dumps(added))
-    except (TypeError, ValueError) as error:
+        return json.loads(json.dumps(added, default=lambda value: value.item()))  # numbers of numpy and torch
+    except (TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise DiffemError(f"hooks: {added} cannot be written as JSON: {error}") from None
 
 

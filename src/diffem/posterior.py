@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 
@@ -16,8 +17,9 @@ from torch import Tensor, nn
 from diffem import devices, files, memory, samplers, seeding
 from diffem.corruptions import REGISTRY, BlackBox, Corruption, from_config
 from diffem.data import Dataset, Observations
+from diffem.data.observations import PARAMETER_FILES
 from diffem.denoiser import Denoiser
-from diffem.errors import DiffemError
+from diffem.errors import DiffemError, suggest
 from diffem.networks import Given, Network
 from diffem.samplers import Sampler
 from diffem.units import Units
@@ -70,12 +72,18 @@ class Posterior(nn.Module):
         """
         if n < 1:
             raise DiffemError(f"n: must be at least 1, got {n}")
+        if not isinstance(params, Mapping | None):
+            raise DiffemError(f'params: must be named arrays, e.g. {{"mask": mask}}, got {type(params).__name__}')
         arrays = isinstance(y, np.ndarray)
         y, given = torch.as_tensor(y).float(), {k: torch.as_tensor(v) for k, v in (params or {}).items()}
         given = {k: (v.bool() if k == "mask" else v.float()).to(y.device) for k, v in given.items()}
         self._check(y, given)
         if "mask" in given:
             y = torch.where(given["mask"], y, 0.0)
+        if not y.isfinite().all():
+            raise DiffemError(
+                "y: holds what is not finite where it counts as observed; a mask is true where y was observed"
+            )
         if seeds is None:
             base = torch.randint(2**62, (), generator=generator)
             seeds = seeding.item_seeds(int(base), 0, "user", range(len(y)))
@@ -93,6 +101,11 @@ class Posterior(nn.Module):
 
     def _check(self, y: Tensor, params: dict[str, Tensor]) -> None:
         for name, value in params.items():
+            known = (*PARAMETER_FILES, *self.corruption.parameters)
+            if name not in known:
+                raise DiffemError(
+                    f"params: {name}: is no parameter of {self.corruption.config['name']};{suggest(name, known)}"
+                )
             if value.shape[:1] != y.shape[:1]:
                 raise DiffemError(f"{name}: has {len(value) if value.ndim else 0} rows where y has {len(y)}")
         shape = tuple(y.shape[1:]) if self.corruption.diagonal else self.shape

@@ -66,7 +66,17 @@ class Observations:
         source: str = "observations",
         held_out: np.ndarray | None = None,
     ) -> None:
-        self.y, self.params, self.corruption, self.source = y, dict(params or {}), corruption, source
+        if not isinstance(corruption, Corruption):
+            raise DiffemError(
+                f"{source}: corruption: must be a corruption, e.g. RandomMask(0.5, 0.1), got {corruption!r}"
+            )
+        if not isinstance(params, Mapping | None):
+            raise DiffemError(
+                f'{source}: params: must be named arrays, e.g. {{"mask": mask}}, got {type(params).__name__}'
+            )
+        y = y if isinstance(y, np.ndarray) else np.asarray(y)
+        params = {k: v if isinstance(v, np.ndarray) else np.asarray(v) for k, v in (params or {}).items()}
+        self.y, self.params, self.corruption, self.source = y, params, corruption, source
         self.held_out = held_out
         if y.ndim < 2 or 0 in y.shape:
             raise DiffemError(

@@ -63,6 +63,7 @@ def check(observations: Observations, seed: int = 0) -> list[Finding]:
     findings = [
         *observed(observations, survey),
         *never_together(observations, survey),
+        *inverted(observations),
         *mask_rate(observations, survey),
         *duplicates(survey, train, np.concatenate(halves)),
         *quiet,
@@ -220,6 +221,19 @@ def mask_rate(observations: Observations, survey: Survey) -> list[Finding]:
     use = "use" if hasattr(corruption, "rate") else "use `name: RandomMask` with"
     text = f"declared rate {declared:g}, but the observed fraction is {1 - rate:.3g}, so that re-corruption would draw the wrong masks; {use} `rate: {rate:.3g}`"
     return [Finding("problem", "mask-rate", text)]
+
+
+def inverted(observations: Observations) -> list[Finding]:
+    """Masks that show nothing but zeros and hide what is none: a problem, since a mask is true where y was observed."""
+    if "mask" not in observations.params:
+        return []
+    rows = evenly(np.arange(len(observations)), CHUNK)
+    y = np.nan_to_num(np.asarray(observations.y[rows], dtype=np.float64))
+    mask = np.broadcast_to(np.asarray(observations.params["mask"][rows], dtype=bool), y.shape)
+    if y[mask].any() or not y[~mask].any():
+        return []
+    text = "what the mask shows is 0 everywhere, and what it hides is not; is mask.npy inverted? It is true where y was observed"
+    return [Finding("problem", "mask-inverted", text)]
 
 
 def duplicates(survey: Survey, train: np.ndarray, held_out: np.ndarray) -> list[Finding]:
