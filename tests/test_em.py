@@ -83,9 +83,11 @@ def train(out: Path, data: Observations | None = None, **sections) -> DiffEM:
     return em
 
 
-def drawn(folder: Path, rows: np.ndarray, iteration: int, data: Observations | None = None) -> np.ndarray:
-    """What a saved posterior draws in the E-step of an iteration."""
-    seeds = seeding.item_seeds(0, iteration, "e_step", rows)
+def drawn(
+    folder: Path, rows: np.ndarray, iteration: int, data: Observations | None = None, purpose: str = "e_step"
+) -> np.ndarray:
+    """What a saved posterior draws in the E-step of an iteration, or at the end."""
+    seeds = seeding.item_seeds(0, iteration, purpose, rows)
     return from_pretrained(folder).sample(*(data or observations()).batch(rows), seeds=seeds)[0].numpy()
 
 
@@ -211,7 +213,7 @@ def test_kill_nine_while_the_last_reconstructions_are_drawn(tmp_path, monkeypatc
     last = em.rows[-1]
     assert (last["of"], last["width"], last["loss"], last["examples"]) == (1, judging.WIDTHS[-1], None, 0)
     assert from_pretrained(tmp_path / "whole" / "posterior").sampler.width == judging.WIDTHS[-1]
-    found = drawn(tmp_path / "whole" / "posterior", np.arange(60), 4)
+    found = drawn(tmp_path / "whole" / "posterior", np.arange(60), 4, purpose="end")
     np.testing.assert_allclose(found, np.load(tmp_path / "whole" / "reconstructions.npy"), rtol=1e-4, atol=1e-5)
 
     start_and_die(tmp_path / "run", "last", **sections)
@@ -317,6 +319,30 @@ def test_a_finished_run_of_more_iterations_goes_on(guard, tmp_path):
     assert [row["examples"] for row in rows] == [0, 80, 80, 80, 80, 0]
     again = list(make(tmp_path, em={"guard": guard, "iterations": 4}).iterate())
     assert again == rows
+
+
+def test_a_run_that_goes_on_draws_no_number_again(tmp_path, monkeypatch):
+    """Its iterations are counted on from the last one, where the final draws and the prior's updates had numbers, too."""
+    used, generator, item_seeds = [], seeding.generator, seeding.item_seeds
+
+    def keyed(seed, iteration, phase, step=0, device="cpu"):
+        used.append((iteration, phase, step))
+        return generator(seed, iteration, phase, step, device)
+
+    def items(seed, iteration, phase, indices):
+        used.extend((iteration, phase, int(i)) for i in indices if len(indices) < 60)
+        return item_seeds(seed, iteration, phase, indices)
+
+    monkeypatch.setattr(seeding, "generator", keyed)
+    monkeypatch.setattr(seeding, "item_seeds", items)
+    sections = {"em": {"guard": False, "iterations": 2, "refresh": 0.5}, "prior": {"kind": "unconditional", "steps": 3}}
+    train(tmp_path, **sections)
+    train(tmp_path, **{**sections, "em": {**sections["em"], "iterations": 5}})
+    trains = [key for key in used if key[1] in ("m_step", "prior_step", "e_step")]
+    ends = [key for key in used if key[1] == "end"]  # both runs end; numbers of their own each
+    assert {key[1] for key in used} >= {"m_step", "prior_step", "e_step", "end"}
+    assert len(set(trains)) == len(trains)
+    assert len(set(ends)) == len(ends) == 120
 
 
 def test_an_unfinished_run_of_more_iterations_is_the_longer_run(tmp_path):
@@ -581,7 +607,7 @@ def test_the_width_is_the_one_whose_criterion_is_least(name, tmp_path, monkeypat
     assert from_pretrained(tmp_path / "posterior").sampler.width == chosen
     anew = chosen != begin  # then everything is drawn again
     assert em.rows[2]["network_evaluations"] == 60 * 4 * anew
-    found = drawn(tmp_path / "posterior", np.arange(60), 1 + anew)
+    found = drawn(tmp_path / "posterior", np.arange(60), 1 + anew, purpose="end" if anew else "e_step")
     np.testing.assert_allclose(found, np.load(tmp_path / "reconstructions.npy"), rtol=1e-4, atol=1e-5)
 
 
@@ -607,7 +633,7 @@ def test_the_last_reconstructions_are_all_drawn_from_the_last_posterior(tmp_path
     em = train(tmp_path, em={"refresh": 0.5})
     assert em.rows[-1]["network_evaluations"] == 60 * 4
     assert 0 < em.rows[-2]["network_evaluations"] - 3 * 80 < 60 * 4
-    found = drawn(tmp_path / "posterior", np.arange(60), 4)
+    found = drawn(tmp_path / "posterior", np.arange(60), 4, purpose="end")
     np.testing.assert_allclose(found, np.load(tmp_path / "reconstructions.npy"), rtol=1e-4, atol=1e-5)
 
 
@@ -1418,7 +1444,7 @@ def test_last_draws_that_are_not_finite_leave_those_of_the_best_iteration(tmp_pa
 
     def explode(self, y, params, seeds, withheld=None):
         x = draw(self, y, params, seeds, withheld)
-        x[seeds == seeding.item_seeds(0, 4, "e_step", [20])] = torch.nan
+        x[seeds == seeding.item_seeds(0, 4, "end", [20])] = torch.nan
         return x
 
     monkeypatch.setattr(DiffusionSampler, "draw", explode)

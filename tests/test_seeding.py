@@ -140,14 +140,15 @@ def test_global_generators_are_keyed_and_then_as_they_were():
 
     torch.rand(3)
     state = torch.get_rng_state()
-    first = numbers(1, 2, 3)
+    first = numbers(1, 2, "m_step", 3)
     assert torch.equal(torch.get_rng_state(), state)
     torch.rand(3)
-    assert numbers(1, 2, 3) == first
-    assert all(numbers(*key) != first for key in ((0, 2, 3), (1, 3, 2), (1, 2, 4), (1, 2)))
+    assert numbers(1, 2, "m_step", 3) == first
+    others = ((0, 2, "m_step", 3), (1, 3, "m_step", 2), (1, 2, "m_step", 4), (1, 2, "prior_step", 3), (1, 2))
+    assert all(numbers(*key) != first for key in others)
     state = torch.get_rng_state()
 
-    @seeding.global_generators("cpu", 1, 2, 3)
+    @seeding.global_generators("cpu", 1, 2, "m_step", 3)
     def fails():
         torch.rand(1)
         raise RuntimeError("inside")

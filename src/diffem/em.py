@@ -265,7 +265,7 @@ class DiffEM:
         earlier = self.start.sampler
         mixture = None if earlier.mixture is None else earlier.mixture.copied("cpu")
         parts = self.data.corruption, self.data.shape, self.config.denoiser, self.network, mixture
-        with seeding.global_generators("cpu", self.seed, 0):
+        with seeding.global_generators("cpu", self.seed):
             denoiser = self.sampler_class.denoiser_class(*parts)
         denoiser.precision = self.precision
         kind = self.sampler_class.denoiser_class
@@ -346,10 +346,12 @@ def train(em: DiffEM, steps: int, dropout: float) -> bool:
     """Updates of the network until there were `steps` in this iteration; `dropout` is the share without an observation. False
     if it rolled back instead."""
     state, trainer, x = em.state, em.trainer, em.items("current")
+    purpose = "prior_step" if state.step == "prior" else "m_step"  # a run that goes on counts iterations on from the last
     trainer.denoiser.network.train()
     while state.updates < steps:
-        generator = seeding.generator(em.seed, state.iteration, "m_step", state.updates, em.device)
-        with seeding.global_generators(em.device, em.seed, state.iteration, state.updates):  # of dropout layers
+        keys = state.iteration, purpose, state.updates
+        generator = seeding.generator(em.seed, *keys, em.device)
+        with seeding.global_generators(em.device, em.seed, *keys):  # of dropout layers
             value = trainer.update(em.losses(x, generator, dropout), learning_rate(em, state.updates / steps))
         if not math.isfinite(value):
             roll_back(em, f"the loss is {value} at iteration {state.iteration}, update {state.updates}")
@@ -394,8 +396,9 @@ def e_step(em: DiffEM) -> None:
     state, sampler, refresh = em.state, em.sampler, em.config.em.refresh
     before = em.run.array("current") if refresh < 1 and state.iteration and state.of is None else None
     out, done = em.run.growing("next", (len(em.data), *em.data.shape), state.iteration)
+    purpose = "e_step" if state.of is None else "end"  # a run that goes on counts iterations on from the last
     for rows in em.data.chunks(np.arange(done, len(em.data)), em.batch):
-        seeds = seeding.item_seeds(em.seed, state.iteration, "e_step", rows)
+        seeds = seeding.item_seeds(em.seed, state.iteration, purpose, rows)
         fresh = np.ones(len(rows), dtype=bool)
         if before is not None:
             fresh = (seeding.uniform(seeds, stream=REFRESH) < refresh).numpy()
@@ -420,7 +423,7 @@ def e_step(em: DiffEM) -> None:
     out.flush()
     drawn = len(em.data)
     if before is not None:
-        keys = seeding.item_seeds(em.seed, state.iteration, "e_step", np.arange(len(em.data)))
+        keys = seeding.item_seeds(em.seed, state.iteration, purpose, np.arange(len(em.data)))
         drawn = int((seeding.uniform(keys, stream=REFRESH) < refresh).sum())
     em.next("judge", drawn=drawn)
 

@@ -27,7 +27,9 @@ _MASK = (1 << 64) - 1
 # A name for every kind of work that draws: the numbers are part of what a seed means, so only append.
 PHASES = {
     name: number
-    for number, name in enumerate(("init", "split", "data", "start", "m_step", "e_step", "score", "prior", "user"))
+    for number, name in enumerate(
+        ("init", "split", "data", "start", "m_step", "e_step", "score", "prior", "user", "end", "prior_step")
+    )
 }
 
 
@@ -53,10 +55,12 @@ def generator(
 
 
 @contextlib.contextmanager
-def global_generators(device: str | torch.device, seed: int, *numbers: int) -> Iterator[None]:
-    """Torch's global generators are keyed by a seed and counters meanwhile, and then as they were."""
+def global_generators(
+    device: str | torch.device, seed: int, iteration: int = 0, phase: str = "init", step: int = 0
+) -> Iterator[None]:
+    """Torch's global generators are keyed like :func:`generator` meanwhile, and then as they were."""
     device = torch.device(device)
-    key, on_cpu = fold(seed, *numbers) >> 1, device.type == "cpu"
+    key, on_cpu = fold(seed, iteration, PHASES[phase], step) >> 1, device.type == "cpu"
     with torch.random.fork_rng([] if on_cpu else [device], device_type="cuda" if on_cpu else device.type):
         torch.default_generator.manual_seed(key)
         if device.type == "cuda":
