@@ -66,6 +66,14 @@ class Arm(DiffEM):
         return self.diffusion(width=1.0)
 
 
+class ByFormula(Arm):
+    """New observations have masks by the formula."""
+
+    def __init__(self, config, observations, *args, **kwargs) -> None:
+        observations.formula = True
+        super().__init__(config, observations, *args, **kwargs)
+
+
 class Sharp(Arm):
     """Plain DDPM in the first third of the iterations, and with the residual variance put back in the others."""
 
@@ -310,6 +318,7 @@ ARMS = {
         "the variance head does not shape the features", constants={(networks, "VARIANCE_GRADIENT"): 0.0}
     ),
     "times": Change("training times of Beta(3, 3)", settings={"denoiser.time_beta": "3"}),
+    "formula": Change("masks by the formula, for measured ones", ByFormula),
     "whole": Change("no simulated observation is thinned", settings={"m_step.thinned": "0"}),
     "plain": Change("plain preconditioning for the start's", settings={"denoiser.precondition": "plain"}),
     "fewer": Change("a sampler of 4 steps, for 16 on digits and 6 on garments", settings={"sampler.steps": "4"}),

@@ -350,8 +350,9 @@ def main() -> int:
                     print(f"{task} {name}: left out; {why}")
                     continue
                 file = arguments.results / task / f"{name}-{seed}.json"
-                if file.exists() and json.loads(file.read_text())["budget"] == budget:
-                    continue
+                made = file.exists() and json.loads(file.read_text())["budget"] == budget
+                if made and (name != "start" or (arguments.runs / task / str(seed) / name / "posterior").exists()):
+                    continue  # the others go on from the folder of the start
                 result = run(task, name, seed, budget, arguments.runs, arguments.root)
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.write_text(json.dumps(result, indent=1) + "\n")

@@ -85,6 +85,7 @@ class Judge:
 
     def __init__(self, folder: Path, seed: int = 0, data_seed: int = 0) -> None:
         self.observations, self.seed = Observations.load(folder), seed
+        self.observations.formula = True  # the hidden entries are those of all earlier results
         self.train, _, test = self.observations.split(seed)
         self.test = evenly(test, SCORED)
         self.data = Dataset(self.observations, self.observations.units(self.train))
@@ -137,7 +138,7 @@ class Judge:
             column["sinkhorn"] = metrics.sinkhorn_divergence(self.units.restore(x), self.units.restore(self.clean))
             y, params = self.data.batch(self.rows)
             residual = self.data.corruption.forward(x, params) - y
-            column["residual"] = (residual.square().mean().sqrt() / self.data.corruption.noise).item()
+            column["residual"] = (residual.square().mean().sqrt() / float(self.data.corruption.noise)).item()
         return column
 
     def psnr_of(self, estimate: Callable[[Tensor, Params], Tensor]) -> float:

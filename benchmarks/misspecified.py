@@ -44,7 +44,7 @@ def run(true: Corruption, assumed: Corruption, seed: int, folder: Path) -> dict:
     data = datasets.load("digits")
     clean = torch.from_numpy(np.asarray(data.items, dtype=np.float32))
     y, params = true.observe(clean, torch.Generator().manual_seed(seed))
-    observations = Observations(y.numpy(), assumed, {k: v.numpy() for k, v in params.items()}, data.range)
+    observations = Observations(y.numpy(), assumed, {k: v.numpy() for k, v in params.items()}, data.range, formula=True)
     config = configuration.load_config("digits", list({**SETTINGS, "em.seed": str(seed)}.items()))
     shutil.rmtree(folder, ignore_errors=True)
     em = DiffEM(config, observations, folder, allow_unobserved=True)

@@ -260,7 +260,7 @@ def misspecified() -> str:
 
 KEPT = {"lambda1": "kept", "lambda01": "0.003", "no-split": "kept", "detached": "kept", "times": "Beta(3, 1.5)"}
 KEPT |= {"all-split": "20 passes", "whole": "kept", "plain": "kept", "fewer": "as they were", "refresh": "a setting"}
-KEPT |= {"renoised": "not built in", "momentum": "not built in"}
+KEPT |= {"renoised": "not built in", "momentum": "not built in", "formula": "a setting"}
 
 
 def ablation() -> str:

@@ -101,7 +101,7 @@ def run(task: str, seed: int, settings: dict[str, str], folder: Path) -> list[di
     made = TASKS[task].made()
     y, params = made.observe(x[:ITEMS], torch.Generator().manual_seed(seed))
     assumed = (TASKS[task].assumed or TASKS[task].made)()
-    observations = Observations(y.numpy(), assumed, {k: v.numpy() for k, v in params.items()}, data.range)
+    observations = Observations(y.numpy(), assumed, {k: v.numpy() for k, v in params.items()}, data.range, formula=True)
     config = configuration.load_config("digits", list({**settings, "em.seed": str(seed)}.items()))
     hooks = [watch(x[ITEMS:], labels[ITEMS:])]
     em = DiffEM(config, observations, folder, hooks=hooks, allow_unobserved=True)

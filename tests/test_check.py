@@ -200,13 +200,17 @@ def test_cosines_that_a_blur_deletes(std):
 
 @pytest.mark.parametrize("block", [1, 4])
 def test_mask_rate(block):
-    observations = observe(images(), RandomMask(0.349, 1.0, block), declared=RandomMask(0.75, 1.0, block))
+    """Of masks by a formula; else new ones are rows of those that were measured."""
+    wrong = RandomMask(0.75, 1.0, block)
+    observations = observe(images(), RandomMask(0.349, 1.0, block), declared=wrong, formula=True)
     shown = observations.params["mask"].mean()
-    text = f"declared rate 0.75, but the observed fraction is {shown:.3g}, so that re-corruption would draw the wrong masks; use `rate: {1 - shown:.3g}`"
+    text = f"declared rate 0.75, but the observed fraction is {shown:.3g}, so that re-corruption would draw the wrong masks; use `rate: {1 - shown:.3g}`, or leave out `formula: true`"
     assert found(observations)["mask-rate"] == Finding("problem", "mask-rate", text)
-    undeclared = observe(images(), RandomMask(0.5, 1.0), declared=GaussianNoise(1.0))
+    undeclared = observe(images(), RandomMask(0.5, 1.0), declared=GaussianNoise(1.0), formula=True)
     assert "; use `name: RandomMask` with `rate: 0." in found(undeclared)["mask-rate"].text
-    assert "mask-rate" not in found(observe(images(100), RandomMask(0.75, 1.0, block=8)))  # few, so uncertain
+    few = observe(images(100), RandomMask(0.75, 1.0, block=8), formula=True)  # so uncertain
+    assert "mask-rate" not in found(few)
+    assert "mask-rate" not in found(observe(images(), RandomMask(0.349, 1.0, block), declared=wrong))
 
 
 @pytest.mark.parametrize("which", [2, 150])  # of the validation, of the test observations
@@ -520,7 +524,7 @@ def test_fifty_thousand_images(tmp_path):
 def test_command(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     observe(features(1200), RandomMask(0.5, 0.05)).save(tmp_path / "good")
-    observe(features(1200), RandomMask(0.5, 0.05), RandomMask(0.3, 0.05)).save(tmp_path / "bad")
+    observe(features(1200), RandomMask(0.5, 0.05), RandomMask(0.3, 0.05), formula=True).save(tmp_path / "bad")
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(TINY))
     before = {str(p): (p.stat().st_mtime_ns, p.stat().st_size) for p in tmp_path.rglob("*")}
 

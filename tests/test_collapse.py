@@ -38,7 +38,7 @@ def items(seeds: torch.Tensor) -> torch.Tensor:
 def observed(corruption: Corruption, seed: int, n: int = 2 * N) -> Dataset:
     x = items(seeding.item_seeds(1000 + seed, 0, "data", torch.arange(n)))
     y, params = corruption.observe(x, torch.Generator().manual_seed(seed))
-    return Dataset(Observations(y.numpy(), corruption, {k: v.numpy() for k, v in params.items()}), UNITS)
+    return Dataset(Observations(y.numpy(), corruption, {k: v.numpy() for k, v in params.items()}, formula=True), UNITS)
 
 
 def watch(name: str, seed: int = 0, samples=lambda z, training: z, sampler=None, factor: float = 1.0) -> dict:

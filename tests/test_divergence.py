@@ -192,7 +192,7 @@ def observe(
     params = corruption.draw(len(x), tuple(x.shape[1:]), generator(seed))
     y = corruption.apply(x, params, generator(seed + 1)).numpy()
     arrays = {k: v.numpy() for k, v in params.items()}
-    return Dataset(Observations(y, declared or corruption, arrays, shape=tuple(x.shape[1:])), units)
+    return Dataset(Observations(y, declared or corruption, arrays, shape=tuple(x.shape[1:]), formula=True), units)
 
 
 @pytest.mark.parametrize("name", LINEAR)
@@ -244,7 +244,7 @@ def test_units_do_not_matter():
     x = truth(40, 0)
     data = observe(x, RandomMask(0.5, 0.4), 1)
     units = Units(10 * UNITS.centre, 10 * UNITS.half)
-    larger = Observations(10 * data.observations.y, RandomMask(0.5, 4.0), data.observations.params)
+    larger = Observations(10 * data.observations.y, RandomMask(0.5, 4.0), data.observations.params, formula=True)
     tenfold = Dataset(larger, units)
     a = divergence.divergence(UNITS.scale(x), data, np.arange(40), 0, paired=True)
     b = divergence.divergence(units.scale(10 * x), tenfold, np.arange(40), 0, paired=True)

@@ -234,7 +234,7 @@ FITS = "where the model's have (6,)"
             "mask",
             (3, D),
             {"maks": MASK},
-            "params: maks: is no parameter of RandomMask; did you mean 'mask'? (known: kernel, mask, matrix)",
+            "params: maks: is no parameter of RandomMask; did you mean 'mask'? (known: mask, noise)",
         ),
         ("mask", (3, D), {"mask": MASK[:, :4]}, "mask.npy: shape (3, 4) does not broadcast against y's (3, 6)"),
         ("mask", (3, D), {"mask": MASK[:1]}, "mask: has 1 rows where y has 3"),
@@ -307,7 +307,7 @@ class Pairs(LinearCorruption):
         return (self.matrix(len(y)).to(y).mT @ y[..., None])[..., 0]
 
     def likelihood(self, y: Tensor, params: Params) -> Rows:
-        return Rows(y, self.matrix(len(y)).to(y), torch.full_like(y[:, :1], self.noise_std))
+        return Rows(y, self.matrix(len(y)).to(y), self.noise_std(y, params).expand_as(y)[:, :1])
 
 
 OWN = {
@@ -515,7 +515,7 @@ def test_the_observation_itself(tmp_path):
     of = Posterior(ObservationSampler(corruption.scaled(UNITS), shape), corruption, UNITS)
     of.save_pretrained(tmp_path)
     y, params = observed(corruption, shape)
-    expected = torch.where(params["mask"], y, UNITS.centre)  # what was not observed is the middle of the range
+    expected = torch.where(params["mask"], y, float(UNITS.centre))  # what was not observed is the middle of the range
     for posterior in (of, from_pretrained(tmp_path)):
         torch.testing.assert_close(posterior.sample(y, params, n=2), expected.expand(2, -1, -1))
 
@@ -541,7 +541,7 @@ def test_what_is_not_finite_or_not_known_is_refused():
         ),
         (
             {"masks": params["mask"]},
-            "params: masks: is no parameter of RandomMask; did you mean 'mask'? (known: kernel, mask, matrix)",
+            "params: masks: is no parameter of RandomMask; did you mean 'mask'? (known: mask, noise)",
         ),
         (params["mask"], 'params: must be named arrays, e.g. {"mask": mask}, got Tensor'),
     ):

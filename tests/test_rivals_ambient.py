@@ -207,7 +207,7 @@ def observations(case: str, poison: np.ndarray | None = None) -> Observations:
     _, y, params, _ = corrupted(case, N)
     if poison is not None:
         y[poison] *= 10
-    return Observations(y.numpy(), CASES[case], {k: v.numpy() for k, v in params.items()})
+    return Observations(y.numpy(), CASES[case], {k: v.numpy() for k, v in params.items()}, range=(-2, 2))
 
 
 def drawn(loaded: Posterior, data: Observations, rows: np.ndarray, seeds: torch.Tensor) -> torch.Tensor:

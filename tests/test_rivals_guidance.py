@@ -350,7 +350,7 @@ SETTINGS = {
 def test_a_guided_run(settings, derivatives, tmp_path, monkeypatch):
     corruption = CASES["mask"]
     y, params = observed(corruption, 40)
-    data = Observations(y.numpy(), corruption, {k: v.numpy() for k, v in params.items()})
+    data = Observations(y.numpy(), corruption, {k: v.numpy() for k, v in params.items()}, range=(-2, 2))
     sections = configuration.from_dict({**SETTINGS, "sampler": {"steps": 3, **settings}})
 
     def narrow(of, *arguments) -> Score:  # better than the start, and over-confident at any width
@@ -366,7 +366,7 @@ def test_a_guided_run(settings, derivatives, tmp_path, monkeypatch):
     assert rows[2]["network_evaluations"] == (0 if settings else 40 * 4)
     loaded = from_pretrained(tmp_path / "posterior")
     assert (loaded.sampler.kind, loaded.sampler.width) == (settings.get("kind", "diffusion"), rows[2]["width"])
-    seeds = seeding.item_seeds(0, 1 if settings else 2, "e_step", np.arange(40))
+    seeds = seeding.item_seeds(0, *((1, "e_step") if settings else (2, "end")), np.arange(40))
     x = loaded.sample(*data.batch(np.arange(40)), seeds=seeds)[0]
     np.testing.assert_allclose(x, np.load(tmp_path / "reconstructions.npy"), rtol=1e-4, atol=1e-4)
 

@@ -165,7 +165,8 @@ class DiffEM:
             start = from_pretrained(Path(config.start.run) / "posterior", observations.corruption, **self.place)
         starts.refuse(start, observations.shape, trained_on, config.start.run or "start")
         self.given_start = start
-        self.data = Dataset(observations, observations.units(self.train) if start is None else start.units)
+        units = observations.units(self.train) if start is None else start.units
+        self.data = Dataset(observations, units, self.train)
         observations.rehearse(self.data.units)
         self.sampler_class.suits(self.data.corruption, config.sampler, config.denoiser)
         self.examples = Examples(self.data, self.train, config.m_step, self.device)
@@ -174,7 +175,7 @@ class DiffEM:
             "digest": trained_on["observations"],
             "corruption": observations.corruption.config,
             "shape": list(observations.shape),
-            "scaling": [self.data.units.centre, self.data.units.half],
+            "scaling": self.data.units.config,
             **({} if self.examples.digest is None else {"clean_examples": self.examples.digest}),
             **({} if network is None else {"own_network": True}),
         }
@@ -346,7 +347,9 @@ def train(em: DiffEM, steps: int, dropout: float) -> bool:
     """Updates of the network until there were `steps` in this iteration; `dropout` is the share without an observation. False
     if it rolled back instead."""
     state, trainer, x = em.state, em.trainer, em.items("current")
-    purpose = "prior_step" if state.step == "prior" else "m_step"  # a run that goes on counts iterations on from the last
+    purpose = (
+        "prior_step" if state.step == "prior" else "m_step"
+    )  # a run that goes on counts iterations on from the last
     trainer.denoiser.network.train()
     while state.updates < steps:
         keys = state.iteration, purpose, state.updates

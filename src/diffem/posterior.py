@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from diffem import devices, files, memory, samplers, seeding
 from diffem.corruptions import REGISTRY, BlackBox, Corruption, from_config
 from diffem.data import Dataset, Observations
-from diffem.data.observations import PARAMETER_FILES
 from diffem.denoiser import Denoiser
 from diffem.errors import DiffemError, suggest
 from diffem.networks import Given, Network
@@ -94,6 +93,7 @@ class Posterior(nn.Module):
         for rows in torch.arange(len(y)).split(batch or self.batch):
             part, of_part = y[rows].to(self.device), {k: v[rows].to(self.device) for k, v in given.items()}
             part = self.corruption.scale_y(part, of_part, self.units)
+            of_part = self.corruption.scale_params(of_part, self.units)
             keys = seeds.cpu()[rows].to(self.device)
             found.append(torch.stack([self.sampler.draw(part, of_part, seeding.again(keys, j)) for j in range(n)]))
         x = self.units.restore(torch.cat(found, 1)).to(y.device)
@@ -101,8 +101,8 @@ class Posterior(nn.Module):
 
     def _check(self, y: Tensor, params: dict[str, Tensor]) -> None:
         for name, value in params.items():
-            known = (*PARAMETER_FILES, *self.corruption.parameters)
-            if name not in known:
+            known = self.corruption.parameters
+            if known is not None and name not in known:
                 raise DiffemError(
                     f"params: {name}: is no parameter of {self.corruption.config['name']};{suggest(name, known)}"
                 )
@@ -159,7 +159,7 @@ class Posterior(nn.Module):
             "kind": self.sampler.kind,
             "corruption": self.corruption.config,
             "shape": list(self.shape),
-            "scaling": [self.units.centre, self.units.half],
+            "scaling": self.units.config,
             "trained_on": self.trained_on,
             **self.sampler.config,
         }

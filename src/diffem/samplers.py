@@ -156,16 +156,19 @@ def trained_kind(config: SamplerConfig) -> type[DiffusionSampler]:
 
 @register_sampler
 class ObservationSampler(Sampler):
-    """The observation itself (what was not observed is the middle of the range)."""
+    """What the corruption makes of an observation by itself (:meth:`Corruption.initial`): the observation, as a rule, with the
+    middle of the range where nothing was observed."""
 
     kind = "observation"
 
     def draw(self, y: Tensor, params: Params, seeds: Tensor, withheld: Tensor | None = None) -> Tensor:
-        if tuple(y.shape[1:]) != self.shape:
+        x = self.corruption.initial(y, params)
+        if tuple(x.shape[1:]) != self.shape:
             raise DiffemError(
-                f"start.kind: observation: y of shape {tuple(y.shape[1:])} cannot stand for items of shape {self.shape}"
+                f"start.kind: observation: y of shape {tuple(x.shape[1:])} cannot stand for items of shape {self.shape}; "
+                "give the corruption an initial(y, params)"
             )
-        return y
+        return x
 
 
 @register_sampler

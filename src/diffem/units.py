@@ -1,26 +1,61 @@
 """The units of models, in which data span about [-1, 1]. Everything a user gives or gets is in the units of y instead.
 
-Units change once, at the border: where observations are read (:class:`diffem.data.Dataset`), where reconstructions are
-written, and in :class:`diffem.posterior.Posterior`.
+Units change where observations are read (:class:`diffem.data.Dataset`), where reconstructions are written, and in
+:class:`diffem.posterior.Posterior`. A corruption that is not linear is simulated in the units of the data at every call
+(:class:`diffem.corruptions.base.Scaled`).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import torch
+from torch import Tensor
 
-@dataclass(frozen=True)
+
 class Units:
-    """x in the units of the data is (x - centre) / half in those of models."""
+    """x in the units of the data is (x - centre) / half in those of models.
 
-    centre: float = 0.0
-    half: float = 1.0
+    Arguments:
+        centre: A number, or one for each channel or column: an array that broadcasts against an item.
+        half: Likewise; > 0.
+    """
+
+    def __init__(self, centre: Any = 0.0, half: Any = 1.0) -> None:
+        self.centre, self.half = np.asarray(centre, np.float64), np.asarray(half, np.float64)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Units):
+            return False
+        pairs = (self.centre, other.centre), (self.half, other.half)
+        return all(np.array_equal(a, b) for a, b in pairs)
+
+    __hash__ = None  # type: ignore[assignment]
 
     def scale(self, x: Any) -> Any:
         """From the units of the data to those of models: a tensor, an array, or a number."""
-        return (x - self.centre) / self.half
+        return (x - _like(self.centre, x)) / _like(self.half, x)
 
     def restore(self, x: Any) -> Any:
         """Back again."""
-        return x * self.half + self.centre
+        return x * _like(self.half, x) + _like(self.centre, x)
+
+    def scale_spread(self, std: Any) -> Any:
+        """The same of a standard deviation."""
+        return std / _like(self.half, std)
+
+    def restore_spread(self, std: Any) -> Any:
+        """Back again."""
+        return std * _like(self.half, std)
+
+    @property
+    def config(self) -> list:
+        """What rebuilds it, ready for JSON."""
+        return [self.centre.tolist(), self.half.tolist()]
+
+
+def _like(value: np.ndarray, x: Any) -> Any:
+    if not value.ndim:
+        return float(value)
+    return torch.as_tensor(value).to(x) if isinstance(x, Tensor) else value.astype(getattr(x, "dtype", np.float64))

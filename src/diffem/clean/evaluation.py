@@ -9,6 +9,7 @@ import yaml
 from torch import Tensor
 
 from diffem.clean import metrics
+from diffem.corruptions import LinearCorruption
 from diffem.data import Dataset, Items, Observations, evenly, open_array
 from diffem.em import DiffEM, Hook
 from diffem.errors import DiffemError
@@ -94,11 +95,13 @@ def evaluate(
 
 def _paired(x: Tensor, truth: Tensor, data: Dataset | None, rows: np.ndarray) -> dict[str, float]:
     result = {"psnr": metrics.psnr(x, truth, 2.0), **metrics.distances(x, truth)}
-    if data is not None and data.corruption.linear and data.corruption.noise > 0:
+    if data is not None and isinstance(data.corruption, LinearCorruption):
         y, params = data.batch(rows)
-        seen = data.corruption.seen(y, params).expand(y.shape)
-        residual = (data.corruption.forward(x, params) - y)[seen]
-        result["residual"] = (residual.square().mean().sqrt() / data.corruption.noise).item()
+        noise = data.corruption.noise_std(y, params).expand(y.shape)
+        told = data.corruption.seen(y, params).expand(y.shape) & (noise > 0)
+        if told.any():
+            residual = (data.corruption.forward(x, params) - y)[told] / noise[told]
+            result["residual"] = residual.square().mean().sqrt().item()
     return result
 
 

@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 from .base import BlackBox, Corruption, LinearCorruption, Observed, Params
-from .diagonal import GaussianBlur, GaussianNoise, RandomMask
+from .diagonal import GaussianBlur, GaussianNoise, Mask, RandomMask
 from .projection import RandomProjection
 from .registry import REGISTRY, from_config, from_function_path, register_corruption
 
@@ -19,6 +19,7 @@ __all__ = [
     "GaussianBlur",
     "GaussianNoise",
     "LinearCorruption",
+    "Mask",
     "Observed",
     "Params",
     "RandomMask",

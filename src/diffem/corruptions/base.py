@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import inspect
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -31,24 +31,39 @@ class Corruption:
     """How clean becomes observed.
 
     Attributes:
-        noise: The standard deviation of the noise, where it is Gaussian.
+        noise: The standard deviation of the noise, where it is Gaussian: a number, one for each channel or column, or None if
+            it is a parameter, noise.npy.
         linear: Whether y = A x + N(0, noise^2): then :meth:`forward` and :meth:`adjoint` are there.
         diagonal: Whether A is diagonal in an orthonormal basis that is the same for all observations.
         by_entry: Whether an entry of y depends on the same entry of x only.
-        parameters: The names of its parameters, which stand beside y.npy as NAME.npy.
+        parameters: The names of its parameters, which stand beside y.npy as NAME.npy; None for any names.
+        measured_parameters: Gives the parameters of new observations (:meth:`with_measured`); None for the formula :meth:`draw`.
     """
 
-    noise: float = 0.0
+    noise: float | tuple[float, ...] | Tensor | None = 0.0
     linear = False
     diagonal = False
     by_entry = False
-    parameters: tuple[str, ...] = ()
+    parameters: tuple[str, ...] | None = None
+    measured_parameters: Callable[[int, torch.Generator], Params] | None = None
 
     # --- what it is ----------------------------------------------------------------------------------
 
     def draw(self, n: int, shape: tuple[int, ...], generator: torch.Generator) -> Params:
-        """Parameters of n observations of items of `shape`; may be empty."""
+        """Parameters of n observations of items of `shape`, by a formula; by default there are none."""
         return {}
+
+    def new_parameters(self, n: int, shape: tuple[int, ...], generator: torch.Generator) -> Params:
+        """Parameters of n new observations: those of measured ones where they are known, else by the formula."""
+        if self.measured_parameters is None:
+            return self.draw(n, shape, generator)
+        return self.measured_parameters(n, generator)
+
+    def with_measured(self, parameters: Callable[[int, torch.Generator], Params]) -> Corruption:
+        """The same corruption, whose new observations take their parameters from `parameters(n, generator)`."""
+        other = copy.copy(self)
+        other.measured_parameters = parameters
+        return other
 
     def apply(self, x: Tensor, params: Params, generator: torch.Generator) -> Tensor:
         """One draw from Q(. | x, params), noise included; x (B, *shape) in the units of the data."""
@@ -56,7 +71,7 @@ class Corruption:
 
     def observe(self, x: Tensor, generator: torch.Generator) -> Observed:
         """Observations of items x (B, *shape) with parameters of their own, and those."""
-        params = self.draw(len(x), tuple(x.shape[1:]), generator)
+        params = self.new_parameters(len(x), tuple(x.shape[1:]), generator)
         return self.apply(x, params, generator), params
 
     @property
@@ -69,7 +84,8 @@ class Corruption:
                 f"corruption {name}: keep its argument {lost[0]} as self.{lost[0]}, or it cannot be saved"
             )
         values = {k: getattr(self, k) for k in arguments}
-        return {"name": name, **{k: v for k, v in values.items() if isinstance(v, int | float | str)}}
+        plain = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+        return {"name": name, **{k: v for k, v in plain.items() if isinstance(v, int | float | str | list)}}
 
     def check(self, y: np.ndarray, params: Mapping[str, np.ndarray], shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of an item; `shape` is what the user said, or that of y.
@@ -79,20 +95,22 @@ class Corruption:
         """
         return shape
 
-    def rehearse(self, observations: tuple[int, ...], x: Tensor) -> None:
-        """Tries it on items x (B, *shape), before anything is trained.
+    def rehearse(self, observations: tuple[int, ...], x: Tensor, params: Params) -> None:
+        """Tries it on items x (B, *shape), with parameters of measured observations, before anything is trained.
 
         Raises:
             DiffemError: In one line, if it fails, or makes something else than `observations`, the shape of y without the batch.
         """
         name = self.config["name"] if self.config["name"] != "BlackBox" else self.config["function"]
         try:
-            y, params = self.observe(x, torch.Generator().manual_seed(0))
+            generator = torch.Generator().manual_seed(0)
+            drawn = params or self.draw(len(x), tuple(x.shape[1:]), generator)
+            y = self.apply(x, drawn, generator)
         except DiffemError:
             raise
         except Exception as error:
             raise DiffemError(f"corruption {name}: raised {type(error).__name__}: {error}") from error
-        if not isinstance(y, Tensor) or not isinstance(params, dict):
+        if not isinstance(y, Tensor):
             raise DiffemError(f"corruption {name}: gave {type(y).__name__} where a tensor is wanted")
         if tuple(y.shape) != (len(x), *observations):
             wanted = (len(x), *observations)
@@ -113,11 +131,6 @@ class Corruption:
     def likelihood(self, y: Tensor, params: Params) -> Likelihood:
         """p(y | x) of flattened items, for exact posteriors under Gaussian mixtures."""
         raise NotImplementedError
-
-    @property
-    def noise_std(self) -> float:
-        """The standard deviation of the noise, kept away from 0 for likelihoods."""
-        return max(self.noise, NOISE_FLOOR)
 
     @property
     def exact(self) -> bool:
@@ -160,6 +173,10 @@ class Corruption:
         fitting = [p.to(y) for p in params.values() if p.shape[0] == y.shape[0] and p.shape[2:] == y.shape[2:]]
         return [y, *fitting]
 
+    def initial(self, y: Tensor, params: Params) -> Tensor:
+        """A first reconstruction of observations y (B, *y shape), in the units of y: shape (B, *shape). By default it is y."""
+        return y
+
     def seen(self, y: Tensor, params: Params) -> Tensor:
         """Which entries of y carry information: a boolean tensor that broadcasts against y."""
         return torch.ones((1,) * y.ndim, dtype=torch.bool, device=y.device)
@@ -174,12 +191,21 @@ class Corruption:
 
     # --- units ---------------------------------------------------------------------------------------
 
+    def apart(self, shape: tuple[int, ...]) -> bool:
+        """Whether the channels of an item of `shape` (its columns, if it is a vector) are observed apart from each other, so
+        that each may have units of its own."""
+        return False
+
     def scaled(self, units: Units) -> Corruption:
         """The same corruption of items in model units, whose observations are those of :meth:`scale_y`."""
         return Scaled(self, units)
 
+    def scale_params(self, params: Params, units: Units) -> Params:
+        """Parameters in model units."""
+        return params
+
     def scale_y(self, y: Tensor, params: Params, units: Units) -> Tensor:
-        """An observation in the units in which its item is in model units."""
+        """An observation in the units in which its item is in model units; its parameters are in those of the data."""
         return units.scale(y)
 
     def restore_y(self, y: Tensor, params: Params, units: Units) -> Tensor:
@@ -191,8 +217,7 @@ class Scaled(Corruption):
     """A corruption in model units. What it is asked for is done in the units of the data."""
 
     def __init__(self, inner: Corruption, units: Units) -> None:
-        self.inner, self.units = inner, units
-        self.noise, self.by_entry = inner.noise / units.half, inner.by_entry
+        self.inner, self.units, self.by_entry = inner, units, inner.by_entry
 
     @property
     def config(self) -> dict[str, object]:
@@ -222,6 +247,9 @@ class Scaled(Corruption):
     def condition(self, y: Tensor, params: Params) -> list[Tensor]:
         return self.inner.condition(y, params)
 
+    def initial(self, y: Tensor, params: Params) -> Tensor:
+        return self.units.scale(self.inner.initial(self.inner.restore_y(y, params, self.units), params))
+
     def seen(self, y: Tensor, params: Params) -> Tensor:
         return self.inner.seen(y, params)
 
@@ -236,40 +264,93 @@ class LinearCorruption(Corruption):
     """y = A x + N(0, noise^2) with A given by the parameters.
 
     Arguments:
-        noise: The standard deviation of the noise.
+        noise: The standard deviation of the noise: a number, or one for each channel of y (column, if it is a vector). Where
+            there is none it is a parameter, noise.npy, that broadcasts against y.
     """
 
     linear = True
 
-    def __init__(self, noise: float) -> None:
-        if not noise >= 0:
-            raise DiffemError(f"{type(self).__name__}: noise must be a standard deviation >= 0, got {noise}")
-        self.noise = float(noise)
+    def __init__(self, noise: float | Sequence[float] | None = None) -> None:
+        if noise is not None:
+            level = np.asarray(noise, np.float64)
+            if level.ndim > 1 or not (np.isfinite(level) & (level >= 0)).all():
+                raise DiffemError(f"{type(self).__name__}: noise must be a standard deviation >= 0, got {noise}")
+            self.noise = tuple(level.tolist()) if level.ndim else float(level)
+        else:
+            self.noise = None
+
+    def noise_std(self, y: Tensor, params: Params) -> Tensor:
+        """The standard deviation of the noise on observations y (B, *y shape); broadcasts against y."""
+        if "noise" in params:
+            return params["noise"].to(y)
+        if self.noise is None:  # nothing was observed, as when the prior is sampled
+            return torch.ones(()).to(y)
+        level = torch.as_tensor(self.noise, dtype=y.dtype, device=y.device)
+        return level.view(-1, *(1,) * (y.ndim - 2)) if level.ndim == 1 else level
+
+    def noise_of(self, y: Tensor, params: Params) -> list[Tensor]:
+        """What the network sees of the noise, in the shape of y: nothing, where it is the same for all observations."""
+        return [] if self.noise is not None else [self.noise_std(y, params).expand_as(y)]
+
+    def check(self, y: np.ndarray, params: Mapping[str, np.ndarray], shape: tuple[int, ...]) -> tuple[int, ...]:
+        name = type(self).__name__
+        if self.noise is None and "noise" not in params:
+            raise DiffemError(f"noise: {name} needs it: a standard deviation, or noise.npy")
+        if self.noise is not None and "noise" in params:
+            raise DiffemError(f"noise.npy: {name} has `noise: {self.noise}`, too; keep one of them")
+        if isinstance(self.noise, tuple) and len(self.noise) != y.shape[1]:
+            raise DiffemError(f"noise: has {len(self.noise)} values where y.npy has {y.shape[1]} channels (columns)")
+        if "noise" in params:
+            refuse_unless_it_broadcasts("noise", params["noise"], y)
+        return shape
 
     def apply(self, x: Tensor, params: Params, generator: torch.Generator) -> Tensor:
         y = self.forward(x, params)
-        return y + self.noise * torch.randn(y.shape, generator=generator, device=generator.device).to(y)
+        noise = torch.randn(y.shape, generator=generator, device=generator.device).to(y)
+        return y + self.noise_std(y, params) * noise
 
     def scaled(self, units: Units) -> LinearCorruption:
         other = copy.copy(self)
-        other.noise = self.noise / units.half
+        if isinstance(self.noise, tuple) and units.half.ndim:
+            other.noise = torch.from_numpy(np.reshape(self.noise, units.half.shape) / units.half)
+        elif isinstance(self.noise, tuple):
+            other.noise = tuple(level / float(units.half) for level in self.noise)
+        elif self.noise is not None:
+            level = self.noise / units.half
+            other.noise = torch.from_numpy(level) if units.half.ndim else float(level)
         return other
 
+    def scale_params(self, params: Params, units: Units) -> Params:
+        return {**params, "noise": units.scale_spread(params["noise"])} if "noise" in params else params
+
     def scale_y(self, y: Tensor, params: Params, units: Units) -> Tensor:
-        middle = torch.full_like(self.adjoint(y, params), units.centre)
-        return (y - self.forward(middle, params)) / units.half
+        return units.scale_spread(y - self._of_centre(y, params, units))
 
     def restore_y(self, y: Tensor, params: Params, units: Units) -> Tensor:
-        middle = torch.full_like(self.adjoint(y, params), units.centre)
-        return y * units.half + self.forward(middle, params)
+        return units.restore_spread(y) + self._of_centre(y, params, units)
+
+    def _of_centre(self, y: Tensor, params: Params, units: Units) -> Tensor:
+        """A c, c the item that is 0 in model units."""
+        return self.forward(units.restore(torch.zeros_like(self.adjoint(y, params))), params)
+
+
+def refuse_unless_it_broadcasts(name: str, value: np.ndarray, y: np.ndarray) -> None:
+    """Raises a DiffemError if a parameter does not broadcast against the observations."""
+    try:
+        fits = np.broadcast_shapes(value.shape, y.shape) == y.shape
+    except ValueError:
+        fits = False
+    if not fits:
+        raise DiffemError(f"{name}.npy: shape {value.shape} does not broadcast against y's {y.shape}")
 
 
 class BlackBox(Corruption):
     """Any function x -> y: nothing is asked of it but that it can be called.
 
     Arguments:
-        function: Takes a batch (B, *shape) in the units of the data, on the CPU, and returns as many observations.
-            It may draw from the global generators of torch, numpy and random, which are seeded for the call.
+        function: f(x), f(x, params) or f(x, params, generator): takes a batch x (B, *shape) in the units of the data, on the
+            CPU, and the parameters of its observations by name, and returns as many observations. It may draw from the generator,
+            or from the global ones of torch, numpy and random, which are seeded for the call.
         name: How the function is found again: 'package.module:function'; its own name by default.
         clip: Draws are clamped to (low, high) before the function sees them, e.g. one that takes counts.
 
@@ -280,11 +361,17 @@ class BlackBox(Corruption):
 
     def __init__(
         self,
-        function: Callable[[Tensor], Tensor],
+        function: Callable[..., Tensor],
         name: str | None = None,
         clip: tuple[float, float] | None = None,
     ) -> None:
         self.function, self.path, self.clip = function, name or getattr(function, "__name__", "function"), clip
+        self.arguments = _arguments(function)
+        if not 1 <= self.arguments <= 3:
+            raise DiffemError(
+                f"corruption {self.path}: must be f(x), f(x, params) or f(x, params, generator), takes {self.arguments}"
+            )
+        self.parameters = () if self.arguments == 1 else None
 
     @property
     def config(self) -> dict[str, object]:
@@ -299,7 +386,9 @@ class BlackBox(Corruption):
             np.random.seed(seed)  # noqa: NPY002
             random.seed(seed)
             try:
-                y = self.function((x if self.clip is None else x.clamp(*self.clip)).cpu())
+                x_cpu = (x if self.clip is None else x.clamp(*self.clip)).cpu()
+                given = x_cpu, {k: v.cpu() for k, v in params.items()}, torch.Generator().manual_seed(seed)
+                y = self.function(*given[: self.arguments])
             except Exception as error:
                 raise DiffemError(f"corruption {self.path}: raised {type(error).__name__}: {error}") from error
             finally:
@@ -320,3 +409,13 @@ class BlackBox(Corruption):
         if not made.isfinite().all():
             raise DiffemError(f"corruption {self.path}: gave values that are not finite")
         return made
+
+
+def _arguments(function: Callable) -> int:
+    """How many positional arguments a function needs; 1 where it does not say."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # some builtins
+        return 1
+    places = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.default is p.empty]
+    return max(len(places), 1)

@@ -6,12 +6,14 @@ with gains :math:`h` and a mask :math:`m` (true = observed). Masks and noise act
 (:math:`B = I, h = 1`). A blur with reflecting borders acts on cosines: the matrix of each axis is
 symmetric, so one eigendecomposition an axis serves all items.
 
-They are thinned by hiding a further part of the observed coefficients.
+They are thinned by hiding a further part of the observed coefficients: what other observations miss, where there are masks (gaps,
+stripes, channels hide gaps, stripes, channels), else single coefficients at random.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -20,17 +22,28 @@ from torch import Tensor
 from diffem.errors import DiffemError
 from diffem.mixtures import Basis, Diagonal
 
-from .base import SPREAD, LinearCorruption, Observed, Params
+from .base import NOISE_FLOOR, SPREAD, LinearCorruption, Observed, Params, refuse_unless_it_broadcasts
 
-HIDDEN = 0.3  # the fraction of the observed entries that thinning hides
+HIDDEN = 0.3  # about the fraction of the observed entries that thinning hides
+TOO_FEW = 0.05  # if other masks would hide less than this, single entries are hidden instead
+MOST_OTHERS = 32  # masks that hide a part of one observation
+MASKS = 64  # masks by which it is decided how many others hide that fraction
 LEAST_GAIN = 1e-3  # a coefficient that the blur weakens more than this counts as unseen
 
 
 class DiagonalCorruption(LinearCorruption):
-    """See the module; subclasses say what the gains, the basis and the masks are."""
+    """See the module; subclasses say what the gains, the basis and the masks are.
+
+    Attributes:
+        others: How many measured masks say what thinning hides of an observation; 0 for single entries at random.
+        all_miss: Whether that is what all of them miss, or what any of them does.
+    """
 
     diagonal = True
     by_entry = True
+    parameters = ("mask", "noise")
+    others = 0
+    all_miss = False
 
     def gains(self, shape: tuple[int, ...]) -> tuple[Basis | None, Tensor | float]:
         """The basis and the gains h (shape of an item), for items of `shape`."""
@@ -41,14 +54,11 @@ class DiagonalCorruption(LinearCorruption):
 
     def check(self, y: np.ndarray, params: Mapping[str, np.ndarray], shape: tuple[int, ...]) -> tuple[int, ...]:
         if "mask" in params:
-            mask = params["mask"].shape
-            try:
-                fits = np.broadcast_shapes(mask, y.shape) == y.shape
-            except ValueError:
-                fits = False
-            if not fits:
-                raise DiffemError(f"mask.npy: shape {mask} does not broadcast against y's {y.shape}")
-        return shape
+            refuse_unless_it_broadcasts("mask", params["mask"], y)
+        return super().check(y, params, shape)
+
+    def apart(self, shape: tuple[int, ...]) -> bool:
+        return self.by_entry or len(shape) > 1
 
     def forward(self, x: Tensor, params: Params) -> Tensor:
         return self._filter(x, params, power=1)
@@ -60,7 +70,7 @@ class DiagonalCorruption(LinearCorruption):
         return self._weigh(x, params, lambda gain: gain**power)
 
     def _weigh(self, x: Tensor, params: Params, weight: Callable[[Tensor], Tensor]) -> Tensor:
-        """B^T diag(m w) B x, with weights w that are a function of the gains."""
+        """B^T diag(m w) B x, with weights w (shape of an item, or of a batch) that are a function of the gains."""
         basis, gain = self.gains(tuple(x.shape[1:]))
         factor = weight(torch.as_tensor(gain).to(x))
         if "mask" in params:
@@ -70,14 +80,14 @@ class DiagonalCorruption(LinearCorruption):
         return basis.synthesise((factor * basis.analyse(x.flatten(1)).view_as(x)).flatten(1)).view_as(x)
 
     def measured(self, x: Tensor, params: Params) -> Tensor:
-        noise = self.noise_std / SPREAD
-        return self._weigh(x, params, lambda gain: gain.square() / (gain.square() + noise**2))
+        noise = self.noise_std(x, params).clamp(min=NOISE_FLOOR) / SPREAD
+        return self._weigh(x, params, lambda gain: gain.square() / (gain.square() + noise.square()))
 
     def apply(self, x: Tensor, params: Params, generator: torch.Generator) -> Tensor:
         noise = torch.randn(x.shape, generator=generator, device=generator.device).to(x)
         if "mask" in params:
             noise = self._filter(noise, params, power=0)
-        return self.forward(x, params) + self.noise * noise
+        return self.forward(x, params) + self.noise_std(x, params) * noise
 
     def likelihood(self, y: Tensor, params: Params) -> Diagonal:
         basis, gain = self.gains(tuple(y.shape[1:]))
@@ -87,7 +97,8 @@ class DiagonalCorruption(LinearCorruption):
         gain = (gain.flatten() if isinstance(gain, Tensor) else torch.tensor(gain)).to(y)
         visible = gain > LEAST_GAIN
         z = torch.where(visible, z / gain, 0.0)
-        precision = torch.where(visible, (gain / self.noise_std).square(), 0.0).expand_as(z)
+        noise = self.noise_std(y, params).clamp(min=NOISE_FLOOR).expand_as(y).flatten(1)
+        precision = torch.where(visible, (gain / noise).square(), 0.0)
         if "mask" in params:
             precision = precision * params["mask"].to(y).expand_as(y).flatten(1)
         return Diagonal(z, precision, basis)
@@ -95,9 +106,42 @@ class DiagonalCorruption(LinearCorruption):
     def thin(self, y: Tensor, params: Params, generator: torch.Generator) -> tuple[Observed, Observed]:
         everything = y if y.ndim == 2 else y[:, :1]  # a mask of its own for every feature, one for all channels
         mask = params["mask"].bool() if "mask" in params else torch.ones_like(everything, dtype=torch.bool)
-        hide = (torch.rand(mask.shape, generator=generator, device=generator.device) < HIDDEN).to(mask.device)
+        if self.others:
+            hide = self._missed(len(mask), generator)
+        else:
+            hide = torch.rand(mask.shape, generator=generator, device=generator.device) < HIDDEN
+        hide = hide.to(mask.device)
         kept, hidden = {**params, "mask": mask & ~hide}, {**params, "mask": mask & hide}
         return (self._filter(y, kept, power=0), kept), (self._filter(y, hidden, power=0), hidden)
+
+    def with_measured(self, parameters: Callable[[int, torch.Generator], Params]) -> DiagonalCorruption:
+        other = super().with_measured(parameters)
+        assert isinstance(other, DiagonalCorruption)
+        generator = torch.Generator().manual_seed(0)
+        masks = parameters(MASKS, generator).get("mask")
+        other.others = 0
+        if masks is None:
+            return other
+        masks = masks.bool()
+        seen = masks & ~masks.all(0)  # what is never missing is never hidden, and need not be predicted
+        missing = float((seen & ~masks.roll(1, 0)).sum() / seen.sum().clamp(min=1))
+        if 0 < missing < 1:
+            # another mask misses a fraction q of what is seen; all of k others miss q^k, and any of them 1 - (1 - q)^k
+            other.all_miss = missing >= HIDDEN
+            k = math.log(HIDDEN) / math.log(missing) if other.all_miss else math.log1p(-HIDDEN) / math.log1p(-missing)
+            other.others = min(max(round(k), 1), MOST_OTHERS)
+            if (other._missed(MASKS, generator) & masks).sum() < TOO_FEW * masks.sum():
+                other.others = 0
+        return other
+
+    def _missed(self, n: int, generator: torch.Generator) -> Tensor:
+        """What all of :attr:`others` measured masks miss, or any of them: n masks."""
+        assert self.measured_parameters is not None
+        missed = ~self.measured_parameters(n, generator)["mask"].bool()
+        for _ in range(self.others - 1):
+            another = ~self.measured_parameters(n, generator)["mask"].bool()
+            missed = missed & another if self.all_miss else missed | another
+        return missed
 
     def compared(self, y: Tensor) -> Tensor:
         basis, _ = self.gains(tuple(y.shape[1:]))
@@ -107,32 +151,41 @@ class DiagonalCorruption(LinearCorruption):
         return params["mask"].bool() if "mask" in params else super().seen(y, params)
 
     def condition(self, y: Tensor, params: Params) -> list[Tensor]:
-        return [y, params["mask"].to(y).expand_as(y) if "mask" in params else torch.ones_like(y)]
+        mask = params["mask"].to(y).expand_as(y) if "mask" in params else torch.ones_like(y)
+        return [y, mask, *self.noise_of(y, params)]
 
 
-class RandomMask(DiagonalCorruption):
-    """Deletes entries at random; a pixel is deleted in all its channels, and the mask is observed.
+class Mask(DiagonalCorruption):
+    """Deletes entries, and adds white noise to the others. Which ones is observed.
+
+    Arguments:
+        noise: Standard deviation of the noise on what is left: a number, one for each channel or column, or None: then it is
+            a parameter, noise.npy.
+    """
+
+    def check(self, y: np.ndarray, params: Mapping[str, np.ndarray], shape: tuple[int, ...]) -> tuple[int, ...]:
+        if "mask" not in params:
+            name = type(self).__name__
+            raise DiffemError(f"mask.npy: missing; {name} needs to know which entries were observed (true = observed)")
+        return super().check(y, params, shape)
+
+
+class RandomMask(Mask):
+    """A mask that deletes pixels at random, in all their channels. Measured masks are used where there are any.
 
     Arguments:
         rate: The fraction of the pixels that is deleted, in [0, 1).
-        noise: Standard deviation of the noise on what is left.
+        noise: Standard deviation of the noise on what is left; see :class:`Mask`.
         block: Edge length of the square blocks that are deleted together; 1 for single pixels.
     """
 
-    def __init__(self, rate: float, noise: float, block: int = 1) -> None:
+    def __init__(self, rate: float, noise: float | Sequence[float] | None = None, block: int = 1) -> None:
         super().__init__(noise)
         if not 0 <= rate < 1:
             raise DiffemError(f"RandomMask: rate is the fraction deleted, in [0, 1), got {rate}")
         if block < 1:
             raise DiffemError(f"RandomMask: block must be at least 1, got {block}")
         self.rate, self.block = float(rate), int(block)
-
-    def check(self, y: np.ndarray, params: Mapping[str, np.ndarray], shape: tuple[int, ...]) -> tuple[int, ...]:
-        if "mask" not in params:
-            raise DiffemError(
-                "mask.npy: missing; RandomMask needs to know which entries were observed (true = observed)"
-            )
-        return super().check(y, params, shape)
 
     def draw(self, n: int, shape: tuple[int, ...], generator: torch.Generator) -> Params:
         spatial = shape if len(shape) == 1 else shape[1:]
@@ -147,7 +200,7 @@ class GaussianNoise(DiagonalCorruption):
     """Adds white noise.
 
     Arguments:
-        noise: Its standard deviation.
+        noise: Its standard deviation; see :class:`Mask`.
     """
 
 
@@ -156,17 +209,24 @@ class GaussianBlur(DiagonalCorruption):
 
     Arguments:
         std: Standard deviation of the kernel, in pixels.
-        noise: Standard deviation of the noise.
+        noise: Standard deviation of the noise: a number, one for each channel, or None: then it is a parameter, noise.npy, one
+            number for each observation.
     """
 
     by_entry = False
+    parameters = ("noise",)  # the masks of a blur, which thinning makes, are of cosines
 
-    def __init__(self, std: float, noise: float) -> None:
+    def __init__(self, std: float, noise: float | Sequence[float] | None = None) -> None:
         super().__init__(noise)
         if not std > 0:
             raise DiffemError(f"GaussianBlur: std of the kernel must be > 0 pixels, got {std}")
         self.std = float(std)
         self._cache: dict[tuple[int, ...], tuple[Basis, Tensor]] = {}
+
+    def check(self, y: np.ndarray, params: Mapping[str, np.ndarray], shape: tuple[int, ...]) -> tuple[int, ...]:
+        if "noise" in params and math.prod(params["noise"].shape[2:]) > 1:
+            raise DiffemError("noise.npy: a blur needs one number for each observation, or for each of its channels")
+        return super().check(y, params, shape)
 
     def gains(self, shape: tuple[int, ...]) -> tuple[Basis, Tensor]:
         if shape not in self._cache:

@@ -11,7 +11,7 @@ from torch import Tensor
 from diffem.errors import DiffemError
 from diffem.mixtures import Rows
 
-from .base import SPREAD, LinearCorruption, Observed, Params
+from .base import NOISE_FLOOR, SPREAD, LinearCorruption, Observed, Params
 
 
 class RandomProjection(LinearCorruption):
@@ -19,10 +19,12 @@ class RandomProjection(LinearCorruption):
 
     Arguments:
         rows: How many numbers are measured of each item.
-        noise: Standard deviation of the noise on each.
+        noise: Standard deviation of the noise on each, or None: then it is a parameter, noise.npy (N, 1).
     """
 
-    def __init__(self, rows: int, noise: float) -> None:
+    parameters = ("matrix", "noise")
+
+    def __init__(self, rows: int, noise: float | None = None) -> None:
         super().__init__(noise)
         if rows < 1:
             raise DiffemError(f"RandomProjection: rows must be at least 1, got {rows}")
@@ -36,6 +38,9 @@ class RandomProjection(LinearCorruption):
             raise DiffemError(
                 f"matrix.npy: shape {matrix.shape} does not fit y's {y.shape}; it must be (N, rows, features)"
             )
+        if isinstance(self.noise, tuple) or ("noise" in params and params["noise"].shape[1:] != (1,)):
+            raise DiffemError("noise: RandomProjection needs one number, or noise.npy of shape (N, 1)")
+        super().check(y, params, shape)
         return (int(matrix.shape[2]),)
 
     def draw(self, n: int, shape: tuple[int, ...], generator: torch.Generator) -> Params:
@@ -52,16 +57,18 @@ class RandomProjection(LinearCorruption):
 
     def measured(self, x: Tensor, params: Params) -> Tensor:
         matrix = params["matrix"].to(x)
-        gram = matrix @ matrix.mT + (self.noise_std / SPREAD) ** 2 * torch.eye(matrix.shape[1]).to(x)
+        noise = self.noise_std(matrix[..., 0], params).clamp(min=NOISE_FLOOR) / SPREAD
+        gram = matrix @ matrix.mT + noise.square()[..., None] * torch.eye(matrix.shape[1]).to(x)
         return (matrix.mT @ torch.linalg.solve(gram, matrix @ x[..., None]))[..., 0]
 
     def apply(self, x: Tensor, params: Params, generator: torch.Generator) -> Tensor:
         y = self.forward(x, params)
         noise = torch.randn(y.shape, generator=generator, device=generator.device).to(x)
-        return y + self.noise * noise * self.seen(y, params)
+        return y + self.noise_std(y, params) * noise * self.seen(y, params)
 
     def likelihood(self, y: Tensor, params: Params) -> Rows:
-        return Rows(y, params["matrix"].to(y), torch.full_like(y[:, :1], self.noise_std))
+        noise = self.noise_std(y, params).clamp(min=NOISE_FLOOR).expand_as(y)[:, :1]
+        return Rows(y, params["matrix"].to(y), noise)
 
     def thin(self, y: Tensor, params: Params, generator: torch.Generator) -> tuple[Observed, Observed]:
         # One row is hidden, by writing zeros: a zero row measures nothing.
@@ -74,7 +81,8 @@ class RandomProjection(LinearCorruption):
         return (params["matrix"] != 0).any(-1)
 
     def condition(self, y: Tensor, params: Params) -> list[Tensor]:
-        return [y, params["matrix"].to(y).flatten(1)]
+        noise = [noise[:, :1] for noise in self.noise_of(y, params)]
+        return [y, params["matrix"].to(y).flatten(1), *noise]
 
     def entries(self, y: Tensor, params: Params) -> tuple[Tensor, Tensor]:
         back = self.adjoint(y, params)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
 import os
@@ -10,7 +11,7 @@ import sys
 from diffem.errors import DiffemError, suggest
 
 from .base import BlackBox, Corruption
-from .diagonal import GaussianBlur, GaussianNoise, RandomMask
+from .diagonal import GaussianBlur, GaussianNoise, Mask, RandomMask
 from .projection import RandomProjection
 
 REGISTRY: dict[str, type[Corruption]] = {}
@@ -22,7 +23,7 @@ def register_corruption(kind: type[Corruption]) -> type[Corruption]:
     return kind
 
 
-for _kind in (RandomMask, GaussianNoise, GaussianBlur, RandomProjection):
+for _kind in (Mask, RandomMask, GaussianNoise, GaussianBlur, RandomProjection):
     register_corruption(_kind)
 
 
@@ -46,7 +47,11 @@ def from_config(config: dict, source: str = "corruption") -> Corruption:
     for key, value in arguments.items():
         if key not in known:
             raise DiffemError(f"{source}: {key}: {name} has no such argument;{suggest(str(key), known)}")
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        if isinstance(value, str):  # YAML takes 1e-3, without a point, for text
+            with contextlib.suppress(ValueError):
+                value = arguments[key] = float(value)
+        numbers = value if isinstance(value, list) and value and key == "noise" else [value]
+        if any(isinstance(v, bool) or not isinstance(v, int | float) for v in numbers):
             raise DiffemError(f"{source}: {key}: must be a number, got {value!r}")
     missing = [k for k, p in known.items() if p.default is p.empty and k not in arguments]
     if missing:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffem.corruptions import Observed
+from diffem.corruptions import Observed, Params
 from diffem.units import Units
 
 from .observations import CHUNK, Observations
@@ -20,15 +20,19 @@ class Dataset:
     Arguments:
         observations: The observations, in their own units.
         units: The units of models.
+        rows: The observations whose parameters new ones take, where the parameters are in files; all by default.
 
     Attributes:
         corruption: The corruption, in model units.
         shape: The shape of an item.
     """
 
-    def __init__(self, observations: Observations, units: Units) -> None:
+    def __init__(self, observations: Observations, units: Units, rows: np.ndarray | None = None) -> None:
         self.observations, self.units, self.shape = observations, units, observations.shape
+        self.rows = np.arange(len(observations)) if rows is None else rows
         self.corruption = observations.corruption.scaled(units)
+        if observations.params and not observations.formula:
+            self.corruption = self.corruption.with_measured(self.parameters)
 
     def __len__(self) -> int:
         return len(self.observations)
@@ -37,7 +41,15 @@ class Dataset:
         """Observations `rows` and their parameters, on a device; entries that were not observed are 0."""
         y, params = self.observations.batch(rows)
         y, params = y.to(device), {k: v.to(device) for k, v in params.items()}
-        return self.observations.corruption.scale_y(y, params, self.units), params
+        corruption = self.observations.corruption
+        return corruption.scale_y(y, params, self.units), corruption.scale_params(params, self.units)
+
+    def parameters(self, n: int, generator: torch.Generator) -> Params:
+        """Parameters of n of the observations, drawn with replacement."""
+        drawn = torch.randint(len(self.rows), (n,), generator=generator, device=generator.device).cpu().numpy()
+        params = self.observations.parameters(self.rows[drawn])
+        params = self.observations.corruption.scale_params(params, self.units)
+        return {k: v.to(generator.device) for k, v in params.items()}
 
     def chunks(self, rows: np.ndarray | None = None, size: int = CHUNK) -> Iterator[np.ndarray]:
         """The rows (all by default) in runs of `size`, the last one shorter."""

@@ -2,14 +2,16 @@
 
 On disk they are a folder that anyone can write with numpy:
 
-    y.npy            observations, (N, *y shape); NaN is allowed where the mask says unobserved
-    mask.npy ...     one file per operator parameter, batch first (mask: true = observed, broadcasts against y)
+    y.npy            observations, (N, *y shape); NaN is allowed where the mask says unobserved, and means it without a mask
+    mask.npy ...     one file per operator parameter, batch first (mask: true = observed, broadcasts against y), or of length 1
+                     for all; new observations take theirs from these, row by row. No other .npy may lie here
     corruption.yaml  flat: `name: RandomMask`, `rate: 0.75`, `noise: 0.01`, and optionally
                      `range: [low, high]` of the clean data and `shape: [...]` of one clean item;
-                     `clip: true`: a black box only sees values in that range
+                     `clip: true`: draws are clamped to that range before a black box sees them;
+                     `formula: true`: new observations take parameters from the corruption's formula (`rate`)
     held_out.npy     optional, (N,) true for the observations that never train, e.g. whole patients, nights or writers;
                      a seeded tenth by default. The first half of them validates, the second half tests
-    clean.npy        optional, the clean items; read by evaluation and report only, never by training
+    clean.npy        optional, the clean items, and labels.npy, their classes; read by evaluation and report only, never by training
 
 Arrays are memory-mapped, so that only the batch in use is in memory.
 
@@ -20,6 +22,7 @@ Units: everything here is in the units of y as stored. Models work on (x - centr
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,14 +33,16 @@ import yaml
 from torch import Tensor
 
 from diffem import seeding
-from diffem.corruptions import REGISTRY, BlackBox, Corruption, Observed, from_config
+from diffem.corruptions import REGISTRY, BlackBox, Corruption, Observed, Params, from_config
 from diffem.errors import DiffemError
 from diffem.units import Units
 
-PARAMETER_FILES = ("mask", "matrix", "kernel")  # of any corruption; its own names beside them
+NO_PARAMETERS = ("y", "clean", "labels", "held_out")  # files of an observation folder
 HELD_OUT = 0.1
 LEAST_HELD_OUT = 4  # two validate and two test: one alone has no standard error
 CHUNK = 4096
+NUMBERS = 2**22  # values by which the units of models are chosen
+FAR = 20.0  # interquartile ranges beyond the quartiles: what lies farther does not widen the range
 
 
 class Observations:
@@ -51,6 +56,7 @@ class Observations:
         shape: The shape of one clean item, (features,) or (channels, *spatial); y's own by default.
         source: What error messages call these observations.
         held_out: Which of them are held out, (N,) of bool; a seeded tenth by default.
+        formula: New observations take parameters from the corruption's formula, not from `params`.
 
     Raises:
         DiffemError: If the arrays do not fit each other, or a value that counts as observed is not finite.
@@ -65,6 +71,7 @@ class Observations:
         shape: Sequence[int] | None = None,
         source: str = "observations",
         held_out: np.ndarray | None = None,
+        formula: bool = False,
     ) -> None:
         if not isinstance(corruption, Corruption):
             raise DiffemError(
@@ -77,7 +84,7 @@ class Observations:
         y = y if isinstance(y, np.ndarray) else np.asarray(y)
         params = {k: v if isinstance(v, np.ndarray) else np.asarray(v) for k, v in (params or {}).items()}
         self.y, self.params, self.corruption, self.source = y, params, corruption, source
-        self.held_out = held_out
+        self.held_out, self.formula = held_out, formula
         if y.ndim < 2 or 0 in y.shape:
             raise DiffemError(
                 f"{source}: y.npy: needs at least one observation of shape (features,) or (channels, *spatial), got {y.shape}"
@@ -123,24 +130,22 @@ class Observations:
                 f"{config_file}: missing; it says how y came about, e.g. `name: RandomMask`, `rate: 0.75`, `noise: 0.01`"
             )
         value_range, shape, clip = config.pop("range", None), config.pop("shape", None), config.pop("clip", False)
+        formula = config.pop("formula", False)
+        if not isinstance(formula, bool):
+            raise DiffemError(f"{config_file}: formula: must be true or false, got {formula!r}")
         if corruption is None:
             corruption = from_config(config, str(config_file))
         if clip is not False:
             corruption = _clipped(corruption, value_range, clip, str(config_file))
         y = open_array(folder / "y.npy")
-        names = dict.fromkeys((*PARAMETER_FILES, *corruption.parameters))
-        params = {name: open_array(folder / f"{name}.npy") for name in names if (folder / f"{name}.npy").exists()}
+        names = [file.stem for file in sorted(folder.glob("*.npy")) if file.stem not in NO_PARAMETERS]
+        params = {name: open_array(folder / f"{name}.npy") for name in names}
         held_out = open_array(folder / "held_out.npy") if (folder / "held_out.npy").exists() else None
-        return cls(y, corruption, params, value_range, shape, source=str(folder), held_out=held_out)
+        return cls(y, corruption, params, value_range, shape, source=str(folder), held_out=held_out, formula=formula)
 
     def save(self, folder: str | Path) -> None:
         """Writes the folder; a corruption that is not registered is not written, since data never name code."""
         folder = Path(folder)
-        unread = [k for k in self.params if k not in (*PARAMETER_FILES, *self.corruption.parameters)]
-        if unread:
-            raise DiffemError(
-                f"{folder}: {unread[0]}.npy would not be read again; name it among the corruption's `parameters`"
-            )
         folder.mkdir(parents=True, exist_ok=True)
         for name, array in {"y": self.y, **self.params}.items():
             np.save(folder / f"{name}.npy", array)
@@ -153,6 +158,8 @@ class Observations:
             config["range"] = list(self.range)
         if self.shape != self.y.shape[1:]:
             config["shape"] = list(self.shape)
+        if self.formula:
+            config["formula"] = True
         (folder / "corruption.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
 
     def __len__(self) -> int:
@@ -161,14 +168,15 @@ class Observations:
     def batch(self, indices: Tensor | np.ndarray | Sequence[int]) -> Observed:
         """Observations `indices` as float32 (entries that were not observed are 0) and their parameters."""
         indices = np.asarray(indices)
-        y = torch.from_numpy(np.ascontiguousarray(self.y[indices], dtype=np.float32))
-        params = {}
-        for name, array in self.params.items():
-            value = np.ascontiguousarray(array[indices])
-            params[name] = torch.from_numpy(value.astype(bool) if name == "mask" else value.astype(np.float32))
+        y, params = torch.from_numpy(np.ascontiguousarray(self.y[indices], dtype=np.float32)), self.parameters(indices)
         if "mask" in params:
             y = torch.where(params["mask"], y, 0.0)
         return y, params
+
+    def parameters(self, indices: np.ndarray) -> Params:
+        """The parameters of observations `indices`: a mask as bool, all others as float32."""
+        dtype = lambda name: bool if name == "mask" else np.float32  # noqa: E731
+        return {k: torch.from_numpy(np.asarray(v[indices]).astype(dtype(k))) for k, v in self.params.items()}
 
     def chunks(self, indices: np.ndarray | None = None, size: int = CHUNK) -> Iterator[np.ndarray]:
         """The indices (all by default) in runs of `size`, the last one shorter."""
@@ -196,22 +204,24 @@ class Observations:
         return train, np.sort(held_out[:half]), np.sort(held_out[half:])
 
     def units(self, train: np.ndarray) -> Units:
-        """The units of models, from the range or else from training observations."""
+        """The units of models: from the range, or else from what training observations show: of each channel (column) by itself,
+        where they are observed apart."""
         if self.range is not None:
             return Units((self.range[0] + self.range[1]) / 2, (self.range[1] - self.range[0]) / 2)
-        y, params = self.batch(evenly(train, CHUNK))
-        values = y[self.corruption.seen(y, params).expand_as(y)]
-        if not len(values):
-            return Units()
-        if self.y.shape[1:] == self.shape and "matrix" not in params:
-            low, high = np.quantile(values.numpy(), [0.001, 0.999]).tolist()
-            if low < high:
-                return Units((low + high) / 2, (high - low) / 2)
-        return Units(0.0, 2 * float(values.square().mean().sqrt()) or 1.0)
+        y, params = self.batch(evenly(train, max(CHUNK, NUMBERS // math.prod(self.y.shape[1:]))))
+        seen = self.corruption.seen(y, params).expand_as(y)
+        if self.y.shape[1:] != self.shape or "matrix" in params:
+            return Units(0.0, 2 * float(y[seen].square().mean().sqrt()) or 1.0)
+        if self.shape[0] == 1 or not self.corruption.apart(self.shape):
+            return Units(*_middle(y[seen].numpy()))
+        of = np.array([_middle(y[:, c][seen[:, c]].numpy()) for c in range(self.shape[0])])
+        centre, half = of.T.reshape(2, -1, *(1,) * (len(self.shape) - 1))
+        return Units(centre, half)
 
     def rehearse(self, units: Units) -> None:
         """Tries the corruption, on items of the middle of the range: see :meth:`Corruption.rehearse`."""
-        self.corruption.rehearse(tuple(self.y.shape[1:]), torch.full((2, *self.shape), float(units.centre)))
+        x = units.restore(torch.zeros(2, *self.shape))
+        self.corruption.rehearse(tuple(self.y.shape[1:]), x, self.parameters(np.arange(2)))
 
     def unobserved(self) -> list[tuple[int, ...]]:
         """The entries that no observation shows (masks only)."""
@@ -244,6 +254,16 @@ class Observations:
         return digest.hexdigest()[:16]
 
 
+def _middle(values: np.ndarray) -> tuple[float, float]:
+    """The middle and half of the range of values, without the outermost thousandths and what is far from all others."""
+    if not len(values):
+        return 0.0, 1.0
+    low, first, third, high = np.quantile(values, [0.001, 0.25, 0.75, 0.999]).tolist()
+    if first < third:  # a few values that are a thousand times the others must not hide these
+        low, high = max(low, first - FAR * (third - first)), min(high, third + FAR * (third - first))
+    return ((low + high) / 2, (high - low) / 2) if low < high else (low, 1.0)
+
+
 def evenly(rows: np.ndarray, count: int) -> np.ndarray:
     """At most `count` of the rows, from everywhere: data come sorted by writer, place, or time."""
     return rows if len(rows) <= count else rows[np.linspace(0, len(rows) - 1, count).round().astype(int)]
@@ -258,7 +278,12 @@ def _refuse_mistakes(observations: Observations) -> None:
                 f"{observations.source}: held_out.npy: must be {len(observations)} of bool, at least {LEAST_HELD_OUT} of them true and one false, "
                 f"got shape {observations.held_out.shape} of {observations.held_out.dtype} with {np.count_nonzero(observations.held_out)} true"
             )
+    known, named = observations.corruption.parameters, observations.corruption.config["name"]
     for name, array in observations.params.items():
+        if known is not None and name not in known:
+            takes = f"takes {', '.join(f'{k}.npy' for k in known)}" if known else "takes no parameters"
+            hint = "; write it as f(x, params)" if named == "BlackBox" else ""
+            raise DiffemError(f"{observations.source}: {name}.npy: {named} {takes}{hint}; put other files elsewhere")
         if len(array) == 1 < len(observations):  # one for all
             array = observations.params[name] = np.broadcast_to(array, (len(observations), *array.shape[1:]))
         if array.dtype.kind not in "biuf":
@@ -267,11 +292,8 @@ def _refuse_mistakes(observations: Observations) -> None:
             raise DiffemError(
                 f"{observations.source}: {name}.npy: has {len(array)} rows where y.npy has {len(observations)}"
             )
-    if isinstance(observations.corruption, BlackBox) and observations.params:
-        name = next(iter(observations.params))
-        raise DiffemError(
-            f"{observations.source}: {name}.npy: a black box has no parameters of its own; remove the file"
-        )
+    if "mask" not in observations.params and known is not None and "mask" in known:
+        _mask_of_nan(observations)
     try:
         observations.shape = observations.corruption.check(observations.y, observations.params, observations.shape)
     except DiffemError as error:
@@ -284,6 +306,12 @@ def _refuse_mistakes(observations: Observations) -> None:
                 raise DiffemError(
                     f"{observations.source}: mask.npy: holds {value:g}; a mask is true or 1 where y was observed, else false or 0"
                 )
+    if "noise" in observations.params and observations.corruption.linear:
+        for i in observations.chunks():
+            part = np.asarray(observations.params["noise"][i])
+            if not (np.isfinite(part) & (part >= 0)).all():
+                value = part[~(np.isfinite(part) & (part >= 0))][0]
+                raise DiffemError(f"{observations.source}: noise.npy: holds {value:g}; a standard deviation is >= 0")
     if observations.y.dtype.kind == "f":
         for i in observations.chunks():
             y, _params = observations.batch(i)
@@ -294,6 +322,36 @@ def _refuse_mistakes(observations: Observations) -> None:
                 raise DiffemError(
                     f"{observations.source}: y.npy: entry {list(index)} is not finite although it counts as observed; mask it or remove it"
                 )
+
+
+class NotNaN:
+    """A mask, read as an array is: true where y is a number.
+
+    Arguments:
+        y: Observations (N, *y shape).
+    """
+
+    dtype = np.dtype(bool)
+
+    def __init__(self, y: np.ndarray) -> None:
+        self.y, self.shape, self.ndim = y, y.shape, y.ndim
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def __getitem__(self, rows: Any) -> np.ndarray:
+        return ~np.isnan(self.y[rows])
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return self[:].astype(dtype or bool)
+
+
+def _mask_of_nan(observations: Observations) -> None:
+    """Makes a mask of NaN where there is any."""
+    if observations.y.dtype.kind != "f":
+        return
+    if any(np.isnan(observations.y[i]).any() for i in observations.chunks()):
+        observations.params["mask"] = NotNaN(observations.y)  # type: ignore[assignment]
 
 
 def _clipped(corruption: Corruption, value_range: Any, clip: object, source: str) -> BlackBox:

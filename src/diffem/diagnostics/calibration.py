@@ -41,7 +41,7 @@ from scipy import stats
 from torch import Tensor
 
 from diffem import seeding
-from diffem.corruptions import Corruption, Params
+from diffem.corruptions import Corruption, LinearCorruption, Params
 from diffem.corruptions.base import NOISE_FLOOR
 from diffem.errors import DiffemError
 from diffem.samplers import BATCH, Sampler, draw_from, prior_samples
@@ -161,7 +161,10 @@ def quantities(trials: Trials, generator: torch.Generator, projections: int = PR
     along, drawn = truth @ directions, draws @ directions
     found: dict[str, tuple] = {f"projection_{k}": (drawn[..., k], along[..., k]) for k in range(projections)}
     found["squared_norm"] = draws.square().sum(-1), truth.square().sum(-1)
-    if trials.corruption.linear and trials.corruption.noise >= NOISE_FLOOR:
+    corruption = trials.corruption
+    if isinstance(corruption, LinearCorruption) and bool(
+        (corruption.noise_std(trials.y, trials.params) >= NOISE_FLOOR).all()
+    ):
         likelihood = torch.stack([_log_likelihood(trials, x) for x in trials.draws])
         found["log_likelihood"] = likelihood, _log_likelihood(trials, trials.x)
     return found
@@ -230,5 +233,7 @@ def self_consistency(
 
 def _log_likelihood(trials: Trials, x: Tensor) -> Tensor:
     """log Q(y | x) of items (n, *shape), up to what does not depend on x; (n,)."""
-    error = trials.corruption.forward(x, trials.params) - trials.y
-    return -error.double().square().flatten(1).sum(1) / (2 * trials.corruption.noise**2)
+    corruption = trials.corruption
+    assert isinstance(corruption, LinearCorruption)
+    error = (corruption.forward(x, trials.params) - trials.y) / corruption.noise_std(trials.y, trials.params)
+    return -error.double().square().flatten(1).sum(1) / 2

@@ -57,9 +57,10 @@ def check(observations: Observations, seed: int = 0) -> list[Finding]:
     train, *halves = observations.split(seed)
     observations.rehearse(observations.units(train))
     survey, sample = Survey(observations), Sample(observations)
-    known = observations.corruption.diagonal or sample.matrix is not None
-    spectrum = Spectrum.of(sample.z, sample.seen, sample.matrix, observations.corruption.noise) if known else None
-    quiet = noise(observations, sample, spectrum)
+    known, level = observations.corruption.diagonal or sample.matrix is not None, observations.corruption.noise
+    uniform = isinstance(level, float)  # else nothing is said of the noise
+    spectrum = Spectrum.of(sample.z, sample.seen, sample.matrix, level) if known and uniform else None
+    quiet = noise(observations, sample, spectrum) if uniform else []
     findings = [
         *observed(observations, survey),
         *never_together(observations, survey),
@@ -69,7 +70,7 @@ def check(observations: Observations, seed: int = 0) -> list[Finding]:
         *quiet,
         *value_range(observations, sample),
     ]
-    if all(finding.level == "note" for finding in quiet):  # these are told beyond the declared noise
+    if uniform and all(finding.level == "note" for finding in quiet):  # these are told beyond the declared noise
         findings += constant_entries(observations, sample)
         findings += constant_directions(observations, spectrum)
     return sorted(findings, key=lambda finding: LEVELS.index(finding.level))
@@ -211,15 +212,15 @@ def never_together(observations: Observations, survey: Survey) -> list[Finding]:
 
 
 def mask_rate(observations: Observations, survey: Survey) -> list[Finding]:
-    """Masks that delete more or less than declared, by more than 0.01 and four standard errors: a problem."""
-    if "mask" not in observations.params:
+    """Masks that delete more or less than a formula would, by more than 0.01 and four standard errors: a problem."""
+    if "mask" not in observations.params or not observations.formula:
         return []
     corruption, rate = observations.corruption, float(survey.hidden.mean())
     declared, error = getattr(corruption, "rate", 0.0), survey.hidden.std() / math.sqrt(len(observations))
     if abs(rate - declared) <= max(4 * error, 0.01):
         return []
     use = "use" if hasattr(corruption, "rate") else "use `name: RandomMask` with"
-    text = f"declared rate {declared:g}, but the observed fraction is {1 - rate:.3g}, so that re-corruption would draw the wrong masks; {use} `rate: {rate:.3g}`"
+    text = f"declared rate {declared:g}, but the observed fraction is {1 - rate:.3g}, so that re-corruption would draw the wrong masks; {use} `rate: {rate:.3g}`, or leave out `formula: true`"
     return [Finding("problem", "mask-rate", text)]
 
 
@@ -263,7 +264,7 @@ def constant_entries(observations: Observations, sample: Sample) -> list[Finding
     """
     if not observations.corruption.diagonal or not len(sample.values):
         return []
-    variance, level = sample.variance, observations.corruption.noise**2
+    variance, level = sample.variance, _noise(observations) ** 2
     excess = SURE * np.sqrt(2 / np.maximum(sample.count, 2)) * level + 1e-12 * np.square(sample.values).mean()
     use = (sample.count > 1) & (_gain(observations) > LEAST_GAIN)
     still, beyond = np.flatnonzero(use & (np.abs(variance - level) <= excess)), " beyond the noise" if level else ""
@@ -308,30 +309,37 @@ def noise(observations: Observations, sample: Sample, spectrum: Spectrum | None)
     A problem if it is larger, by a tenth and :data:`SURE` standard errors; a warning if it is smaller, by half, than
     what is likely nothing but noise. Another warning, `clipped`, if values are exactly the least, or the largest.
     """
-    corruption, values = observations.corruption, sample.values
-    if not corruption.linear or not len(values):
+    declared, values = _noise(observations), sample.values
+    if not observations.corruption.linear or not len(values):
         return []
     end, count = max(((v, (values == v).sum()) for v in (values.min(), values.max())), key=lambda pair: pair[1])
-    if corruption.noise and count > max(1, CLIPPED * len(values)):
+    if declared and count > max(1, CLIPPED * len(values)):
         text = f"{_percent(count / len(values))} of the values are exactly {end:g}, which noise would not leave so; use `noise: 0` if there is none, or a black box that clips"
         return [Finding("warning", "clipped", text)]
     quiet = [*_quiet_coefficients(observations, sample), *_quiet_details(observations, sample)]
     if spectrum is not None:
-        variance = corruption.noise**2 + (spectrum.share + SURE * spectrum.error) / spectrum.width
+        variance = declared**2 + (spectrum.share + SURE * spectrum.error) / spectrum.width
         std = np.sqrt(variance.clip(min=0))
-        quiet.append(_quietest("the quietest weighted sums of entries", std, 0 * std, corruption.noise))
+        quiet.append(_quietest("the quietest weighted sums of entries", std, 0 * std, declared))
     if not quiet:
         return []
     low = min(quiet, key=lambda q: q.bound)
-    text = f"declared noise {corruption.noise:g}, but {low.where} vary by {low.value:.3g}"
-    if low.bound < 0.9 * corruption.noise:
+    text = f"declared noise {declared:g}, but {low.where} vary by {low.value:.3g}"
+    if low.bound < 0.9 * declared:
         return [Finding("problem", "noise-too-large", f"{text}; use `noise: {low.value:.3g}` or less")]
     for q in quiet:
         if q.least < q.value <= low.bound:
-            text = f"declared noise {corruption.noise:g}, but {q.where} vary by {q.value:.3g}; if nothing but noise is there, use `noise: {q.value:.3g}`"
+            text = f"declared noise {declared:g}, but {q.where} vary by {q.value:.3g}; if nothing but noise is there, use `noise: {q.value:.3g}`"
             return [Finding("warning", "noise-too-small", text)]
-    text = f"at most about {low.value:.3g}, by which {low.where} vary; declared {corruption.noise:g}"
+    text = f"at most about {low.value:.3g}, by which {low.where} vary; declared {declared:g}"
     return [Finding("note", "noise", text)]
+
+
+def _noise(observations: Observations) -> float:
+    """The declared noise, where it is the same everywhere."""
+    level = observations.corruption.noise
+    assert isinstance(level, float)
+    return level
 
 
 def _quietest(where: str, std: np.ndarray, error: np.ndarray, declared: float) -> Quiet:
@@ -345,7 +353,7 @@ def _quiet_coefficients(observations: Observations, sample: Sample) -> list[Quie
     use = np.flatnonzero(sample.count >= FEW)
     if not observations.corruption.diagonal or not len(use):
         return []
-    declared, deleted = observations.corruption.noise, _gain(observations) <= LEAST_GAIN
+    declared, deleted = _noise(observations), _gain(observations) <= LEAST_GAIN
     if deleted.any():
         value, count = math.sqrt(sample.variance[deleted].mean()), deleted.sum() * len(sample.z)
         least = 1.1 * declared + LEAST_GAIN * math.sqrt(sample.variance.max())
@@ -375,7 +383,7 @@ def _quiet_details(observations: Observations, sample: Sample) -> list[Quiet]:
     if len(details) < 100 or not (value := float(np.quantile(details, 0.25)) / 0.3186):
         return []
     bound = value * (1 + SURE * 1.8 / math.sqrt(len(details)))  # the standard error of a quartile
-    least = math.hypot(1.5 * observations.corruption.noise, DETAIL * float(sample.values.std()))
+    least = math.hypot(1.5 * _noise(observations), DETAIL * float(sample.values.std()))
     return [Quiet("details of a pixel's width", value, bound, least)]
 
 
@@ -399,7 +407,8 @@ def value_range(observations: Observations, sample: Sample) -> list[Finding]:
     if stated is None:
         text = f"{eight}; state `range: [0, 255]`, or what the range is"
         return [Finding("warning", "eight-bit", text)] if floats else []
-    margin = 5 * corruption.noise + 0.1 * (stated[1] - stated[0])
+    margin = 5 * corruption.noise if isinstance(corruption.noise, float) else 0.0
+    margin += 0.1 * (stated[1] - stated[0])
     beyond = float(((values < stated[0] - margin) | (values > stated[1] + margin)).mean())
     said, used = f"`range: [{stated[0]:g}, {stated[1]:g}]`", float(np.ptp(np.quantile(values, [0.001, 0.999])))
     if beyond > 0.001 and floats:

@@ -76,12 +76,12 @@ def diagnose(
     final = next(row for row in reversed(metrics) if row["best"])
     place = {"device": device, "precision": precision}
     loaded = from_pretrained(run / "posterior", observations.corruption, **place)
-    posterior, data = loaded.sampler, Dataset(observations, loaded.units)
+    train, _, test = observations.split(seed)
+    posterior, data = loaded.sampler, Dataset(observations, loaded.units, train)
     batch = batch or loaded.batch
     prior = None
     if (run / "prior" / "config.json").exists():
         prior = from_pretrained(run / "prior", observations.corruption, **place).sampler
-    train, _, test = observations.split(seed)
     rows, key = evenly(test, ITEMS), seeding.fold(seed, *b"diagnose")  # other draws than those that were trained on
     result: dict = {"iteration": final["iteration"], "items": len(rows)}
     if len(rows) < FEWEST:

@@ -41,6 +41,7 @@ import torch
 from torch import Tensor
 
 from diffem import seeding
+from diffem.corruptions import LinearCorruption
 from diffem.data import Dataset
 from diffem.diagnostics.calibration import ranks
 from diffem.diagnostics.divergence import energy_items
@@ -190,17 +191,17 @@ def score(
     if not data.corruption.predictable:
         x = draw_many(sampler, data, indices, 1, seed, "score", batch)[0]
         return Score("energy_distance", energy_items(x, data, indices, seed))
-    values, variance, error, count = torch.zeros(4, len(indices))
-    noise = data.corruption.noise
+    values, variance, excess, error, count = torch.zeros(5, len(indices))
     for rows, hidden in _hidden(sampler, data, indices, seed, draws, splits, batch):
         seen, d = hidden.seen, hidden.draws
         each = (crps(hidden.noisy, hidden.target) * seen).sum(1) / seen.sum(1).clamp(min=1)
         values[rows] += each / splits
-        variance[rows] += (d.var(0) * seen).sum(1)
+        variance[rows] += ((d.var(0) + hidden.noise.square()) * seen).sum(1)
+        excess[rows] += (d.var(0) * seen).sum(1) / draws
         error[rows] += ((d.mean(0) - hidden.target).square() * seen).sum(1)
         count[rows] += seen.sum(1)
     entries = count.mean().clamp(min=1)  # of an observation: V and E are means over entries, not over observations
-    return Score("crps", values, (variance + noise**2 * count) / entries, error / entries, variance / draws / entries)
+    return Score("crps", values, variance / entries, error / entries, excess / entries)
 
 
 @dataclass(frozen=True)
@@ -272,6 +273,7 @@ class _Hidden:
     noisy: Tensor  # the draws with observation noise
     target: Tensor
     seen: Tensor  # 1 where there is something to predict, else 0
+    noise: Tensor  # its standard deviation
 
 
 def _hidden(
@@ -292,17 +294,19 @@ def _hidden(
         (y, params), (hidden, hidden_params) = split
         target = corruption.compared(hidden)
         seen = corruption.seen(hidden, hidden_params).expand_as(target).float()
+        assert isinstance(corruption, LinearCorruption)
+        std = corruption.noise_std(hidden, hidden_params).expand_as(target)
         predictions, noisy = [], []
         for some in torch.arange(again * draws, (again + 1) * draws).split(max(1, batch // len(chunk))):
             n = len(some)  # draws at once, of each observation
             seeds = torch.cat([seeding.item_seeds(seed, int(j), "score", chunk) for j in some])
             x = draw_from(sampler, _tiled(y, n), {k: _tiled(v, n) for k, v in params.items()}, seeds, batch)
             predicted = corruption.forward(x, {k: _tiled(v, n) for k, v in hidden_params.items()})
-            noise = corruption.noise * seeding.normal(seeds, tuple(predicted.shape[1:]), stream=10_000)
+            noise = _tiled(std, n) * seeding.normal(seeds, tuple(predicted.shape[1:]), stream=10_000)
             predicted = corruption.compared(predicted)
             predictions.append(predicted.reshape(n, len(chunk), -1))
             noisy.append((predicted + noise).reshape(n, len(chunk), -1))
-        flat = [torch.cat(predictions), torch.cat(noisy), target.flatten(1), seen.flatten(1)]
+        flat = [torch.cat(predictions), torch.cat(noisy), target.flatten(1), seen.flatten(1), std.flatten(1)]
         yield slice(start, start + len(chunk)), _Hidden(*flat)
 
 

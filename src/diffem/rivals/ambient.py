@@ -23,7 +23,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from diffem.corruptions import Params, RandomMask, RandomProjection
+from diffem.corruptions import Corruption, Params, RandomMask, RandomProjection
+from diffem.corruptions.base import NOISE_FLOOR
 from diffem.data import Items
 from diffem.denoiser import Denoiser
 from diffem.em import STEPS, DiffEM, finish
@@ -47,7 +48,7 @@ class AmbientDenoiser(Denoiser):
             return self.reference.posterior(Rows((solve @ x_t[..., None])[..., 0], solve, sigma[:, None]))
         likelihood = self.corruption.likelihood(self.corruption.forward(x_t, params), params)
         assert isinstance(likelihood, Diagonal)
-        scale = (self.corruption.noise_std / sigma).square()[:, None]
+        scale = (_noise(self.corruption) / sigma).square()[:, None]
         return self.reference.posterior(replace(likelihood, precision=likelihood.precision * scale))
 
     def _inputs(
@@ -82,7 +83,7 @@ class AmbientDenoiser(Denoiser):
             variance = (posterior.chol.mT @ params["matrix"].to(posterior.chol).mT).square().sum(1)
         else:
             variance = posterior.variance.view(y.shape)
-        return (error / (variance.detach() + corruption.noise_std**2))[seen].mean()
+        return (error / (variance.detach() + _noise(corruption) ** 2))[seen].mean()
 
     def _lift(self, y: Tensor, params: Params) -> Tensor:
         """The least x with A~ x = y."""
@@ -126,6 +127,11 @@ class AmbientSampler(DPSSampler):
         return {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
 
 
+def _noise(corruption: Corruption) -> float:
+    assert isinstance(corruption.noise, float)
+    return max(corruption.noise, NOISE_FLOOR)
+
+
 def _generator(seed: Tensor) -> torch.Generator:
     return torch.Generator().manual_seed(int(seed) & (2**62 - 1))
 
@@ -146,6 +152,8 @@ class Ambient(DiffEM):
         if config.sampler.kind != "ambient" or config.em.iterations != 1:
             raise DiffemError("ambient: needs sampler.kind ambient and em.iterations 1")
         super().__init__(config, *args, **kwargs)
+        # it corrupts further by the formula, so that its draws need no data
+        self.data.corruption = self.observations.corruption.scaled(self.data.units)
 
     def losses(self, x: Items, generator: torch.Generator, dropout: float) -> list[Tensor]:
         rows = torch.randint(len(self.train), (self.config.m_step.batch,), generator=generator, device=self.device)

@@ -31,6 +31,7 @@ from azula.noise import VESchedule
 from torch import Tensor
 
 from diffem.corruptions import Corruption, Params
+from diffem.corruptions.base import NOISE_FLOOR
 from diffem.denoiser import DenoiserConfig
 from diffem.errors import DiffemError, suggest
 from diffem.samplers import DiffusionSampler, Query, SamplerConfig, register_sampler
@@ -74,7 +75,8 @@ def mmps(
     Returns:
         Shape (B, *shape).
     """
-    noise = IsotropicCovariance(corruption.noise_std**2)
+    assert isinstance(corruption.noise, float)
+    noise = IsotropicCovariance(max(corruption.noise, NOISE_FLOOR) ** 2)
 
     def forward(x: Tensor) -> Tensor:
         return corruption.forward(x, params).flatten(1)
@@ -126,6 +128,8 @@ class GuidedSampler(DiffusionSampler):
     def suits(cls, corruption: Corruption, sampler: SamplerConfig, denoiser: DenoiserConfig) -> None:
         if not corruption.linear:
             raise DiffemError(f"sampler.kind: {cls.kind} needs a linear-Gaussian corruption; use diffusion")
+        if not isinstance(corruption.noise, float):
+            raise DiffemError(f"sampler.kind: {cls.kind} needs noise that is the same everywhere; use diffusion")
         for name, value in sampler.options.items():
             if name not in cls.options:
                 raise DiffemError(
