@@ -388,7 +388,7 @@ def test_black_box(here, capsys, monkeypatch):
     assert set(found["collapse"]) == {"diversity", "outside"}  # nothing beat the start, which has no prior
     assert "coverage" not in found  # it cannot be split
     diagnose = ["diagnose", "run", "--observations", "obs"]
-    assert "give it as MODULE:FUNCTION" in refused(here, capsys, *diagnose)
+    assert "give it as MODULE:NAME" in refused(here, capsys, *diagnose)
     assert main([*diagnose, "--corruption", "my_box:clip", "--json"]) == 0
     assert {**json.loads(capsys.readouterr().out), "seconds": 0} == {**found, "seconds": 0}
 
@@ -478,3 +478,103 @@ def test_a_signal_lets_a_run_save(number, status, here):
         state = json.loads(stream.metadata()["diffem"])
     assert state["step"] == "m_step"
     assert 0 < state["updates"] < 100000
+
+
+# --- problems are said before training, and observations of another kind are refused ------------------
+
+
+def said(here: Path, capsys, *argv: str) -> str:
+    return refused(here, capsys, *argv).removeprefix("diffem: ").removesuffix("\n")
+
+
+def masked(folder: Path, **config) -> Path:
+    mask = random_mask()
+    write(folder, np.where(mask, clean(), 0).astype(np.float32), mask)
+    (folder / "corruption.yaml").write_text(yaml.safe_dump({"name": "Mask", "noise": 0.01, **config}))
+    return folder
+
+
+def test_train_stops_at_a_problem(here, capsys):
+    folder = masked(here / "data", noise=50.0)
+    train = ["train", "--observations", str(folder), "--out", "run", *TINY]
+    line = said(here, capsys, *train)
+    assert line.startswith(f"{folder}: noise-too-large: declared noise 50, but ")
+    assert line.endswith("; --force goes on all the same")
+    assert not (here / "run").exists()
+    assert main([*train, "--force"]) == 0
+
+
+def test_reconstruct_refuses_observations_of_another_kind(here, capsys):
+    folder = masked(here / "data", range=[-6, 6])
+    assert main(["train", "--observations", str(folder), "--out", "run", *TINY]) == 0
+    capsys.readouterr()
+    draw = ["reconstruct", "run", "--out", "draws", "--draws", "2", "--overwrite", "--observations"]
+    assert main([*draw, str(masked(here / "another-rate", name="RandomMask", rate=0.9, range=[-6, 6]))]) == 0
+    capsys.readouterr()
+    for name, change, text in (
+        (
+            "noise",
+            {"noise": 0.1},
+            "noise 0.1 of Mask, but the model was trained for 0.01; train on these, or use observations of that kind",
+        ),
+        ("range", {"range": [0, 255]}, "range: [0, 255], but run was trained on [-6.0, 6.0]"),
+        (
+            "blur",
+            {"name": "GaussianBlur", "std": 1.0},
+            "mask.npy: GaussianBlur takes noise.npy; put other files elsewhere",
+        ),
+    ):
+        other = masked(here / name, **{"range": [-6, 6], **change})
+        assert said(here, capsys, *draw, str(other)) == f"{other}: {text}".replace("[0, 255]", "[0.0, 255.0]")
+
+
+OWN = '''
+import torch
+import diffem
+
+
+class Dim(diffem.Corruption):
+    """Half of the light is lost, and noise is added."""
+
+    by_entry = True
+
+    def __init__(self, factor, noise):
+        self.factor, self.noise = factor, noise
+
+    def apply(self, x, params, generator):
+        return self.factor * x + self.noise * torch.randn(x.shape, generator=generator)
+
+    def initial(self, y, params):
+        return y / self.factor
+'''
+
+
+def test_a_class_of_the_users_own(here, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (here / "dimmed.py").write_text(OWN)
+    folder = here / "data"
+    folder.mkdir()
+    np.save(folder / "y.npy", 0.5 * clean())
+    (folder / "corruption.yaml").write_text("factor: 0.5\nnoise: 0.1\nrange: [-6, 6]\n")
+    own = ["--corruption", "dimmed:Dim"]
+    assert main(["train", "--observations", str(folder), "--out", "run", *own, *TINY]) == 0
+    assert main(["reconstruct", "run", "--observations", str(folder), "--out", "draws", "--draws", "2", *own]) == 0
+    assert np.load(here / "draws" / "mean.npy").shape == clean().shape
+    assert main(["sample", "run", "--n", "3", "--out", "new.npy", *own]) == 0
+    assert main(["diagnose", "run", "--observations", str(folder), *own]) == 0
+    (folder / "corruption.yaml").write_text("factor: 0.5\nnoise: 0.1\ngamma: 2\n")
+    assert said(here, capsys, "check", str(folder), *own) == (
+        f"{folder}/corruption.yaml: gamma: Dim has no such argument; (known: factor, noise)"
+    )
+
+
+def test_what_stands_beside_a_function_is_said(here, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (here / "half.py").write_text("def half(x):\n    return x / 2\n")
+    folder = here / "data"
+    folder.mkdir()
+    np.save(folder / "y.npy", clean())
+    (folder / "corruption.yaml").write_text("noise: 0.1\n")
+    assert said(here, capsys, "check", str(folder), "--corruption", "half:half") == (
+        f"{folder}/corruption.yaml: noise: is not used beside --corruption half:half; take it out"
+    )

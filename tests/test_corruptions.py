@@ -20,7 +20,7 @@ from diffem.corruptions import (
     RandomMask,
     RandomProjection,
     from_config,
-    from_function_path,
+    from_path,
 )
 from diffem.corruptions.base import NOISE_FLOOR, SPREAD, Corruption, LinearCorruption
 from diffem.corruptions.diagonal import blur_matrix
@@ -663,26 +663,26 @@ def test_from_config_round_trip(corruption):
     assert torch.equal(*drawn)
 
 
-def test_from_function_path(tmp_path, monkeypatch):
+def test_from_path(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my_corruption_module.py").write_text("def twice(x):\n    return 2 * x\n\nnumber = 3\n")
-    box = from_function_path("my_corruption_module:twice")
+    box = from_path("my_corruption_module:twice")
     monkeypatch.delitem(sys.modules, "my_corruption_module")
     x = randn(2, 3)
     assert torch.equal(box.apply(x, {}, seeded()), 2 * x)
     assert box.config == {"name": "BlackBox", "function": "my_corruption_module:twice"}
     for path in ("my_corruption_module", "my_corruption_module:", ":twice", ""):
-        assert error(from_function_path, path) == f"--corruption {path}: write it as package.module:function"
+        assert error(from_path, path) == f"--corruption {path}: write it as package.module:function"
     assert (
-        error(from_function_path, "no_such_module_here:f")
+        error(from_path, "no_such_module_here:f")
         == "--corruption no_such_module_here:f: cannot be imported: No module named 'no_such_module_here'"
     )
     assert (
-        error(from_function_path, "math:nothing")
+        error(from_path, "math:nothing")
         == "--corruption math:nothing: cannot be imported: module 'math' has no attribute 'nothing'"
     )
-    assert error(from_function_path, "math:pi") == "--corruption math:pi: is not callable"
+    assert error(from_path, "math:pi") == "--corruption math:pi: is not callable"
 
 
 # --- what goes wrong in a user's own function -------------------------------------------------------------

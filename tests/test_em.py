@@ -1429,8 +1429,8 @@ def test_what_a_bad_e_step_had_drawn_is_thrown_away(tmp_path, monkeypatch):
     em, begun = make(tmp_path, em={"iterations": 1}), []
     growing = em.run.growing
 
-    def listen(name, shape, iteration):
-        array, done = growing(name, shape, iteration)
+    def listen(name, shape, iteration, dtype):
+        array, done = growing(name, shape, iteration, dtype)
         begun.append((iteration, done))
         return array, done
 

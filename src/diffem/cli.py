@@ -71,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument("preset", nargs="?", help="a preset's name or a YAML file")
     train.add_argument("--observations", metavar="DIR", help="folder of observations")
-    train.add_argument("--corruption", metavar="MODULE:FUNCTION", help="a black box x -> y")
+    _add_corruption(train)
     train.add_argument("--root", metavar="DIR", help="where the clean data set of a benchmark preset lies")
     train.add_argument("--out", metavar="RUN", help="the run folder (default: runs/PRESET)")
     train.add_argument(
@@ -85,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="M",
         help="at most so much work is lost when the run is killed",
     )
+    train.add_argument("--force", action="store_true", help="go on although `diffem check` finds a problem")
     train.add_argument("--allow-unobserved", action="store_true", help="go on although some entry is never observed")
 
     check = add(
@@ -97,18 +98,14 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument(
         "preset", nargs="?", metavar="PRESET", help="a preset's name or a YAML file, to tell what a run costs"
     )
-    check.add_argument("--corruption", metavar="MODULE:FUNCTION", help="a black box x -> y")
+    _add_corruption(check)
 
     corrupt = add("corrupt", "Make observations from clean data (for benchmarks).")
     corrupt.add_argument(
         "source", help="manifold, digits, fashion-mnist, cifar10, celeba, a .npy file or a folder of images"
     )
-    corrupt.add_argument("--name", help="RandomMask, GaussianNoise, GaussianBlur or RandomProjection")
-    corrupt.add_argument("--corruption", metavar="MODULE:FUNCTION", help="a black box x -> y instead")
-    for argument in ("rate", "noise", "std"):
-        corrupt.add_argument(f"--{argument}", type=float)
-    for argument in ("rows", "block"):
-        corrupt.add_argument(f"--{argument}", type=int)
+    corrupt.add_argument("--name", help="a corruption, e.g. RandomMask; its arguments are options, too: --rate 0.5")
+    _add_corruption(corrupt)
     corrupt.add_argument("--root", metavar="DIR")
     corrupt.add_argument("--limit", type=int, metavar="N", help="at most the first N items")
     corrupt.add_argument("--seed", type=int, default=0)
@@ -120,6 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     reconstruct = add("reconstruct", "Clean observations, also new ones, with a trained run.")
     reconstruct.add_argument("run")
     reconstruct.add_argument("--observations", required=True, metavar="DIR")
+    _add_corruption(reconstruct)
     reconstruct.add_argument("--draws", type=int, default=8, metavar="M")
     reconstruct.add_argument("--seed", type=int, default=0)
     _add_device(reconstruct)
@@ -130,6 +128,7 @@ def _parser() -> argparse.ArgumentParser:
 
     sample = add("sample", "Generate new clean data from the prior of a run.")
     sample.add_argument("run")
+    _add_corruption(sample)
     sample.add_argument("--n", type=int, default=64)
     sample.add_argument("--seed", type=int, default=0)
     _add_device(sample)
@@ -142,13 +141,14 @@ def _parser() -> argparse.ArgumentParser:
         "--reference", required=True, metavar="CLEAN", help="a .npy of clean items, row i for observation i"
     )
     evaluate.add_argument("--observations", metavar="DIR", help="what it was trained on (default: RUN/observations)")
+    _add_corruption(evaluate)
     _add_device(evaluate)
     evaluate.add_argument("--json", action="store_true", help="print JSON")
 
     diagnose = add("diagnose", "Say, from held-out observations alone, whether a run can be trusted.")
     diagnose.add_argument("run")
     diagnose.add_argument("--observations", metavar="DIR", help="what it was trained on (default: RUN/observations)")
-    diagnose.add_argument("--corruption", metavar="MODULE:FUNCTION", help="the black box that it was trained with")
+    _add_corruption(diagnose)
     diagnose.add_argument("--full", action="store_true", help="also whether posterior and prior fit each other; slower")
     _add_device(diagnose)
     diagnose.add_argument("--json", action="store_true", help="print JSON")
@@ -158,6 +158,14 @@ def _parser() -> argparse.ArgumentParser:
     report = add("report", "Write report.html of a run again.")
     report.add_argument("run")
     return parser
+
+
+def _add_corruption(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--corruption",
+        metavar="MODULE:NAME",
+        help="a function x -> y of yours, or a class of corruptions whose arguments are in corruption.yaml",
+    )
 
 
 def _add_device(parser: argparse.ArgumentParser) -> None:
@@ -188,12 +196,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         import diffem.rivals  # noqa: F401 - here, so that --help is quick; their samplers can be named, too
 
-        if rest and arguments.command not in ("train", "check"):
+        if rest and arguments.command not in ("train", "check", "corrupt"):
             raise DiffemError(f"diffem {arguments.command}: unknown argument {rest[0]}")
         status = {
             "train": lambda: _train(arguments, rest),
             "check": lambda: _check(arguments, rest),
-            "corrupt": lambda: _corrupt(arguments),
+            "corrupt": lambda: _corrupt(arguments, rest),
             "reconstruct": lambda: _reconstruct(arguments),
             "sample": lambda: _sample(arguments),
             "evaluate": lambda: _evaluate(arguments),
@@ -245,20 +253,28 @@ def _separate(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def overrides(rest: Sequence[str], command: str = "train") -> list[tuple[str, str]]:
-    pairs, words = [], list(rest)
+    """Settings, `--section.field value`."""
+    pairs = list(options(rest, command, "settings are written --section.field value").items())
+    for key, _ in pairs:
+        if "." not in key:
+            raise DiffemError(f"diffem {command}: --{key}: unknown option;{_meant(key)}")
+    return pairs
+
+
+def options(rest: Sequence[str], command: str, otherwise: str = "options are written --name value") -> dict[str, str]:
+    """What stands in words `--name value` or `--name=value`."""
+    found, words = {}, list(rest)
     while words:
         word = words.pop(0)
         if not word.startswith("--"):
-            raise DiffemError(f"diffem {command}: {word}: not understood; settings are written --section.field value")
+            raise DiffemError(f"diffem {command}: {word}: not understood; {otherwise}")
         key, equals, value = word[2:].partition("=")
-        if "." not in key:
-            raise DiffemError(f"diffem {command}: --{key}: unknown option;{_meant(key)}")
         if not equals:
             if not words:
                 raise DiffemError(f"diffem {command}: --{key}: needs a value")
             value = words.pop(0)
-        pairs.append((key, value))
-    return pairs
+        found[key] = value
+    return found
 
 
 def _meant(name: str) -> str:
@@ -275,7 +291,6 @@ def _train(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     from diffem import config as configuration
     from diffem import devices
     from diffem.clean.evaluation import against, check_reference
-    from diffem.corruptions import from_function_path
     from diffem.data import Observations, open_array
     from diffem.em import DiffEM
     from diffem.report import page, pictures
@@ -291,15 +306,17 @@ def _train(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     if arguments.out is None and arguments.preset is None:
         raise DiffemError("diffem train: --out: give a run folder")
     out = Path(arguments.out or f"runs/{Path(arguments.preset).stem}")
-    box = from_function_path(arguments.corruption) if arguments.corruption else None
+    own = _own(arguments)
     folder = Path(arguments.observations) if arguments.observations else out / "observations"
     if arguments.observations is None and not (folder / "y.npy").exists():
         if not config.data.source:
             raise DiffemError(
                 "diffem train: --observations: give a folder of observations, or a preset that makes its own"
             )
-        make_observations(config, arguments.preset, folder, arguments.root, box)
-    observations = Observations.load(folder, box)
+        make_observations(config, arguments.preset, folder, arguments.root, own)
+    observations = Observations.load(folder, own)
+    if not (arguments.force or (out / "config.yaml").exists()):
+        _refuse_problems(observations)
     if reference is not None:  # now, not when the first iteration has been made
         check_reference(reference, observations)
     bar = ProgressBar()
@@ -328,6 +345,16 @@ def _train(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     say(page.summary_table(out))
     _print_warnings(found)
     say(f"report: {written}")
+
+
+def _refuse_problems(observations: Observations) -> None:
+    """Raises a DiffemError if `diffem check` would find a problem, as far as that takes seconds."""
+    from diffem.diagnostics.check import quick
+
+    if problems := quick(observations):
+        more = f" (and {len(problems) - 1} more, see diffem check)" if len(problems) > 1 else ""
+        first = problems[0]
+        raise DiffemError(f"{observations.source}: {first.name}: {first.text}{more}; --force goes on all the same")
 
 
 def _until_stopped(em: DiffEM) -> Iterator[dict]:
@@ -368,14 +395,12 @@ def _settings() -> None:
 def _check(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
     from diffem import config as configuration
     from diffem import memory
-    from diffem.corruptions import from_function_path
     from diffem.cost import forecast
     from diffem.data import Observations
     from diffem.diagnostics.check import Finding, check
 
     config = configuration.load_config(arguments.preset, overrides(rest, "check"))
-    box = from_function_path(arguments.corruption) if arguments.corruption else None
-    observations = Observations.load(arguments.observations, box)
+    observations = Observations.load(arguments.observations, _own(arguments))
     findings = check(observations, config.em.seed)
     if arguments.preset or rest:
         try:
@@ -392,7 +417,11 @@ def _check(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
 
 
 def make_observations(
-    config: Config, preset: str, folder: Path, root: str | None = None, corruption: Corruption | None = None
+    config: Config,
+    preset: str,
+    folder: Path,
+    root: str | None = None,
+    own: Corruption | type[Corruption] | None = None,
 ) -> None:
     """Writes the observations that a preset makes for itself, with the clean items beside them."""
     from diffem.clean import datasets
@@ -400,8 +429,10 @@ def make_observations(
 
     data = config.data
     folder.parent.mkdir(parents=True, exist_ok=True)
-    made = corruption or from_config(data.corruption, f"{preset}: data.corruption")
-    datasets.corrupt(data.source, made, folder, root, data.limit or None, config.em.seed, keep_clean=True)
+    if isinstance(own, type):
+        raise DiffemError(f"--corruption {own.__name__}: give a function, or the class a folder of observations")
+    corruption = own or from_config(data.corruption, f"{preset}: data.corruption")
+    datasets.corrupt(data.source, corruption, folder, root, data.limit or None, config.em.seed, keep_clean=True)
 
 
 class ProgressBar:
@@ -428,15 +459,17 @@ class ProgressBar:
             self.bar = None
 
 
-def _corrupt(arguments: argparse.Namespace) -> None:
+def _corrupt(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     from diffem.clean import datasets
-    from diffem.corruptions import from_config, from_function_path
+    from diffem.corruptions import Corruption, from_config
 
-    if arguments.corruption:
-        corruption = from_function_path(arguments.corruption)
+    corruption, given = _own(arguments), options(rest, "corrupt")
+    if isinstance(corruption, Corruption):
+        if given:
+            raise DiffemError(f"diffem corrupt: --{next(iter(given))}: a function takes no arguments")
     else:
-        given = {k: getattr(arguments, k) for k in ("name", "rate", "noise", "std", "rows", "block")}
-        corruption = from_config({k: v for k, v in given.items() if v is not None}, "diffem corrupt")
+        name = arguments.name if corruption is None else corruption.__name__
+        corruption = from_config({"name": name, **given}, "diffem corrupt")
     made = datasets.corrupt(
         arguments.source,
         corruption,
@@ -449,20 +482,30 @@ def _corrupt(arguments: argparse.Namespace) -> None:
     say(f"{len(made)} observations of shape {tuple(made.y.shape[1:])} in {arguments.out}")
 
 
-def _model(run: str, name: str, device: str = "cpu", precision: str = "float32") -> Posterior:
+def _own(arguments: argparse.Namespace) -> Corruption | type[Corruption] | None:
+    """The user's own corruption, if one is named."""
+    from diffem.corruptions import from_path
+
+    return from_path(arguments.corruption) if arguments.corruption else None
+
+
+def _model(arguments: argparse.Namespace, name: str) -> Posterior:
+    """A model of the run that the arguments name."""
     from diffem.posterior import from_pretrained
 
-    if not (Path(run) / "config.yaml").exists():
-        raise DiffemError(f"{run}: is not a run folder (no config.yaml)")
-    return from_pretrained(Path(run) / name, device=device, precision=precision)
+    if not (Path(arguments.run) / "config.yaml").exists():
+        raise DiffemError(f"{arguments.run}: is not a run folder (no config.yaml)")
+    _own(arguments)  # a class is known from now on
+    return from_pretrained(Path(arguments.run) / name, device=arguments.device, precision=arguments.precision)
 
 
-def _observations(folder: str | Path, posterior: Posterior) -> Observations:
+def _observations(folder: str | Path, posterior: Posterior, arguments: argparse.Namespace) -> Observations:
     """An observation folder; it never names a black box, which the posterior was trained for."""
     from diffem.corruptions import BlackBox
     from diffem.data import Observations
 
-    return Observations.load(folder, posterior.corruption if isinstance(posterior.corruption, BlackBox) else None)
+    box = posterior.corruption if isinstance(posterior.corruption, BlackBox) else None
+    return Observations.load(folder, _own(arguments) or box)
 
 
 def _reconstruct(arguments: argparse.Namespace) -> None:
@@ -471,13 +514,11 @@ def _reconstruct(arguments: argparse.Namespace) -> None:
     from diffem import files
 
     place = _place(arguments)
-    posterior = _model(arguments.run, "posterior", arguments.device, arguments.precision)
+    posterior = _model(arguments, "posterior")
     batch = place["batch"] or posterior.batch
-    observations = _observations(arguments.observations, posterior)
-    if observations.shape != posterior.shape:
-        raise DiffemError(
-            f"{arguments.observations}: items of shape {observations.shape}, but {arguments.run} was trained on {posterior.shape}"
-        )
+    observations = _observations(arguments.observations, posterior, arguments)
+    posterior.refuse_others(observations)
+    _refuse_other_range(Path(arguments.run), observations)
     if arguments.draws < 1:
         raise DiffemError(f"diffem reconstruct: --draws: must be at least 1, got {arguments.draws}")
     out, n = Path(arguments.out), len(observations)
@@ -486,11 +527,13 @@ def _reconstruct(arguments: argparse.Namespace) -> None:
     out.resolve().parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=".diffem-", dir=out.resolve().parent))
 
-    def make(name: str, *extra: int) -> np.memmap:
-        return files.make_array(temporary / f"{name}.npy", (n, *extra, *posterior.shape))
+    layout = posterior.item_layout
+
+    def make(name: str, *extra: int, dtype: type = layout.dtype) -> np.memmap:
+        return files.make_array(temporary / f"{name}.npy", (n, *extra, *layout.users(posterior.shape)), dtype)
 
     try:
-        draws, mean, std = make("draws", arguments.draws), make("mean"), make("std")
+        draws, mean, std = make("draws", arguments.draws), make("mean"), make("std", dtype=np.float32)
         for rows in observations.chunks(size=batch):
             block = posterior.reconstruct(observations, rows, arguments.draws, arguments.seed, batch)
             draws[rows], mean[rows] = block.transpose(0, 1).numpy(), block.mean(0).numpy()
@@ -503,6 +546,15 @@ def _reconstruct(arguments: argparse.Namespace) -> None:
     finally:
         shutil.rmtree(temporary)
     say(f"{n} observations, {arguments.draws} draws each, in {out}")
+
+
+def _refuse_other_range(run: Path, observations: Observations) -> None:
+    import yaml
+
+    trained = yaml.safe_load((run / "config.yaml").read_text()).get("facts", {}).get("range")
+    stated = None if observations.range is None else list(observations.range)
+    if stated and trained and stated != trained:
+        raise DiffemError(f"{observations.source}: range: {stated}, but {run} was trained on {trained}")
 
 
 def _refuse_to_overwrite(file: Path, arguments: argparse.Namespace) -> None:
@@ -520,7 +572,7 @@ def _sample(arguments: argparse.Namespace) -> None:
     if arguments.n < 1:
         raise DiffemError(f"diffem sample: --n: must be at least 1, got {arguments.n}")
     _refuse_to_overwrite(Path(arguments.out), arguments)
-    prior = _model(arguments.run, "prior", arguments.device, arguments.precision)
+    prior = _model(arguments, "prior")
     stream = io.BytesIO()
     np.save(stream, prior.generate(arguments.n, arguments.seed, _place(arguments)["batch"]).numpy())
     files.replace(Path(arguments.out), stream.getvalue())
@@ -532,22 +584,20 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
     folder = Path(arguments.observations or Path(arguments.run) / "observations")
     given = arguments.observations is not None or folder.exists()
-    observations = _observations(folder, _model(arguments.run, "posterior")) if given else None
+    observations = _observations(folder, _model(arguments, "posterior"), arguments) if given else None
     table = evaluate(arguments.run, arguments.reference, observations, **_place(arguments))
     finite = {k: {name: v if math.isfinite(v) else None for name, v in column.items()} for k, column in table.items()}
     say(json.dumps(finite) if arguments.json else as_text(table))
 
 
 def _diagnose(arguments: argparse.Namespace) -> None:
-    from diffem.corruptions import BlackBox, from_function_path
+    from diffem.corruptions import BlackBox
     from diffem.data import Observations
 
-    run, box = Path(arguments.run), None
-    if isinstance(_model(arguments.run, "posterior").corruption, BlackBox):
-        if not arguments.corruption:
-            raise DiffemError("diffem diagnose: --corruption: the run is of a black box; give it as MODULE:FUNCTION")
-        box = from_function_path(arguments.corruption)
-    observations = Observations.load(arguments.observations or run / "observations", box)
+    run = Path(arguments.run)
+    if isinstance(_model(arguments, "posterior").corruption, BlackBox) and not arguments.corruption:
+        raise DiffemError("diffem diagnose: --corruption: the run is of a black box; give it as MODULE:NAME")
+    observations = Observations.load(arguments.observations or run / "observations", _own(arguments))
     found = _write_diagnostics(run, observations, arguments.full, **_place(arguments))
     page = _report(run)
     if arguments.json:

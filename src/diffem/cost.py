@@ -54,7 +54,8 @@ def forecast(observations: Observations, config: Config) -> str:
     more = min(full.items, len(em.train)) / min(start.items, len(em.train))
     fit = len(full.ranks) * (first + (FIT * more - 1) * a_round)
     generator, rows = torch.Generator(em.device).manual_seed(0), np.arange(min(em.batch, n))
-    x = Items(np.broadcast_to(em.data.units.centre.astype(np.float32), (n, *em.data.shape)), em.data.units)
+    middle = np.broadcast_to(em.data.units.centre.astype(np.float32), (n, *em.data.shape))
+    x = Items(middle, em.data.units)
     sampler, dropout = em.diffusion(steps=1), config.denoiser.observation_dropout  # all steps take equally long
     update = _seconds(lambda: em.trainer.update(em.losses(x, generator, dropout), rate=0.0))
     draw = _seconds(lambda: draw_many(sampler, em.data, rows, 1, 0, batch=em.batch)) / len(rows)

@@ -36,7 +36,7 @@ from torch import Tensor
 
 from diffem import devices, files, memory, seeding, starts
 from diffem.config import Config, load_config
-from diffem.data import Dataset, Items, Observations
+from diffem.data import Dataset, Items, Observations, refuse_unobserved
 from diffem.errors import DiffemError
 from diffem.judging import chosen_width, closely, compared, row_of
 from diffem.networks import Given, Network
@@ -153,7 +153,7 @@ class DiffEM:
         self.device, self.precision = devices.choose(device, precision)
         self.place: dict[str, Any] = {"network": network, "device": device, "precision": precision}
         if not allow_unobserved:
-            observations.refuse_unobserved()
+            refuse_unobserved(observations)
         self.sampler_class = trained_kind(config.sampler)
         if not isinstance(self, self.sampler_class.algorithm or DiffEM):
             raise DiffemError(
@@ -176,6 +176,7 @@ class DiffEM:
             "corruption": observations.corruption.config,
             "shape": list(observations.shape),
             "scaling": self.data.units.config,
+            "range": None if observations.range is None else list(observations.range),
             **({} if self.examples.digest is None else {"clean_examples": self.examples.digest}),
             **({} if network is None else {"own_network": True}),
         }
@@ -214,16 +215,17 @@ class DiffEM:
 
     def items(self, name: str) -> Items:
         """An array of the run folder, read in model units."""
-        return Items(self.run.array(name), self.data.units)
+        return self.data.items(self.run.array(name))
 
     @property
     def reconstructions(self) -> np.memmap:
-        """What this iteration drew, row i of observation i, in the units of y."""
+        """What this iteration drew, row i of observation i, in the units and the layout of y."""
         return self.run.array("next" if (self.run.folder / "next.npy").exists() else "current")
 
     def posterior(self, sampler: Sampler) -> Posterior:
         """A sampler in the units of y."""
-        return Posterior(sampler, self.observations.corruption, self.data.units, self.trained_on)
+        of = self.observations
+        return Posterior(sampler, of.corruption, self.data.units, self.trained_on, of.layout, of.item_layout)
 
     def losses(self, x: Items, generator: torch.Generator, dropout: float) -> Iterable[Tensor]:
         """The loss of one update on reconstructions x, in parts."""
@@ -398,7 +400,7 @@ def e_step(em: DiffEM) -> None:
     """Draw a reconstruction of every observation, or of a part of them (em.refresh); the others keep theirs."""
     state, sampler, refresh = em.state, em.sampler, em.config.em.refresh
     before = em.run.array("current") if refresh < 1 and state.iteration and state.of is None else None
-    out, done = em.run.growing("next", (len(em.data), *em.data.shape), state.iteration)
+    out, done = em.run.growing("next", em.data.array_shape, state.iteration, em.observations.item_layout.dtype)
     purpose = "e_step" if state.of is None else "end"  # a run that goes on counts iterations on from the last
     for rows in em.data.chunks(np.arange(done, len(em.data)), em.batch):
         seeds = seeding.item_seeds(em.seed, state.iteration, purpose, rows)
@@ -416,7 +418,7 @@ def e_step(em: DiffEM) -> None:
                     raise DiffemError(f"start: {what}")
                 roll_back(em, what)
                 return
-            Items(out, em.data.units)[rows[fresh]] = x
+            em.data.items(out)[rows[fresh]] = x
         em.progress(Progress("e_step", state.iteration, int(rows[-1]) + 1, len(em.data)))
         if em.due():
             em.run.grown("next", out, int(rows[-1]) + 1, state.iteration)

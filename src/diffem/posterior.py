@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from diffem import devices, files, memory, samplers, seeding
 from diffem.corruptions import REGISTRY, BlackBox, Corruption, from_config
-from diffem.data import Dataset, Observations
+from diffem.data import Dataset, Layout, Observations
 from diffem.denoiser import Denoiser
 from diffem.errors import DiffemError, suggest
 from diffem.networks import Given, Network
@@ -32,11 +32,22 @@ class Posterior(nn.Module):
         corruption: The corruption, in the units of y.
         units: The units of models.
         trained_on: A checksum of the observations that it was trained on, and the seed that held out some of them.
+        layout: How observations lie, see :mod:`diffem.data.layout`; as models see them by default.
+        item_layout: How items lie; likewise.
     """
 
-    def __init__(self, sampler: Sampler, corruption: Corruption, units: Units, trained_on: dict | None = None) -> None:
+    def __init__(
+        self,
+        sampler: Sampler,
+        corruption: Corruption,
+        units: Units,
+        trained_on: dict | None = None,
+        layout: Layout | None = None,
+        item_layout: Layout | None = None,
+    ) -> None:
         super().__init__()
         self.sampler, self.corruption, self.units, self.trained_on = sampler, corruption, units, trained_on
+        self.layout, self.item_layout = layout, item_layout or Layout.usual(len(sampler.shape) + 1)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -56,7 +67,8 @@ class Posterior(nn.Module):
         """n draws for each observation.
 
         Arguments:
-            y: Observations, shape (B, *y shape); what stands where a mask is false does not matter.
+            y: Observations, shape (B, ...), as those that it was trained on lay; what stands where a mask is false does not
+                matter.
             params: Their parameters by name, e.g. {"mask": mask}; a mask is true where y was observed.
             n: Draws for each.
             generator: Draws the keys of the items; torch's own by default.
@@ -64,7 +76,7 @@ class Posterior(nn.Module):
             batch: Observations at a time; as many as fit by default, see :mod:`diffem.memory`.
 
         Returns:
-            Shape (n, B, *shape), in the units of y: a tensor, or an array if y is one.
+            Shape (n, B, ...), in the units and the layout of y: a tensor, or an array if y is one.
 
         Raises:
             DiffemError: If y or the parameters are not those of the corruption.
@@ -74,7 +86,10 @@ class Posterior(nn.Module):
         if not isinstance(params, Mapping | None):
             raise DiffemError(f'params: must be named arrays, e.g. {{"mask": mask}}, got {type(params).__name__}')
         arrays = isinstance(y, np.ndarray)
-        y, given = torch.as_tensor(y).float(), {k: torch.as_tensor(v) for k, v in (params or {}).items()}
+        y, given = torch.as_tensor(y), {k: torch.as_tensor(v) for k, v in (params or {}).items()}
+        if self.layout is not None:
+            y, given = self.layout.observed(y, given)
+        y = y.float()
         given = {k: (v.bool() if k == "mask" else v.float()).to(y.device) for k, v in given.items()}
         self._check(y, given)
         if "mask" in given:
@@ -96,7 +111,7 @@ class Posterior(nn.Module):
             of_part = self.corruption.scale_params(of_part, self.units)
             keys = seeds.cpu()[rows].to(self.device)
             found.append(torch.stack([self.sampler.draw(part, of_part, seeding.again(keys, j)) for j in range(n)]))
-        x = self.units.restore(torch.cat(found, 1)).to(y.device)
+        x = self._restored(torch.cat(found, 1)).to(y.device)
         return x.numpy() if arrays else x
 
     def _check(self, y: Tensor, params: dict[str, Tensor]) -> None:
@@ -114,7 +129,7 @@ class Posterior(nn.Module):
             raise DiffemError(f"y: is of items of shape {shape}, where the model's have {self.shape}")
 
     def sample_prior(self, n: int, generator: torch.Generator | None = None, batch: int | None = None) -> Tensor:
-        """n new items, without an observation, shape (n, *shape), in the units of y.
+        """n new items, without an observation, shape (n, ...), in the units and the layout of y.
 
         Arguments:
             n: How many.
@@ -125,21 +140,44 @@ class Posterior(nn.Module):
             raise DiffemError(f"n: must be at least 1, got {n}")
         base = torch.randint(2**62, (), generator=generator)
         seeds = seeding.item_seeds(int(base), 0, "prior", range(n))
-        return self.units.restore(samplers.sample_prior(self.sampler, seeds, batch or self.batch))
+        return self._restored(samplers.sample_prior(self.sampler, seeds, batch or self.batch))
 
     def reconstruct(
         self, observations: Observations, rows: np.ndarray, n: int = 1, seed: int = 0, batch: int | None = None
     ) -> Tensor:
-        """n draws for each of the observations `rows`, shape (n, len(rows), *shape), in the units of y.
+        """n draws for each of the observations `rows`, shape (n, len(rows), ...), in the units and the layout of y.
 
         They depend on the seed and on the row, not on the batch.
+
+        Raises:
+            DiffemError: If they came about in another way than those that it was trained on.
         """
+        self.refuse_others(observations)
         data = Dataset(observations, self.units)
-        return self.units.restore(samplers.draw_many(self.sampler, data, rows, n, seed, batch=batch or self.batch))
+        return self._restored(samplers.draw_many(self.sampler, data, rows, n, seed, batch=batch or self.batch))
 
     def generate(self, n: int, seed: int = 0, batch: int | None = None) -> Tensor:
-        """The first n samples of the prior under a seed, shape (n, *shape), in the units of y."""
-        return self.units.restore(samplers.prior_samples(self.sampler, n, seed, batch or self.batch))
+        """The first n samples of the prior under a seed, shape (n, ...), in the units and the layout of y."""
+        return self._restored(samplers.prior_samples(self.sampler, n, seed, batch or self.batch))
+
+    def refuse_others(self, observations: Observations) -> None:
+        """Raises a DiffemError if observations came about in another way than those that it was trained on."""
+        where, ours, theirs = observations.source, self.corruption.law, observations.corruption.law
+        if observations.shape != self.shape:
+            raise DiffemError(f"{where}: items of shape {observations.shape}, but the model's are {self.shape}")
+        for name in {**ours, **theirs}:
+            if ours.get(name) != theirs.get(name):
+                said = "noise.npy" if name == "noise" else "none"
+                raise DiffemError(
+                    f"{where}: {name} {theirs.get(name, said)} of {theirs['name']}, but the model was trained for {ours.get(name, said)}; train on these, or use observations of that kind"
+                )
+        if self.layout is not None and self.layout.config != observations.layout.config:
+            raise DiffemError(
+                f"{where}: axes {observations.layout.axes}, but the model was trained on {self.layout.axes}"
+            )
+
+    def _restored(self, x: Tensor) -> Tensor:
+        return self.item_layout.to_user(self.units.restore(x))
 
     @cached_property
     def batch(self) -> int:
@@ -161,6 +199,8 @@ class Posterior(nn.Module):
             "shape": list(self.shape),
             "scaling": self.units.config,
             "trained_on": self.trained_on,
+            "layout": None if self.layout is None else self.layout.config,
+            "item_layout": self.item_layout.config,
             **self.sampler.config,
         }
         tensors = {k: v.detach().cpu().contiguous().clone() for k, v in self.sampler.state_dict().items()}
@@ -208,6 +248,7 @@ def from_pretrained(
         raise DiffemError(f"{folder}: is not a complete saved model: {str(error).splitlines()[0]}") from None
     try:
         units, shape = Units(*config["scaling"]), tuple(config["shape"])
+        layouts = [None if config.get(k) is None else Layout(*config[k]) for k in ("layout", "item_layout")]
         corruption = _corruption(config["corruption"], corruption, shape)
         kind = samplers.kind_of(config["kind"], "config.json: kind")
         with seeding.global_generators("cpu", 0):  # initial weights are drawn, and then loaded
@@ -226,7 +267,7 @@ def from_pretrained(
         if isinstance(module, Denoiser):
             module.precision = dtype
     sampler.to(where).eval().requires_grad_(False)
-    return Posterior(sampler, corruption, units, config.get("trained_on"))
+    return Posterior(sampler, corruption, units, config.get("trained_on"), *layouts)
 
 
 def _corruption(saved: dict, given: Corruption | None, shape: tuple[int, ...]) -> Corruption:

@@ -28,6 +28,7 @@ from pathlib import Path
 
 import numpy as np
 import yaml
+from numpy.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from safetensors.torch import save as serialise
@@ -130,12 +131,12 @@ class Run:
         lines = (json.dumps(_finite(row), allow_nan=False) + "\n" for row in rows)
         self.write("metrics.jsonl", "".join(lines).encode())
 
-    def array(self, name: str, shape: tuple[int, ...] | None = None) -> np.memmap:
-        """A memory-mapped float32 array: made if a shape is given, else opened read-only."""
+    def array(self, name: str, shape: tuple[int, ...] | None = None, dtype: DTypeLike = np.float32) -> np.memmap:
+        """A memory-mapped array: made if a shape is given, else opened read-only."""
         file = self.folder / f"{name}.npy"
         if shape is None:
             return np.lib.format.open_memmap(file, mode="r")
-        return files.make_array(file, shape)
+        return files.make_array(file, shape, dtype)
 
     # --- parts of a step -----------------------------------------------------------------------------
 
@@ -148,11 +149,13 @@ class Run:
         self._write_tensors(f"partial/{file.name}", make(), None)
         return load_file(file)  # laid out in memory as after a kill: strides change the rounding of products
 
-    def growing(self, name: str, shape: tuple[int, ...], iteration: int) -> tuple[np.memmap, int]:
+    def growing(
+        self, name: str, shape: tuple[int, ...], iteration: int, dtype: DTypeLike = np.float32
+    ) -> tuple[np.memmap, int]:
         """An array that is filled from its first row on in an iteration, and how many rows are filled already."""
         file, done = self.folder / f"{name}.npy", self.folder / "partial" / f"{iteration}-{name}.json"
         if not (file.exists() and done.exists()):
-            return self.array(name, shape), 0
+            return self.array(name, shape, dtype), 0
         return np.lib.format.open_memmap(file, mode="r+"), int(json.loads(done.read_text()))
 
     def grown(self, name: str, array: np.memmap, rows: int, iteration: int) -> None:

@@ -126,17 +126,17 @@ class Examples:
         return None if self.clean is None else hashlib.sha256(self.clean.array.tobytes()).hexdigest()[:16]
 
     def _clean(self) -> Items | None:
-        path, shape = self.config.clean_examples, self.data.shape
+        path, shape = self.config.clean_examples, self.data.array_shape[1:]
         if not path:
             return None
         if not Path(path).is_file():
             raise DiffemError(f"m_step.clean_examples: {path}: no such file; it is a .npy of clean items")
-        examples = np.asarray(open_array(Path(path)), dtype=np.float32)
+        examples = np.asarray(open_array(Path(path)), dtype=self.data.observations.item_layout.dtype)
         if examples.shape[1:] != shape or not len(examples) or not np.isfinite(examples).all():
             raise DiffemError(
                 f"m_step.clean_examples: {path}: must hold finite items of shape {shape}, has {examples.shape}"
             )
-        return Items(examples, self.data.units)
+        return self.data.items(examples)
 
     def batch(self, x: Items, generator: torch.Generator, updates: int, alone: bool = False) -> Batch:
         """A batch of items and their observations.

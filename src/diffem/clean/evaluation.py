@@ -28,7 +28,7 @@ def against(reference: np.ndarray, features: metrics.Features | None = None) -> 
     def hook(em: DiffEM, row: dict) -> dict:
         check_reference(reference, em.observations)
         rows = evenly(np.arange(len(reference)), metrics.ITEMS)
-        x, clean = Items(em.reconstructions, em.data.units)[rows], Items(reference, em.data.units)[rows]
+        x, clean = em.data.items(em.reconstructions)[rows], em.data.items(reference)[rows]
         return {"clean": metrics.compare(x, clean, features)}
 
     return hook
@@ -36,7 +36,7 @@ def against(reference: np.ndarray, features: metrics.Features | None = None) -> 
 
 def check_reference(reference: np.ndarray, observations: Observations) -> None:
     """Raises a DiffemError if there is not one clean item for each observation."""
-    shape = (len(observations), *observations.shape)
+    shape = (len(observations), *observations.item_layout.users(observations.shape))
     if tuple(reference.shape) != shape:
         raise DiffemError(f"reference: shape {tuple(reference.shape)}, but the reconstructions have {shape}")
 
@@ -80,7 +80,7 @@ def evaluate(
     given = None if observations is None else observations.corruption
     posterior = load("posterior")
     batch = batch or posterior.batch
-    truth, x = Items(clean, posterior.units)[rows], Items(x, posterior.units)[rows]
+    truth, x = (Items(array, posterior.units, posterior.item_layout)[rows] for array in (clean, x))
     table: dict[str, dict] = {}
     data = None if observations is None else Dataset(observations, posterior.units)
     if data is not None:

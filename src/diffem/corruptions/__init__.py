@@ -10,7 +10,7 @@ from __future__ import annotations
 from .base import BlackBox, Corruption, LinearCorruption, Observed, Params
 from .diagonal import GaussianBlur, GaussianNoise, Mask, RandomMask
 from .projection import RandomProjection
-from .registry import REGISTRY, from_config, from_function_path, register_corruption
+from .registry import REGISTRY, from_config, from_path, register_corruption
 
 __all__ = [
     "REGISTRY",
@@ -25,6 +25,6 @@ __all__ = [
     "RandomMask",
     "RandomProjection",
     "from_config",
-    "from_function_path",
+    "from_path",
     "register_corruption",
 ]

@@ -37,6 +37,7 @@ class Corruption:
         diagonal: Whether A is diagonal in an orthonormal basis that is the same for all observations.
         by_entry: Whether an entry of y depends on the same entry of x only.
         parameters: The names of its parameters, which stand beside y.npy as NAME.npy; None for any names.
+        complex_items: Whether items are complex numbers where the observations are.
         measured_parameters: Gives the parameters of new observations (:meth:`with_measured`); None for the formula :meth:`draw`.
     """
 
@@ -45,6 +46,7 @@ class Corruption:
     diagonal = False
     by_entry = False
     parameters: tuple[str, ...] | None = None
+    complex_items = True
     measured_parameters: Callable[[int, torch.Generator], Params] | None = None
 
     # --- what it is ----------------------------------------------------------------------------------
@@ -86,6 +88,11 @@ class Corruption:
         values = {k: getattr(self, k) for k in arguments}
         plain = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
         return {"name": name, **{k: v for k, v in plain.items() if isinstance(v, int | float | str | list)}}
+
+    @property
+    def law(self) -> dict[str, object]:
+        """What a posterior is trained for: the config, but for what only says how parameters are drawn."""
+        return self.config
 
     def check(self, y: np.ndarray, params: Mapping[str, np.ndarray], shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of an item; `shape` is what the user said, or that of y.

@@ -169,6 +169,10 @@ class Mask(DiagonalCorruption):
             raise DiffemError(f"mask.npy: missing; {name} needs to know which entries were observed (true = observed)")
         return super().check(y, params, shape)
 
+    @property
+    def law(self) -> dict[str, object]:
+        return {"name": "Mask", **({"noise": self.config["noise"]} if "noise" in self.config else {})}
+
 
 class RandomMask(Mask):
     """A mask that deletes pixels at random, in all their channels. Measured masks are used where there are any.

@@ -59,8 +59,9 @@ def from_config(config: dict, source: str = "corruption") -> Corruption:
     return kind(**arguments)
 
 
-def from_function_path(path: str) -> BlackBox:
-    """The black box of 'package.module:function', looked up from the current directory too."""
+def from_path(path: str) -> BlackBox | type[Corruption]:
+    """What 'package.module:name' names, looked up from the current directory too: a function, as a black box, or a class of
+    corruptions, which is registered."""
     module_name, _, name = path.partition(":")
     if not module_name or not name:
         raise DiffemError(f"--corruption {path}: write it as package.module:function")
@@ -70,6 +71,8 @@ def from_function_path(path: str) -> BlackBox:
         function = getattr(importlib.import_module(module_name), name)
     except (ImportError, AttributeError) as error:
         raise DiffemError(f"--corruption {path}: cannot be imported: {error}") from None
+    if isinstance(function, type) and issubclass(function, Corruption):
+        return register_corruption(function)
     if not callable(function):
         raise DiffemError(f"--corruption {path}: is not callable")
     return BlackBox(function, path)

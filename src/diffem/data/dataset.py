@@ -11,6 +11,7 @@ from torch import Tensor
 from diffem.corruptions import Observed, Params
 from diffem.units import Units
 
+from .layout import Layout
 from .observations import CHUNK, Observations
 
 
@@ -51,27 +52,39 @@ class Dataset:
         params = self.observations.corruption.scale_params(params, self.units)
         return {k: v.to(generator.device) for k, v in params.items()}
 
+    def items(self, array: np.ndarray) -> Items:
+        """Items of these observations, in an array that holds them as a user sees them."""
+        return Items(array, self.units, self.observations.item_layout)
+
+    @property
+    def array_shape(self) -> tuple[int, ...]:
+        """The shape of an array of one item for each observation, as a user sees it."""
+        return len(self), *self.observations.item_layout.users(self.shape)
+
     def chunks(self, rows: np.ndarray | None = None, size: int = CHUNK) -> Iterator[np.ndarray]:
         """The rows (all by default) in runs of `size`, the last one shorter."""
         return self.observations.chunks(rows, size)
 
 
 class Items:
-    """Items in an array that holds them in the units of the data, read and written in model units.
+    """Items in an array that holds them as a user sees them, read and written in model units.
 
     Arguments:
-        array: Shape (N, *shape); a memory map, as a rule.
+        array: Shape (N, ...), in the units and the layout of the data; a memory map, as a rule.
         units: The units of models.
+        layout: The layout of the array; by default it lies as models see it.
     """
 
-    def __init__(self, array: np.ndarray, units: Units) -> None:
+    def __init__(self, array: np.ndarray, units: Units, layout: Layout | None = None) -> None:
         self.array, self.units = array, units
+        self.layout = layout or Layout.usual(array.ndim)
 
     def __len__(self) -> int:
         return len(self.array)
 
     def __getitem__(self, rows: np.ndarray) -> Tensor:
-        return self.units.scale(torch.from_numpy(np.asarray(self.array[rows], dtype=np.float32)))
+        x = self.layout.to_model(self.array[rows])
+        return self.units.scale(torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32)))
 
     def __setitem__(self, rows: np.ndarray, x: Tensor) -> None:
-        self.array[rows] = self.units.restore(x).cpu().numpy()
+        self.array[rows] = self.layout.to_user(self.units.restore(x).cpu().numpy())

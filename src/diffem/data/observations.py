@@ -8,7 +8,8 @@ On disk they are a folder that anyone can write with numpy:
     corruption.yaml  flat: `name: RandomMask`, `rate: 0.75`, `noise: 0.01`, and optionally
                      `range: [low, high]` of the clean data and `shape: [...]` of one clean item;
                      `clip: true`: draws are clamped to that range before a black box sees them;
-                     `formula: true`: new observations take parameters from the corruption's formula (`rate`)
+                     `formula: true`: new observations take parameters from the corruption's formula (`rate`);
+                     `axes: NHWC`: how y, the arrays that broadcast against it and clean items lie, see layout.py
     held_out.npy     optional, (N,) true for the observations that never train, e.g. whole patients, nights or writers;
                      a seeded tenth by default. The first half of them validates, the second half tests
     clean.npy        optional, the clean items, and labels.npy, their classes; read by evaluation and report only, never by training
@@ -25,7 +26,7 @@ import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -36,6 +37,8 @@ from diffem import seeding
 from diffem.corruptions import REGISTRY, BlackBox, Corruption, Observed, Params, from_config
 from diffem.errors import DiffemError
 from diffem.units import Units
+
+from .layout import LIKE_Y, Layout, Seen
 
 NO_PARAMETERS = ("y", "clean", "labels", "held_out")  # files of an observation folder
 HELD_OUT = 0.1
@@ -57,6 +60,13 @@ class Observations:
         source: What error messages call these observations.
         held_out: Which of them are held out, (N,) of bool; a seeded tenth by default.
         formula: New observations take parameters from the corruption's formula, not from `params`.
+        axes: How y lies, e.g. `NHWC`; see :class:`Layout`. The parameters mask and noise lie like y, and so do items.
+
+    Attributes:
+        y, params: As models see them: (N, features), or (N, channels, *spatial) of real numbers.
+        shape: The shape of an item, likewise.
+        layout: How y lay.
+        item_layout: How items lie.
 
     Raises:
         DiffemError: If the arrays do not fit each other, or a value that counts as observed is not finite.
@@ -72,6 +82,7 @@ class Observations:
         source: str = "observations",
         held_out: np.ndarray | None = None,
         formula: bool = False,
+        axes: str | None = None,
     ) -> None:
         if not isinstance(corruption, Corruption):
             raise DiffemError(
@@ -83,16 +94,25 @@ class Observations:
             )
         y = y if isinstance(y, np.ndarray) else np.asarray(y)
         params = {k: v if isinstance(v, np.ndarray) else np.asarray(v) for k, v in (params or {}).items()}
-        self.y, self.params, self.corruption, self.source = y, params, corruption, source
-        self.held_out, self.formula = held_out, formula
+        self.corruption, self.source = corruption, source
+        self.held_out, self.formula, self.axes = held_out, formula, axes
         if y.ndim < 2 or 0 in y.shape:
             raise DiffemError(
                 f"{source}: y.npy: needs at least one observation of shape (features,) or (channels, *spatial), got {y.shape}"
             )
-        self.shape = tuple(int(s) for s in (shape or y.shape[1:]))
-        if y.dtype.kind not in "biuf":
-            kind = {"c": "complex numbers", "M": "dates", "m": "time spans"}.get(y.dtype.kind, "text or objects")
-            raise DiffemError(f"{source}: y.npy: holds {kind} ({y.dtype}); give real numbers")
+        if y.dtype.kind not in "biufc":
+            kind = {"M": "dates", "m": "time spans"}.get(y.dtype.kind, "text or objects")
+            raise DiffemError(f"{source}: y.npy: holds {kind} ({y.dtype}); give numbers")
+        try:
+            self.layout = Layout.of(y.shape, axes, y.dtype.kind == "c")
+        except DiffemError as error:
+            raise DiffemError(f"{source}: {error}") from None
+        self.y = _seen(y, self.layout)
+        self.params = {k: _parameter(self, k, v) for k, v in params.items()}
+        shape = tuple(int(s) for s in (shape or ()))
+        if shape and len(shape) + 1 == len(self.layout.axes):
+            shape = self.layout.shape(shape)
+        self.shape = shape or tuple(self.y.shape[1:])
         if range is None and y.dtype == np.uint8:
             range = (0, 255)
         if range is None and y.dtype.kind in "iub":
@@ -104,51 +124,54 @@ class Observations:
             raise DiffemError(f"{source}: range: must be [low, high] with low < high, got {got!r}")
         self.range = None if range is None else (float(range[0]), float(range[1]))
         _refuse_mistakes(self)
+        self.item_layout = self.layout.of_items(self.shape, self.layout.complex and corruption.complex_items)
 
     @classmethod
-    def load(cls, folder: str | Path, corruption: Corruption | None = None) -> Observations:
+    def load(cls, folder: str | Path, corruption: Corruption | type[Corruption] | None = None) -> Observations:
         """Memory-maps an observation folder.
 
         Arguments:
             folder: The folder.
-            corruption: Used instead of the one that corruption.yaml names (a black box must be given here).
+            corruption: Used instead of the one that corruption.yaml names (a black box must be given here); or its class, whose
+                arguments are in corruption.yaml.
         """
         folder = Path(folder)
         if not folder.is_dir():
             raise DiffemError(f"{folder}: no such folder of observations")
         config_file = folder / "corruption.yaml"
-        config: dict = {}
-        if config_file.exists():
-            try:
-                config = yaml.safe_load(config_file.read_text()) or {}
-            except yaml.YAMLError as error:
-                raise DiffemError(f"{config_file}: is not YAML: {str(error).splitlines()[0]}") from None
-            if not isinstance(config, dict):
-                raise DiffemError(f"{config_file}: must hold `key: value` lines")
-        elif corruption is None:
+        config = _mapping(config_file)
+        if not config_file.exists() and corruption is None:
             raise DiffemError(
                 f"{config_file}: missing; it says how y came about, e.g. `name: RandomMask`, `rate: 0.75`, `noise: 0.01`"
             )
         value_range, shape, clip = config.pop("range", None), config.pop("shape", None), config.pop("clip", False)
-        formula = config.pop("formula", False)
+        formula, axes = config.pop("formula", False), config.pop("axes", None)
         if not isinstance(formula, bool):
             raise DiffemError(f"{config_file}: formula: must be true or false, got {formula!r}")
+        if isinstance(corruption, type):
+            config, corruption = {"name": corruption.__name__, **config}, None
         if corruption is None:
             corruption = from_config(config, str(config_file))
+        elif isinstance(corruption, BlackBox) and config:
+            name = next(iter(config))
+            raise DiffemError(f"{config_file}: {name}: is not used beside --corruption {corruption.path}; take it out")
         if clip is not False:
             corruption = _clipped(corruption, value_range, clip, str(config_file))
         y = open_array(folder / "y.npy")
         names = [file.stem for file in sorted(folder.glob("*.npy")) if file.stem not in NO_PARAMETERS]
         params = {name: open_array(folder / f"{name}.npy") for name in names}
         held_out = open_array(folder / "held_out.npy") if (folder / "held_out.npy").exists() else None
-        return cls(y, corruption, params, value_range, shape, source=str(folder), held_out=held_out, formula=formula)
+        return cls(
+            y, corruption, params, value_range, shape, source=str(folder), held_out=held_out, formula=formula, axes=axes
+        )
 
     def save(self, folder: str | Path) -> None:
         """Writes the folder; a corruption that is not registered is not written, since data never name code."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         for name, array in {"y": self.y, **self.params}.items():
-            np.save(folder / f"{name}.npy", array)
+            if not isinstance(array, NotNaN):  # which y says
+                np.save(folder / f"{name}.npy", getattr(array, "array", array))
         if self.held_out is not None:
             np.save(folder / "held_out.npy", self.held_out)
         config: dict[str, Any] = dict(self.corruption.config)
@@ -157,7 +180,9 @@ class Observations:
         if self.range is not None:
             config["range"] = list(self.range)
         if self.shape != self.y.shape[1:]:
-            config["shape"] = list(self.shape)
+            config["shape"] = list(self.item_layout.users(self.shape))
+        if self.axes is not None:
+            config["axes"] = self.axes
         if self.formula:
             config["formula"] = True
         (folder / "corruption.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
@@ -210,7 +235,7 @@ class Observations:
             return Units((self.range[0] + self.range[1]) / 2, (self.range[1] - self.range[0]) / 2)
         y, params = self.batch(evenly(train, max(CHUNK, NUMBERS // math.prod(self.y.shape[1:]))))
         seen = self.corruption.seen(y, params).expand_as(y)
-        if self.y.shape[1:] != self.shape or "matrix" in params:
+        if self.y.shape[1:] != self.shape or "matrix" in params or self.layout.complex:
             return Units(0.0, 2 * float(y[seen].square().mean().sqrt()) or 1.0)
         if self.shape[0] == 1 or not self.corruption.apart(self.shape):
             return Units(*_middle(y[seen].numpy()))
@@ -223,26 +248,6 @@ class Observations:
         x = units.restore(torch.zeros(2, *self.shape))
         self.corruption.rehearse(tuple(self.y.shape[1:]), x, self.parameters(np.arange(2)))
 
-    def unobserved(self) -> list[tuple[int, ...]]:
-        """The entries that no observation shows (masks only)."""
-        if "mask" not in self.params:
-            return []
-        ever = np.zeros(self.params["mask"].shape[1:], dtype=bool)
-        for i in self.chunks():
-            ever |= np.asarray(self.params["mask"][i], dtype=bool).any(0)
-            if ever.all():
-                return []
-        return [tuple(int(v) for v in index) for index in np.argwhere(~ever)]
-
-    def refuse_unobserved(self) -> None:
-        """Raises a DiffemError if some entry is in no observation."""
-        if missing := self.unobserved():
-            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-            raise DiffemError(
-                f"{self.source}: mask.npy: no observation shows entry {list(missing[0])}{more}, so it cannot be learned; "
-                "--allow-unobserved goes on"
-            )
-
     def digest(self) -> str:
         """A checksum of a sample of the observations: a resumed run must see the ones it began with."""
         rows = np.unique(np.linspace(0, len(self) - 1, 256).astype(int))
@@ -252,6 +257,28 @@ class Observations:
         if self.held_out is not None:
             digest.update(np.ascontiguousarray(self.held_out).tobytes())
         return digest.hexdigest()[:16]
+
+
+def unobserved(of: Observations) -> list[tuple[int, ...]]:
+    """The entries that no observation shows (masks only)."""
+    if "mask" not in of.params:
+        return []
+    ever = np.zeros(of.params["mask"].shape[1:], dtype=bool)
+    for i in of.chunks():
+        ever |= np.asarray(of.params["mask"][i], dtype=bool).any(0)
+        if ever.all():
+            return []
+    return [tuple(int(v) for v in index) for index in np.argwhere(~ever)]
+
+
+def refuse_unobserved(of: Observations) -> None:
+    """Raises a DiffemError if some entry is in no observation."""
+    if missing := unobserved(of):
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise DiffemError(
+            f"{of.source}: mask.npy: no observation shows entry {list(missing[0])}{more}, so it cannot be learned; "
+            "--allow-unobserved goes on"
+        )
 
 
 def _middle(values: np.ndarray) -> tuple[float, float]:
@@ -269,6 +296,43 @@ def evenly(rows: np.ndarray, count: int) -> np.ndarray:
     return rows if len(rows) <= count else rows[np.linspace(0, len(rows) - 1, count).round().astype(int)]
 
 
+def _mapping(file: Path) -> dict:
+    """What a YAML file says; nothing if there is none."""
+    try:
+        config = yaml.safe_load(file.read_text()) or {}
+    except FileNotFoundError:
+        return {}
+    except yaml.YAMLError as error:
+        raise DiffemError(f"{file}: is not YAML: {str(error).splitlines()[0]}") from None
+    if not isinstance(config, dict):
+        raise DiffemError(f"{file}: must hold `key: value` lines")
+    return config
+
+
+def _seen(array: np.ndarray, layout: Layout) -> np.ndarray:
+    """An array that lies like y, as models see it."""
+    return array if layout.trivial else cast(np.ndarray, Seen(array, layout))
+
+
+def _parameter(of: Observations, name: str, array: np.ndarray) -> np.ndarray:
+    """A parameter as models see it, one row for each observation."""
+    known, named = of.corruption.parameters, of.corruption.config["name"]
+    if known is not None and name not in known:
+        takes = f"takes {', '.join(f'{k}.npy' for k in known)}" if known else "takes no parameters"
+        hint = "; write it as f(x, params)" if named == "BlackBox" else ""
+        raise DiffemError(f"{of.source}: {name}.npy: {named} {takes}{hint}; put other files elsewhere")
+    if array.ndim and len(array) == 1 < len(of):  # one for all
+        array = np.broadcast_to(array, (len(of), *array.shape[1:]))
+    if array.dtype.kind not in "biufc":
+        raise DiffemError(f"{of.source}: {name}.npy: holds {array.dtype}, not numbers")
+    rows = len(array) if array.ndim else 0
+    if rows != len(of):
+        raise DiffemError(f"{of.source}: {name}.npy: has {rows} rows where y.npy has {len(of)}")
+    if name in LIKE_Y and array.ndim == 1:  # one number for each observation
+        return array.reshape(-1, *(1,) * (of.y.ndim - 1))
+    return _seen(array, of.layout) if of.layout.like_y(name, array) else array
+
+
 def _refuse_mistakes(observations: Observations) -> None:
     """Refuses arrays that do not fit each other, and values that count as observed but are not numbers."""
     if observations.held_out is not None:
@@ -278,20 +342,7 @@ def _refuse_mistakes(observations: Observations) -> None:
                 f"{observations.source}: held_out.npy: must be {len(observations)} of bool, at least {LEAST_HELD_OUT} of them true and one false, "
                 f"got shape {observations.held_out.shape} of {observations.held_out.dtype} with {np.count_nonzero(observations.held_out)} true"
             )
-    known, named = observations.corruption.parameters, observations.corruption.config["name"]
-    for name, array in observations.params.items():
-        if known is not None and name not in known:
-            takes = f"takes {', '.join(f'{k}.npy' for k in known)}" if known else "takes no parameters"
-            hint = "; write it as f(x, params)" if named == "BlackBox" else ""
-            raise DiffemError(f"{observations.source}: {name}.npy: {named} {takes}{hint}; put other files elsewhere")
-        if len(array) == 1 < len(observations):  # one for all
-            array = observations.params[name] = np.broadcast_to(array, (len(observations), *array.shape[1:]))
-        if array.dtype.kind not in "biuf":
-            raise DiffemError(f"{observations.source}: {name}.npy: holds {array.dtype}, not numbers")
-        if len(array) != len(observations):
-            raise DiffemError(
-                f"{observations.source}: {name}.npy: has {len(array)} rows where y.npy has {len(observations)}"
-            )
+    known = observations.corruption.parameters
     if "mask" not in observations.params and known is not None and "mask" in known:
         _mask_of_nan(observations)
     try:

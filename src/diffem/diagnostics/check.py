@@ -17,6 +17,7 @@ from torch import Tensor
 
 from diffem.corruptions.diagonal import LEAST_GAIN, DiagonalCorruption
 from diffem.data import Observations, evenly
+from diffem.data.layout import FEW as FEW_CHANNELS
 from diffem.diagnostics.spectrum import DIRECTIONS, Spectrum
 
 LEVELS = ("problem", "warning", "note")
@@ -44,6 +45,14 @@ class Finding:
     text: str
 
 
+def quick(observations: Observations) -> list[Finding]:
+    """Problems that a part of the observations shows, in seconds: what a run looks for before it trains."""
+    sample = Sample(observations)
+    quiet = noise(observations, sample, None) if isinstance(observations.corruption.noise, float) else []
+    findings = [*layout(observations), *inverted(observations), *quiet, *value_range(observations, sample)]
+    return [finding for finding in findings if finding.level == "problem"]
+
+
 def check(observations: Observations, seed: int = 0) -> list[Finding]:
     """All findings, problems first.
 
@@ -62,6 +71,7 @@ def check(observations: Observations, seed: int = 0) -> list[Finding]:
     spectrum = Spectrum.of(sample.z, sample.seen, sample.matrix, level) if known and uniform else None
     quiet = noise(observations, sample, spectrum) if uniform else []
     findings = [
+        *layout(observations),
         *observed(observations, survey),
         *never_together(observations, survey),
         *inverted(observations),
@@ -156,6 +166,21 @@ def _gain(observations: Observations) -> np.ndarray:
 
 def _blurs(observations: Observations) -> bool:
     return observations.corruption.diagonal and bool((_gain(observations) != 1).any())
+
+
+# --- how they lie ------------------------------------------------------------------------------------
+
+
+def layout(observations: Observations) -> list[Finding]:
+    """Images whose channels seem to be last: a problem. A lone (N, A, B), which may be images or several series: a note."""
+    shape = tuple(observations.y.shape)
+    if observations.axes is None and len(shape) == 4 and shape[-1] <= FEW_CHANNELS < shape[1]:
+        text = f"y of shape {shape} is read as {shape[1]} channels of {shape[2]} x {shape[3]} pixels; if its channels are last add `axes: NHWC` to corruption.yaml, else `axes: NCHW`"
+        return [Finding("problem", "channels-last", text)]
+    if observations.axes is None and observations.layout.axes == "NHW":
+        text = f"y is read as images of one channel, {shape[2]} x {shape[3]} pixels; if they are {shape[2]} series of length {shape[3]} add `axes: NCT` to corruption.yaml"
+        return [Finding("note", "layout", text)]
+    return []
 
 
 # --- what the observations show ----------------------------------------------------------------------

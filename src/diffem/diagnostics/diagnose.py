@@ -10,7 +10,7 @@ import numpy as np
 import yaml
 
 from diffem import seeding
-from diffem.data import Dataset, Items, Observations, evenly
+from diffem.data import Dataset, Observations, evenly
 from diffem.diagnostics.calibration import self_consistency
 from diffem.diagnostics.collapse import collapse_watch
 from diffem.diagnostics.divergence import COMPARISONS, sample_divergence
@@ -92,7 +92,7 @@ def diagnose(
     x = draw_many(posterior, data, rows, 1, key, batch=batch)[0]
     samples = None if prior is None else prior_samples(prior, len(rows), key, batch)
     result["divergence"] = sample_divergence(x, samples, data, rows, key, PERMUTATIONS)
-    kept = Items(np.load(run / "reconstructions.npy", mmap_mode="r"), loaded.units)[evenly(train, TRAINING)]
+    kept = data.items(np.load(run / "reconstructions.npy", mmap_mode="r"))[evenly(train, TRAINING)]
     ratio = None if final["ratio"] is None else (final["ratio"], final["ratio_se"])
     result["collapse"] = collapse_watch(x, samples, kept, data, rows, key, ratio)
     if full and prior is not None:

@@ -26,7 +26,8 @@ def save(
     image = len(observations.shape) > 1
     rows = evenly(held_out, 8 if image else 200)
     load = lambda name: from_pretrained(run / name, observations.corruption, device=device, precision=precision)  # noqa: E731
-    draws = load("posterior").reconstruct(observations, rows, 16, seed, batch)
+    seen = observations.item_layout.to_model
+    draws = seen(load("posterior").reconstruct(observations, rows, 16, seed, batch))
     low, high = observations.range or (float(draws.min()), float(draws.max()))
     y, params = observations.batch(rows)
     arrays = {
@@ -34,15 +35,15 @@ def save(
         "mean": draws.mean(0).numpy(),
         "std": draws.std(0).numpy(),
         "draws": draws[:4].transpose(0, 1).numpy(),
-        "start": load("start").reconstruct(observations, rows, 1, seed, batch)[0].numpy(),
+        "start": seen(load("start").reconstruct(observations, rows, 1, seed, batch)[0]).numpy(),
         "range": np.array([low, high]),
     }
     if "mask" in params:
         arrays["mask"] = params["mask"].numpy()
     if clean is not None and clean.exists():
-        arrays["clean"] = np.asarray(np.load(clean, mmap_mode="r")[rows], dtype=np.float32)
+        arrays["clean"] = np.asarray(seen(np.load(clean, mmap_mode="r")[rows]), dtype=np.float32)
     if (run / "prior" / "config.json").exists():
-        arrays["samples"] = load("prior").generate(64 if image else 1000, seed, batch).numpy()
+        arrays["samples"] = seen(load("prior").generate(64 if image else 1000, seed, batch)).numpy()
     stream = io.BytesIO()
     np.savez_compressed(stream, **arrays)
     files.replace(run / "pictures.npz", stream.getvalue())
