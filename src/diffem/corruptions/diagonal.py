@@ -101,7 +101,7 @@ class DiagonalCorruption(LinearCorruption):
         precision = torch.where(visible, (gain / noise).square(), 0.0)
         if "mask" in params:
             precision = precision * params["mask"].to(y).expand_as(y).flatten(1)
-        return Diagonal(z, precision, basis)
+        return Diagonal(z, precision, basis, varied=self.noise is None)
 
     def thin(self, y: Tensor, params: Params, generator: torch.Generator) -> tuple[Observed, Observed]:
         everything = y if y.ndim == 2 else y[:, :1]  # a mask of its own for every feature, one for all channels

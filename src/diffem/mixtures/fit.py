@@ -38,8 +38,7 @@ def em_step(mixture: Mixture, batches, floor: float = 1e-6, ridge: float = 0.0) 
 
     Arguments:
         mixture: The current parameters.
-        batches: Iterable of likelihoods, all of one kind; :class:`Diagonal` ones in one basis, where an
-            entry is seen at the same precision in every item that sees it.
+        batches: Iterable of likelihoods, all of one kind; :class:`Diagonal` ones in one basis.
         floor: The least entry of the diagonal.
         ridge: Pseudo-observations that regularise small components; 0 is maximum likelihood.
     """
@@ -61,25 +60,32 @@ class _Statistics:
         self.items += len(posterior.log_evidence)
         self.log_likelihood += posterior.log_evidence.cpu().double().sum().item()
         sums = self._diagonal(posterior) if isinstance(posterior, DiagonalPosterior) else self._rows(posterior)
-        if self.sums:
-            total = [a + b for a, b in zip(self.sums, sums, strict=True)]
-            if isinstance(posterior, DiagonalPosterior):
-                total[-1] = torch.maximum(self.sums[-1], sums[-1])  # the precisions are not a sum
-            sums = tuple(total)
-        self.sums = sums
+        self.sums = tuple(a + b for a, b in zip(self.sums, sums, strict=True)) if self.sums else sums
 
     def _diagonal(self, posterior: DiagonalPosterior) -> tuple[Tensor, ...]:
-        z, lam = posterior.likelihood.z, posterior.likelihood.precision
+        """Sums for the regressions of what was seen on (latent, 1), entry by entry: see :meth:`_maximise_diagonal`."""
+        z, lam, varied = posterior.likelihood.z, posterior.likelihood.precision, posterior.likelihood.varied
         K, B, r = posterior.latent.shape
         gamma = posterior.responsibilities.T[..., None]  # (K, B, 1)
         u = torch.cat((posterior.latent, torch.ones(K, B, 1).to(z)), 2)
         second = u[..., :, None] * u[..., None, :]
         second[..., :r, :r] += torch.cholesky_inverse(posterior.chol) if r else 0.0
-        seen = (lam > 0).to(z)
         value = torch.where(lam > 0, z, 0.0)
-        gram = seen.T @ (gamma * second.flatten(2))  # (K, d, (r+1)^2)
-        cross = value.T @ (gamma * u)  # (K, d, r+1)
-        return gamma.sum((1, 2)), gram, cross, value.square().T @ gamma, lam.amax(0)
+        seen = (lam > 0).to(z)
+        gain = self.mixture.variance[:, None] * posterior._weight  # (K, B, d); 0 where nothing was seen
+
+        def sums(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # (B, d) or (K, B, d)
+            gram = weight.mT @ (gamma * second.flatten(2))  # (K, d, (r+1)^2)
+            return gram, (weight * value).mT @ (gamma * u), ((weight * value.square()).mT @ gamma)[..., 0]
+
+        if varied:
+            once, twice = sums(gain), sums(gain.square())
+        else:  # the gain of an entry is one for all items that saw it: a single sum will do
+            gains = gain.amax(1)
+            scaled = lambda parts: tuple(gains.view(K, -1, *(1,) * (v.ndim - 2)) * v for v in parts)  # noqa: E731
+            once = scaled(sums(seen))
+            twice = scaled(once)
+        return gamma.sum((1, 2)), (seen.T @ gamma)[..., 0], *once, *twice
 
     def _rows(self, posterior: ExactPosterior) -> tuple[Tensor, ...]:
         assert isinstance(posterior, RowsPosterior)
@@ -114,27 +120,25 @@ class _Statistics:
         return Mixture(log_weights, mean[:, 0], factor, variance[:, None].expand(-1, features))
 
     def _maximise_diagonal(self, log_weights: Tensor, floor: float, ridge: float) -> Mixture:
-        # Two conditional maximisations (ECM). First mu and V: for every entry a weighted regression of
-        # what was seen on (latent, 1). Its weights 1 / (psi + 1 / lambda) are equal for all items that
-        # saw the entry, so that they cancel. Then psi, by one EM step of z = (mu + V u) + e + noise.
-        _, gram, cross, square, level = self.sums
+        # Two conditional maximisations (ECM). First mu and V: for every entry a weighted regression of what was seen on (latent, 1),
+        # with weights 1 / (psi + 1 / lambda) = gain / psi. Then psi, by one EM step of z = (mu + V u) + e + noise, where e is
+        # seen as gain * (z - mu - V u), with variance psi (1 - gain).
+        _, seen, gram, cross, _, gram2, cross2, square2 = self.sums
         K, d, p = cross.shape
-        gram = gram.view(K, d, p, p)
-        psi, seen = self.mixture.variance, gram[..., -1, -1].clone()
-        gain = psi * level / (1 + psi * level)
+        gram, gram2, psi = gram.view(K, d, p, p), gram2.view(K, d, p, p), self.mixture.variance
+        gained = gram[..., -1, -1]
         if ridge:
             # Pseudo-observations are of entries without noise, so that real ones weigh `gain` against them: factors near 0,
             # means near the mean of all that was seen, which is near 0 itself where noise hides it.
-            overall = (gain * cross[..., -1]).sum(0) / ((gain * seen).sum(0) + ridge)
-            target = gain[..., None] * cross
+            overall = cross[..., -1].sum(0) / (gained.sum(0) + ridge)
+            target = cross.clone()
             target[..., -1] += ridge * overall
-            solvable = gain[..., None, None] * gram + ridge * torch.eye(p).to(gram)
+            solvable = gram + ridge * torch.eye(p).to(gram)
         else:
             target, solvable = cross, torch.where((seen > 0)[..., None, None], gram, torch.eye(p).to(gram))
         weights = torch.linalg.solve(solvable, target)  # (K, d, r+1)
-        error = square[..., 0] - 2 * (weights * cross).sum(-1)
-        error = error + torch.einsum("kdi,kdij,kdj->kd", weights, gram, weights)
-        total = gain.square() * error.clamp(min=0) + psi * (1 - gain) * seen
+        error = square2 - 2 * (weights * cross2).sum(-1) + torch.einsum("kdi,kdij,kdj->kd", weights, gram2, weights)
+        total = error.clamp(min=0) + psi * (seen - gained)
         pooled = total.sum(1, keepdim=True) / seen.sum(1, keepdim=True)
         pooled = torch.where(seen.sum(1, keepdim=True) > 0, pooled, psi.mean(1, keepdim=True))  # a dead component
         variance = torch.where(seen + ridge > 0, (total + ridge * pooled) / (seen + ridge), psi).clamp(min=floor)

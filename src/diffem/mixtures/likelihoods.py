@@ -61,11 +61,13 @@ class Diagonal:
     Arguments:
         z: Observed values, shape (B, d); what stands where the precision is 0 does not matter.
         precision: Inverse noise variances, shape (B, d), >= 0.
+        varied: Whether an entry is seen at another precision in other items: then exact EM weighs items by it.
     """
 
     z: Tensor
     precision: Tensor
     basis: Basis | None = None
+    varied: bool = False
 
     def given(self, x_t: Tensor, sigma: Tensor) -> Diagonal:
         """The same with x_t = x + sigma z observed too; x_t (B, d), sigma (B, 1)."""
