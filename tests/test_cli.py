@@ -244,7 +244,7 @@ def test_corrupt_to_report(here, capsys):
     capsys.readouterr()
     assert main(["evaluate", "run", "--reference", "clean.npy", "--json"]) == 0
     table = json.loads(capsys.readouterr().out)
-    assert list(table) == ["reconstructions", "prior"]  # RUN/observations is not there
+    assert list(table) == ["start", "reconstructions", "prior"]  # the observations are where they were
     assert table["reconstructions"]["psnr"] > 5
     assert main(["evaluate", "run", "--reference", "clean.npy", "--observations", "obs", "--json"]) == 0
     more = json.loads(capsys.readouterr().out)
@@ -578,3 +578,21 @@ def test_what_stands_beside_a_function_is_said(here, capsys, monkeypatch):
     assert said(here, capsys, "check", str(folder), "--corruption", "half:half") == (
         f"{folder}/corruption.yaml: noise: is not used beside --corruption half:half; take it out"
     )
+
+
+def test_diagnose_finds_the_observations_by_itself(here, capsys):
+    folder = masked(here / "data")
+    assert main(["train", "--observations", "data", "--out", "run", *TINY]) == 0
+    assert main(["diagnose", "run"]) == 0
+    folder.rename(here / "elsewhere")
+    assert said(here, capsys, "diagnose", "run") == (
+        "diffem diagnose: --observations: give the folder of observations that run was trained on"
+    )
+    assert main(["train", "--observations", "elsewhere", "--out", "run", *TINY]) == 0  # the same ones, and so the same run
+
+
+def test_sample_makes_the_folder_it_is_told(here):
+    masked(here / "data")
+    assert main(["train", "--observations", "data", "--out", "run", *TINY]) == 0
+    assert main(["sample", "run", "--n", "2", "--out", "new/folder/samples.npy"]) == 0
+    assert np.load("new/folder/samples.npy").shape == (2, *SHAPE)

@@ -140,14 +140,18 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--reference", required=True, metavar="CLEAN", help="a .npy of clean items, row i for observation i"
     )
-    evaluate.add_argument("--observations", metavar="DIR", help="what it was trained on (default: RUN/observations)")
+    evaluate.add_argument(
+        "--observations", metavar="DIR", help="what it was trained on (default: the folder that it read)"
+    )
     _add_corruption(evaluate)
     _add_device(evaluate)
     evaluate.add_argument("--json", action="store_true", help="print JSON")
 
     diagnose = add("diagnose", "Say, from held-out observations alone, whether a run can be trusted.")
     diagnose.add_argument("run")
-    diagnose.add_argument("--observations", metavar="DIR", help="what it was trained on (default: RUN/observations)")
+    diagnose.add_argument(
+        "--observations", metavar="DIR", help="what it was trained on (default: the folder that it read)"
+    )
     _add_corruption(diagnose)
     diagnose.add_argument("--full", action="store_true", help="also whether posterior and prior fit each other; slower")
     _add_device(diagnose)
@@ -573,6 +577,7 @@ def _sample(arguments: argparse.Namespace) -> None:
         raise DiffemError(f"diffem sample: --n: must be at least 1, got {arguments.n}")
     _refuse_to_overwrite(Path(arguments.out), arguments)
     prior = _model(arguments, "prior")
+    Path(arguments.out).resolve().parent.mkdir(parents=True, exist_ok=True)
     stream = io.BytesIO()
     np.save(stream, prior.generate(arguments.n, arguments.seed, _place(arguments)["batch"]).numpy())
     files.replace(Path(arguments.out), stream.getvalue())
@@ -582,12 +587,23 @@ def _sample(arguments: argparse.Namespace) -> None:
 def _evaluate(arguments: argparse.Namespace) -> None:
     from diffem.clean.evaluation import as_text, evaluate
 
-    folder = Path(arguments.observations or Path(arguments.run) / "observations")
-    given = arguments.observations is not None or folder.exists()
-    observations = _observations(folder, _model(arguments, "posterior"), arguments) if given else None
+    folder = _trained_on(arguments)
+    observations = None if folder is None else _observations(folder, _model(arguments, "posterior"), arguments)
     table = evaluate(arguments.run, arguments.reference, observations, **_place(arguments))
     finite = {k: {name: v if math.isfinite(v) else None for name, v in column.items()} for k, column in table.items()}
     say(json.dumps(finite) if arguments.json else as_text(table))
+
+
+def _trained_on(arguments: argparse.Namespace) -> Path | None:
+    """The folder of observations that is named, or else that of the run, if it is still where it was."""
+    import yaml
+
+    if arguments.observations:
+        return Path(arguments.observations)
+    file = Path(arguments.run) / "config.yaml"
+    facts = (yaml.safe_load(file.read_text()).get("facts") if file.exists() else None) or {}
+    places = Path(arguments.run) / "observations", Path(facts.get("source", ""))
+    return next((place for place in places if (place / "y.npy").exists()), None)
 
 
 def _diagnose(arguments: argparse.Namespace) -> None:
@@ -597,7 +613,9 @@ def _diagnose(arguments: argparse.Namespace) -> None:
     run = Path(arguments.run)
     if isinstance(_model(arguments, "posterior").corruption, BlackBox) and not arguments.corruption:
         raise DiffemError("diffem diagnose: --corruption: the run is of a black box; give it as MODULE:NAME")
-    observations = Observations.load(arguments.observations or run / "observations", _own(arguments))
+    if (folder := _trained_on(arguments)) is None:
+        raise DiffemError(f"diffem diagnose: --observations: give the folder of observations that {run} was trained on")
+    observations = Observations.load(folder, _own(arguments))
     found = _write_diagnostics(run, observations, arguments.full, **_place(arguments))
     page = _report(run)
     if arguments.json:

@@ -172,6 +172,7 @@ class DiffEM:
         self.examples = Examples(self.data, self.train, config.m_step, self.device)
         facts = {
             "observations": len(observations),
+            "source": observations.source,
             "digest": trained_on["observations"],
             "corruption": observations.corruption.config,
             "shape": list(observations.shape),

@@ -55,7 +55,7 @@ class StartConfig:
     kind: str = "auto"
     run: str = ""
     components: tuple[int, ...] = (1, 2, 4)
-    ranks: tuple[int, ...] = (4, 8, 16)
+    ranks: tuple[int, ...] = (4, 8, 16, 32)
     items: int = 16384
     iterations: int = 200
     tolerance: float = 1e-3

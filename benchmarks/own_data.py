@@ -1,0 +1,149 @@
+"""Data as people have them, each with what a run makes of them: the cases that once went wrong without a word.
+
+    python benchmarks/own_data.py                        # all cases, a few minutes each; one JSON a case, in results/own_data/
+    python benchmarks/own_data.py --cases gaps           # one of them
+    python benchmarks/table.py                           # the table
+
+Every case is simulated, so that the truth is known; the run sees the observations only. Figures are in the units of the data:
+`rmse` of the posterior mean, `usual` that of the usual simple answer (which one, the case says), `claimed` the standard deviation of
+the draws, `coverage` how often the truth lies within the central 95 % interval, `said` what the run itself says of that, from
+hidden parts of held-out observations; where something is missing, over what is missing only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from compare import about
+from sklearn.datasets import load_digits
+
+from diffem import config as configuration
+from diffem.corruptions import GaussianNoise, Mask
+from diffem.data import Observations
+from diffem.diagnostics.diagnose import diagnose
+from diffem.em import DiffEM
+from diffem.posterior import from_pretrained
+
+HERE = Path(__file__).parent
+DRAWS, LEVEL, DECILES = 120, 0.95, 10
+
+
+@dataclass
+class Case:
+    """Observations of a known truth.
+
+    Attributes:
+        observations: What the run sees.
+        clean: The truth, shape (N, *shape).
+        usual: The usual simple answer.
+        usual_name: What that is.
+        where: Where figures are taken, boolean, broadcasts against `clean`.
+        by: A number for each observation, by whose deciles coverage is told, too.
+    """
+
+    observations: Observations
+    clean: np.ndarray
+    usual: np.ndarray
+    usual_name: str
+    where: np.ndarray | bool = True
+    by: np.ndarray | None = None
+    settings: dict[str, str] = field(default_factory=dict)
+
+
+def digits() -> np.ndarray:
+    return load_digits().images[:, None].astype(np.float32)
+
+
+def gaps(rng: np.random.Generator) -> Case:
+    """400 series of two sines with one gap of 30 of 96 points each."""
+    n, length, gap = 400, 96, 30
+    t = 2 * np.pi * np.arange(length) / length
+    wave = lambda low, high: np.sin(rng.uniform(low, high, (n, 1)) * t + rng.uniform(0, 2 * np.pi, (n, 1)))  # noqa: E731
+    clean = (wave(1, 3) + wave(4, 8))[:, None].astype(np.float32)
+    begin = rng.integers(0, length - gap + 1, (n, 1, 1))
+    mask = (np.arange(length) < begin) | (np.arange(length) >= begin + gap)
+    y = np.where(mask, clean + 0.05 * rng.normal(size=clean.shape), np.nan).astype(np.float32)
+    return Case(Observations(y, Mask(0.05)), clean, np.full_like(clean, np.nanmean(y)), "mean filling", ~mask)
+
+
+def noise_by_item(rng: np.random.Generator) -> Case:
+    """Digits, each with noise of its own, from a thirtieth to a half of the range."""
+    clean = digits()
+    noise = np.exp(rng.uniform(np.log(0.5), np.log(8.0), len(clean))).astype(np.float32)
+    y = (clean + noise[:, None, None, None] * rng.normal(size=clean.shape)).astype(np.float32)
+    observations = Observations(y, GaussianNoise(), {"noise": noise}, range=(0, 16))
+    return Case(observations, clean, y, "the observation", by=noise, settings={"preset": "demo"})
+
+
+CASES: dict[str, Callable[[np.random.Generator], Case]] = {"gaps": gaps, "noise-by-item": noise_by_item}
+
+
+def run(name: str, seed: int, folder: Path) -> dict:
+    """The figures of a case."""
+    case, began = CASES[name](np.random.default_rng(seed)), time.monotonic()
+    settings = dict(case.settings)
+    config = configuration.load_config(settings.pop("preset", None), list({**settings, "em.seed": str(seed)}.items()))
+    shutil.rmtree(folder, ignore_errors=True)
+    em = DiffEM(config, case.observations, folder)
+    for row in em.iterate():
+        print(f"{name} {seed}: iteration {row['iteration']}, {row['score']:.4f}, ratio {row['ratio']}", flush=True)
+    rows = np.arange(len(em.data))
+    draws = from_pretrained(folder / "posterior").reconstruct(case.observations, rows, DRAWS, seed).numpy()
+    where = np.broadcast_to(case.where, case.clean.shape)
+    low, high = np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
+    inside, rmse = (case.clean >= low) & (case.clean <= high), lambda x: float(np.sqrt(np.square(x[where]).mean()))
+    found = {
+        "rmse": rmse(draws.mean(0) - case.clean),
+        "usual": rmse(case.usual - case.clean),
+        "usual_name": case.usual_name,
+        "claimed": float(np.sqrt(draws.var(0)[where].mean())),
+        "spread_of_data": float(case.clean.std()),
+        "coverage": float(inside[where].mean()),
+        "said": said(diagnose(folder, case.observations, full=True)),
+        "seconds": round(time.monotonic() - began),
+    }
+    if case.by is not None:
+        parts = np.array_split(np.argsort(case.by), DECILES)
+        found["coverage_by_decile"] = [float(inside[part][where[part]].mean()) for part in parts]
+    return found
+
+
+def said(found: dict) -> float | None:
+    """What the run says of its own coverage."""
+    return (
+        dict(zip(found["coverage"]["levels"], found["coverage"]["shares"], strict=True))[LEVEL]
+        if "coverage" in found
+        else None
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--runs", type=Path, default=Path("runs/own_data"))
+    parser.add_argument("--results", type=Path, default=HERE / "results" / "own_data")
+    arguments = parser.parse_args()
+    for seed in arguments.seeds:
+        for name in arguments.cases:
+            file = arguments.results / f"{name}-{seed}.json"
+            if file.exists():
+                continue
+            found = run(name, seed, arguments.runs / f"{name}-{seed}")
+            file.parent.mkdir(parents=True, exist_ok=True)
+            command = f"python benchmarks/own_data.py --cases {name} --seeds {seed}"
+            file.write_text(json.dumps({"case": name, "seed": seed, **about(command), **found}, indent=1) + "\n")
+            print(json.dumps({"case": name, **found}, indent=1), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
