@@ -1,7 +1,7 @@
 """How clean data become observations: the channel Q(. | x), simulated.
 
 - base.py: what a corruption is, and what more it may offer; blackbox.py: any function
-- linear.py: all that follows from A and its adjoint; compose.py: chains
+- linear.py: all that follows from A and its adjoint; thinning.py: what is hidden to be predicted; compose.py: chains
 - diagonal.py: masks, noise and Gaussian blurs; blur.py: other kernels; resolution.py: binning and grayscale; fourier.py: k-space;
   radon.py: tomography; projection.py: random projections
 - registry.py: from a name to a corruption; :func:`register_corruption` adds your own

@@ -35,6 +35,7 @@ class Corruption:
         by_entry: Whether an entry of y depends on the same entry of x only.
         same_units: Whether y is in the units of x, as weighted means of its entries are.
         parameters: The names of its parameters, which stand beside y.npy as NAME.npy; None for any names.
+        instead: For parameters that it does not take, the name of a corruption that does.
         measured_parameters: Gives the parameters of new observations (:meth:`with_measured`); None for the formula :meth:`draw`.
     """
 
@@ -44,6 +45,7 @@ class Corruption:
     by_entry = False
     same_units = True
     parameters: tuple[str, ...] | None = None
+    instead: Mapping[str, str] = {}
     measured_parameters: Callable[[int, torch.Generator], Params] | None = None
 
     # --- what it is ----------------------------------------------------------------------------------

@@ -157,7 +157,8 @@ class GaussianBlur(DiagonalCorruption):
     """
 
     by_entry = False
-    parameters = ("noise",)  # the masks of a blur, which thinning makes, are of cosines; Compose takes those of y
+    parameters = ("noise",)  # the masks of a blur, which thinning makes, are of cosines
+    instead = {"kernel": "Blur", "mask": "Compose"}  # noqa: RUF012
 
     def __init__(self, std: float, noise: float | Sequence[float] | None = None) -> None:
         super().__init__(noise)

@@ -31,13 +31,10 @@ from diffem.mixtures import Likelihood, Rows
 from diffem.units import Units
 
 from .base import Corruption, Observed, Params
+from .thinning import HIDDEN, Gaps
 
 NOISE_FLOOR = 1e-3  # in model units: keeps likelihoods of noise-free data finite
 SPREAD = 0.5  # the assumed standard deviation of data in model units; noise well above it hides them
-HIDDEN = 0.3  # about the fraction of the observed entries that thinning hides
-TOO_FEW = 0.05  # if other masks would hide less than this, single entries are hidden instead
-MOST_OTHERS = 32  # masks that hide a part of one observation
-MASKS = 64  # masks by which it is decided how many others hide that fraction
 DENSE = 64  # features up to which A is written as a matrix: an update of a hundred items takes a tenth of a second, of 256 features nine
 STEPS = 200  # of conjugate gradients at most
 
@@ -51,15 +48,13 @@ class LinearCorruption(Corruption):
 
     Attributes:
         aligned: Whether entries of y lie where entries of x do, if their spatial shapes are equal: not those of k-space.
-        others: How many measured masks say what thinning hides of an observation; 0 for single entries at random.
-        all_miss: Whether that is what all of them miss, or what any of them does.
+        gaps: What thinning hides of observations whose masks were measured; None for single entries at random.
     """
 
     linear = True
     parameters: tuple[str, ...] | None = ("mask", "noise")
     aligned = True
-    others = 0
-    all_miss = False
+    gaps: Gaps | None = None
 
     def __init__(self, noise: float | Sequence[float] | None = None) -> None:
         if noise is not None:
@@ -166,7 +161,7 @@ class LinearCorruption(Corruption):
         d, n = math.prod(shape), len(y)
         units = torch.eye(d).to(y).view(d, *shape).repeat(n, *(1,) * len(shape))
         columns = self.forward(units, {k: v.repeat_interleave(d, 0) for k, v in own.items()})
-        return columns.view(n, d, -1).mT
+        return columns.reshape(n, d, -1).mT
 
     # --- what the network is shown -------------------------------------------------------------------
 
@@ -196,8 +191,8 @@ class LinearCorruption(Corruption):
             return None
         everything = y if y.ndim == 2 else y[:, :1]  # a mask of its own for every feature, one for all channels
         mask = params["mask"].bool() if "mask" in params else torch.ones_like(everything, dtype=torch.bool)
-        if self.others:
-            hide = self._missed(len(mask), generator)
+        if self.gaps is not None:
+            hide = self.gaps.draw(len(mask), generator)
         else:
             hide = torch.rand(mask.shape, generator=generator, device=generator.device) < HIDDEN
         hide = hide.to(mask.device)
@@ -207,31 +202,8 @@ class LinearCorruption(Corruption):
     def with_measured(self, parameters: Callable[[int, torch.Generator], Params]) -> LinearCorruption:
         other = super().with_measured(parameters)
         assert isinstance(other, LinearCorruption)
-        generator = torch.Generator().manual_seed(0)
-        masks = parameters(MASKS, generator).get("mask")
-        other.others = 0
-        if masks is None:
-            return other
-        masks = masks.bool()
-        seen = masks & ~masks.all(0)  # what is never missing is never hidden, and need not be predicted
-        missing = float((seen & ~masks.roll(1, 0)).sum() / seen.sum().clamp(min=1))
-        if 0 < missing < 1:
-            # another mask misses a fraction q of what is seen; all of k others miss q^k, and any of them 1 - (1 - q)^k
-            other.all_miss = missing >= HIDDEN
-            k = math.log(HIDDEN) / math.log(missing) if other.all_miss else math.log1p(-HIDDEN) / math.log1p(-missing)
-            other.others = min(max(round(k), 1), MOST_OTHERS)
-            if (other._missed(MASKS, generator) & masks).sum() < TOO_FEW * masks.sum():
-                other.others = 0
+        other.gaps = Gaps.of(parameters)
         return other
-
-    def _missed(self, n: int, generator: torch.Generator) -> Tensor:
-        """What all of :attr:`others` measured masks miss, or any of them: n masks."""
-        assert self.measured_parameters is not None
-        missed = ~self.measured_parameters(n, generator)["mask"].bool()
-        for _ in range(self.others - 1):
-            another = ~self.measured_parameters(n, generator)["mask"].bool()
-            missed = missed & another if self.all_miss else missed | another
-        return missed
 
     # --- units ---------------------------------------------------------------------------------------
 

@@ -283,7 +283,9 @@ def _refuse_mistakes(observations: Observations) -> None:
     for name, array in observations.params.items():
         if known is not None and name not in known:
             takes = f"takes {', '.join(f'{k}.npy' for k in known)}" if known else "takes no parameters"
-            hint = "; write it as f(x, params)" if named == "BlackBox" else ""
+            other = observations.corruption.instead.get(name)
+            hint = f"; `name: {other}` takes it" if other else ""
+            hint = "; write it as f(x, params)" if named == "BlackBox" else hint
             raise DiffemError(f"{observations.source}: {name}.npy: {named} {takes}{hint}; put other files elsewhere")
         if len(array) == 1 < len(observations):  # one for all
             array = observations.params[name] = np.broadcast_to(array, (len(observations), *array.shape[1:]))
