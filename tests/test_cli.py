@@ -588,7 +588,9 @@ def test_diagnose_finds_the_observations_by_itself(here, capsys):
     assert said(here, capsys, "diagnose", "run") == (
         "diffem diagnose: --observations: give the folder of observations that run was trained on"
     )
-    assert main(["train", "--observations", "elsewhere", "--out", "run", *TINY]) == 0  # the same ones, and so the same run
+    assert (
+        main(["train", "--observations", "elsewhere", "--out", "run", *TINY]) == 0
+    )  # the same ones, and so the same run
 
 
 def test_sample_makes_the_folder_it_is_told(here):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from diffem import config as configuration
-from diffem.corruptions import GaussianNoise, Mask
+from diffem.corruptions import Fourier, GaussianNoise, Mask
 from diffem.data import Dataset, Layout, Observations
 from diffem.diagnostics.check import check
 from diffem.em import DiffEM
@@ -204,3 +204,21 @@ def test_complex_numbers_come_back_as_complex_numbers(tmp_path):
     assert max(error_of(np.real), error_of(np.imag)) < 0.15  # nothing is dropped, and nothing is swapped
     assert json.loads((tmp_path / "run" / "posterior" / "config.json").read_text())["layout"] == ["NHW", True]
     assert np.iscomplexobj(from_pretrained(tmp_path / "run" / "posterior").sample(y[:2]))
+
+
+@pytest.mark.parametrize("items", ["complex", "real"])
+def test_k_space_as_it_is(items, tmp_path):
+    """Complex k-space of two coils, every second line of it: images come back as what they are."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(40, 1, 8, 6)) + (1j * rng.normal(size=(40, 1, 8, 6)) if items == "complex" else 0)
+    coils = (rng.normal(size=(1, 2, 8, 6)) + 1j * rng.normal(size=(1, 2, 8, 6))).astype(np.complex64)
+    axes = (2, 3)
+    k = np.fft.fftshift(np.fft.fft2(np.fft.ifftshift(x * coils, axes), norm="ortho"), axes).astype(np.complex64)
+    mask = np.broadcast_to(np.arange(6) % 2 == np.arange(40)[:, None, None, None] % 2, (40, 1, 1, 6))
+    observations = Observations(np.where(mask, k, 0), Fourier(items, noise=1e-3), {"mask": mask, "coils": coils})
+    y, params = observations.batch(np.arange(40))
+    real = observations.item_layout.to_model(x.astype(np.complex64 if items == "complex" else np.float32))
+    torch.testing.assert_close(observations.corruption.forward(torch.from_numpy(real), params), y, atol=1e-5, rtol=1e-4)
+    run(tmp_path / "run", observations)
+    found = np.load(tmp_path / "run" / "reconstructions.npy")
+    assert (found.shape, np.iscomplexobj(found)) == (x.shape, items == "complex")

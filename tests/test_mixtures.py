@@ -10,7 +10,7 @@ import torch
 
 from diffem.corruptions import GaussianBlur
 from diffem.mixtures import Basis, Diagonal, Mixture, Rows
-from diffem.mixtures.fit import em_step
+from diffem.mixtures.fit import em_step, single
 from diffem.mixtures.model import DiagonalPosterior
 
 DOUBLE = torch.float64
@@ -578,3 +578,13 @@ def test_partial_e_steps_end_where_em_does(share, how):
             assert apart(fit(*pool), em) > 0.3
             assert apart(fit(*pool), fit(*fresh)) > 0.05  # it is not a whole step
     assert apart(fit(*pool), em) < 1e-7
+
+
+def test_the_first_guess_does_not_take_sums_of_what_is_alike_for_large_variances():
+    """Rows that average entries that are alike: one variance for all would have to be larger than that of any entry."""
+    x = 0.4 * randn(500, 1, seed=90).expand(500, D)
+    matrix = torch.full((500, 1, D), 1 / D, dtype=DOUBLE)
+    y = (matrix @ x[..., None])[..., 0]
+    guess = single(Rows(y, matrix, torch.full((500, 1), 0.1, dtype=DOUBLE)), 2, D, torch.Generator().manual_seed(0))
+    assert y.square().mean() / matrix[0].square().sum() > 0.5
+    assert 2 * guess.variance.max() <= 0.25

@@ -10,7 +10,7 @@ import torch
 
 from diffem import config as configuration
 from diffem.corruptions import GaussianBlur, GaussianNoise, LinearCorruption, Mask, RandomMask, RandomProjection
-from diffem.corruptions.base import NOISE_FLOOR, SPREAD
+from diffem.corruptions.linear import NOISE_FLOOR, SPREAD
 from diffem.data import Dataset, Observations
 from diffem.diagnostics import score
 from diffem.em import DiffEM

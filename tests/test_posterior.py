@@ -70,7 +70,7 @@ def diffusion(
 ) -> Posterior:
     """With a network that says something."""
     scaled = corruption.scaled(UNITS)
-    start = prior(math.prod(shape), scaled.basis(shape)) if scaled.exact else None
+    start = prior(math.prod(shape), scaled.basis(shape)) if scaled.exact(shape) else None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         denoiser = Denoiser(scaled, shape, DenoiserConfig(), network, start).eval()

@@ -154,7 +154,7 @@ class Denoiser(nn.Module):
     def posterior(self, x_t: Tensor, sigma: Tensor, y: Tensor, params: Params, withheld: Tensor) -> ExactPosterior:
         """The reference posterior; arguments as in :meth:`predict`."""
         flat = x_t.flatten(1)
-        if self.precondition == "plain" or not self.corruption.exact:
+        if self.precondition == "plain" or not self.corruption.exact(self.shape):
             likelihood = Diagonal(flat, torch.zeros_like(flat))
         else:
             likelihood = self.corruption.likelihood(y, params).withheld(withheld)

@@ -70,11 +70,12 @@ class StartConfig:
         if not self.ranks or min(self.ranks) < 0:
             raise DiffemError("start.ranks: give at least one rank >= 0")
 
-    def resolve(self, corruption: Corruption) -> str:
-        """The kind for this corruption."""
+    def resolve(self, corruption: Corruption, shape: tuple[int, ...]) -> str:
+        """The kind for this corruption of items of `shape`."""
+        exact = corruption.exact(shape)
         if self.kind == "auto":
-            return "mixture" if corruption.exact else "observation"
-        if not corruption.exact and self.kind not in ("observation", "run"):
+            return "mixture" if exact else "observation"
+        if not exact and self.kind not in ("observation", "run"):
             raise DiffemError(f"start.kind: {self.kind} needs a corruption with a likelihood(); use observation or run")
         return self.kind
 
@@ -99,7 +100,7 @@ def make(
         device: Where it is fitted.
         once: Gives what was made before under a name, or else makes it; see :meth:`diffem.run.Run.once`.
     """
-    kind = config.resolve(data.corruption)
+    kind = config.resolve(data.corruption, data.shape)
     if kind == "observation":
         return ObservationSampler(data.corruption, data.shape), {"kind": kind}
     mixture, about = fit(config, data, train, seed, progress, device, once)
@@ -159,7 +160,7 @@ def fit(
 
     best: tuple[float, Mixture] | None = None
     record = []
-    components = (1,) if config.resolve(data.corruption) == "gaussian" else sorted({1, *config.components})
+    components = (1,) if config.resolve(data.corruption, data.shape) == "gaussian" else sorted({1, *config.components})
     for rank in sorted({min(r, features - 1) for r in config.ranks}):
         one: Mixture | None = None
         for count in components:

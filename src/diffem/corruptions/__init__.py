@@ -1,27 +1,42 @@
 """How clean data become observations: the channel Q(. | x), simulated.
 
-- base.py: what a corruption is, and what more it may offer; the black box
-- diagonal.py: masks, noise and blurs; projection.py: random projections
+- base.py: what a corruption is, and what more it may offer; blackbox.py: any function
+- linear.py: all that follows from A and its adjoint; thinning.py: what is hidden to be predicted; compose.py: chains
+- diagonal.py: masks, noise and Gaussian blurs; blur.py: other kernels; resolution.py: binning and grayscale; fourier.py: k-space;
+  radon.py: tomography; projection.py: random projections
 - registry.py: from a name to a corruption; :func:`register_corruption` adds your own
 """
 
 from __future__ import annotations
 
-from .base import BlackBox, Corruption, LinearCorruption, Observed, Params
+from .base import Corruption, Observed, Params
+from .blackbox import BlackBox
+from .blur import Blur
+from .compose import Compose
 from .diagonal import GaussianBlur, GaussianNoise, Mask, RandomMask
+from .fourier import Fourier
+from .linear import LinearCorruption
 from .projection import RandomProjection
+from .radon import Radon
 from .registry import REGISTRY, from_config, from_path, register_corruption
+from .resolution import Downsample, Grayscale
 
 __all__ = [
     "REGISTRY",
     "BlackBox",
+    "Blur",
+    "Compose",
     "Corruption",
+    "Downsample",
+    "Fourier",
     "GaussianBlur",
     "GaussianNoise",
+    "Grayscale",
     "LinearCorruption",
     "Mask",
     "Observed",
     "Params",
+    "Radon",
     "RandomMask",
     "RandomProjection",
     "from_config",

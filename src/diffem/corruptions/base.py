@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -23,8 +22,6 @@ from diffem.units import Units
 
 Params = dict[str, Tensor]
 Observed = tuple[Tensor, Params]  # observations (B, *y shape), and their parameters
-NOISE_FLOOR = 1e-3  # in model units: keeps likelihoods of noise-free data finite
-SPREAD = 0.5  # the assumed standard deviation of data in model units; noise well above it hides them
 
 
 class Corruption:
@@ -36,8 +33,10 @@ class Corruption:
         linear: Whether y = A x + N(0, noise^2): then :meth:`forward` and :meth:`adjoint` are there.
         diagonal: Whether A is diagonal in an orthonormal basis that is the same for all observations.
         by_entry: Whether an entry of y depends on the same entry of x only.
+        same_units: Whether y is in the units of x, as weighted means of its entries are.
         parameters: The names of its parameters, which stand beside y.npy as NAME.npy; None for any names.
         complex_items: Whether items are complex numbers where the observations are.
+        instead: For parameters that it does not take, the name of a corruption that does.
         measured_parameters: Gives the parameters of new observations (:meth:`with_measured`); None for the formula :meth:`draw`.
     """
 
@@ -45,8 +44,10 @@ class Corruption:
     linear = False
     diagonal = False
     by_entry = False
+    same_units = True
     parameters: tuple[str, ...] | None = None
     complex_items = True
+    instead: Mapping[str, str] = {}
     measured_parameters: Callable[[int, torch.Generator], Params] | None = None
 
     # --- what it is ----------------------------------------------------------------------------------
@@ -139,9 +140,8 @@ class Corruption:
         """p(y | x) of flattened items, for exact posteriors under Gaussian mixtures."""
         raise NotImplementedError
 
-    @property
-    def exact(self) -> bool:
-        """Whether :meth:`likelihood` is there."""
+    def exact(self, shape: tuple[int, ...]) -> bool:
+        """Whether :meth:`likelihood` is there, for items of `shape`."""
         return type(self).likelihood is not Corruption.likelihood
 
     def basis(self, shape: tuple[int, ...]) -> Basis | None:
@@ -265,164 +265,3 @@ class Scaled(Corruption):
 
     def entries(self, y: Tensor, params: Params) -> tuple[Tensor, Tensor]:
         return self.inner.entries(y, params)
-
-
-class LinearCorruption(Corruption):
-    """y = A x + N(0, noise^2) with A given by the parameters.
-
-    Arguments:
-        noise: The standard deviation of the noise: a number, or one for each channel of y (column, if it is a vector). Where
-            there is none it is a parameter, noise.npy, that broadcasts against y.
-    """
-
-    linear = True
-
-    def __init__(self, noise: float | Sequence[float] | None = None) -> None:
-        if noise is not None:
-            level = np.asarray(noise, np.float64)
-            if level.ndim > 1 or not (np.isfinite(level) & (level >= 0)).all():
-                raise DiffemError(f"{type(self).__name__}: noise must be a standard deviation >= 0, got {noise}")
-            self.noise = tuple(level.tolist()) if level.ndim else float(level)
-        else:
-            self.noise = None
-
-    def noise_std(self, y: Tensor, params: Params) -> Tensor:
-        """The standard deviation of the noise on observations y (B, *y shape); broadcasts against y."""
-        if "noise" in params:
-            return params["noise"].to(y)
-        if self.noise is None:  # nothing was observed, as when the prior is sampled
-            return torch.ones(()).to(y)
-        level = torch.as_tensor(self.noise, dtype=y.dtype, device=y.device)
-        return level.view(-1, *(1,) * (y.ndim - 2)) if level.ndim == 1 else level
-
-    def noise_of(self, y: Tensor, params: Params) -> list[Tensor]:
-        """What the network sees of the noise, in the shape of y: nothing, where it is the same for all observations."""
-        return [] if self.noise is not None else [self.noise_std(y, params).expand_as(y)]
-
-    def check(self, y: np.ndarray, params: Mapping[str, np.ndarray], shape: tuple[int, ...]) -> tuple[int, ...]:
-        name = type(self).__name__
-        if self.noise is None and "noise" not in params:
-            raise DiffemError(f"noise: {name} needs it: a standard deviation, or noise.npy")
-        if self.noise is not None and "noise" in params:
-            raise DiffemError(f"noise.npy: {name} has `noise: {self.noise}`, too; keep one of them")
-        if isinstance(self.noise, tuple) and len(self.noise) != y.shape[1]:
-            raise DiffemError(f"noise: has {len(self.noise)} values where y.npy has {y.shape[1]} channels (columns)")
-        if "noise" in params:
-            refuse_unless_it_broadcasts("noise", params["noise"], y)
-        return shape
-
-    def apply(self, x: Tensor, params: Params, generator: torch.Generator) -> Tensor:
-        y = self.forward(x, params)
-        noise = torch.randn(y.shape, generator=generator, device=generator.device).to(y)
-        return y + self.noise_std(y, params) * noise
-
-    def scaled(self, units: Units) -> LinearCorruption:
-        other = copy.copy(self)
-        if isinstance(self.noise, tuple) and units.half.ndim:
-            other.noise = torch.from_numpy(np.reshape(self.noise, units.half.shape) / units.half)
-        elif isinstance(self.noise, tuple):
-            other.noise = tuple(level / float(units.half) for level in self.noise)
-        elif self.noise is not None:
-            level = self.noise / units.half
-            other.noise = torch.from_numpy(level) if units.half.ndim else float(level)
-        return other
-
-    def scale_params(self, params: Params, units: Units) -> Params:
-        return {**params, "noise": units.scale_spread(params["noise"])} if "noise" in params else params
-
-    def scale_y(self, y: Tensor, params: Params, units: Units) -> Tensor:
-        return units.scale_spread(y - self._of_centre(y, params, units))
-
-    def restore_y(self, y: Tensor, params: Params, units: Units) -> Tensor:
-        return units.restore_spread(y) + self._of_centre(y, params, units)
-
-    def _of_centre(self, y: Tensor, params: Params, units: Units) -> Tensor:
-        """A c, c the item that is 0 in model units."""
-        return self.forward(units.restore(torch.zeros_like(self.adjoint(y, params))), params)
-
-
-def refuse_unless_it_broadcasts(name: str, value: np.ndarray, y: np.ndarray) -> None:
-    """Raises a DiffemError if a parameter does not broadcast against the observations."""
-    try:
-        fits = np.broadcast_shapes(value.shape, y.shape) == y.shape
-    except ValueError:
-        fits = False
-    if not fits:
-        raise DiffemError(f"{name}.npy: shape {value.shape} does not broadcast against y's {y.shape}")
-
-
-class BlackBox(Corruption):
-    """Any function x -> y: nothing is asked of it but that it can be called.
-
-    Arguments:
-        function: f(x), f(x, params) or f(x, params, generator): takes a batch x (B, *shape) in the units of the data, on the
-            CPU, and the parameters of its observations by name, and returns as many observations. It may draw from the generator,
-            or from the global ones of torch, numpy and random, which are seeded for the call.
-        name: How the function is found again: 'package.module:function'; its own name by default.
-        clip: Draws are clamped to (low, high) before the function sees them, e.g. one that takes counts.
-
-    Raises:
-        DiffemError: On :meth:`apply`, in one line that names the function, if it raises, or returns what are not as many
-            finite real numbers.
-    """
-
-    def __init__(
-        self,
-        function: Callable[..., Tensor],
-        name: str | None = None,
-        clip: tuple[float, float] | None = None,
-    ) -> None:
-        self.function, self.path, self.clip = function, name or getattr(function, "__name__", "function"), clip
-        self.arguments = _arguments(function)
-        if not 1 <= self.arguments <= 3:
-            raise DiffemError(
-                f"corruption {self.path}: must be f(x), f(x, params) or f(x, params, generator), takes {self.arguments}"
-            )
-        self.parameters = () if self.arguments == 1 else None
-
-    @property
-    def config(self) -> dict[str, object]:
-        clipped = {} if self.clip is None else {"clip": list(self.clip)}
-        return {"name": "BlackBox", "function": self.path, **clipped}
-
-    def apply(self, x: Tensor, params: Params, generator: torch.Generator) -> Tensor:
-        seed = int(torch.randint(2**31, (), generator=generator, device=generator.device))
-        numpy_state, python_state = np.random.get_state(), random.getstate()  # noqa: NPY002
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
-            np.random.seed(seed)  # noqa: NPY002
-            random.seed(seed)
-            try:
-                x_cpu = (x if self.clip is None else x.clamp(*self.clip)).cpu()
-                given = x_cpu, {k: v.cpu() for k, v in params.items()}, torch.Generator().manual_seed(seed)
-                y = self.function(*given[: self.arguments])
-            except Exception as error:
-                raise DiffemError(f"corruption {self.path}: raised {type(error).__name__}: {error}") from error
-            finally:
-                np.random.set_state(numpy_state)  # noqa: NPY002
-                random.setstate(python_state)
-        return self._checked(y, len(x)).to(x)
-
-    def _checked(self, y: object, n: int) -> Tensor:
-        try:
-            made = torch.as_tensor(y)
-        except (TypeError, ValueError, RuntimeError):
-            raise DiffemError(f"corruption {self.path}: gave {type(y).__name__}, not an array of numbers") from None
-        if made.ndim < 1 or len(made) != n:
-            given = len(made) if made.ndim else 1
-            raise DiffemError(f"corruption {self.path}: gave {given} observations for {n} items")
-        if made.is_complex():
-            raise DiffemError(f"corruption {self.path}: gave complex values; give real and imaginary parts as channels")
-        if not made.isfinite().all():
-            raise DiffemError(f"corruption {self.path}: gave values that are not finite")
-        return made
-
-
-def _arguments(function: Callable) -> int:
-    """How many positional arguments a function needs; 1 where it does not say."""
-    try:
-        parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):  # some builtins
-        return 1
-    places = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.default is p.empty]
-    return max(len(places), 1)

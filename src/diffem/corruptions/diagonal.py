@@ -6,8 +6,7 @@ with gains :math:`h` and a mask :math:`m` (true = observed). Masks and noise act
 (:math:`B = I, h = 1`). A blur with reflecting borders acts on cosines: the matrix of each axis is
 symmetric, so one eigendecomposition an axis serves all items.
 
-They are thinned by hiding a further part of the observed coefficients: what other observations miss, where there are masks (gaps,
-stripes, channels hide gaps, stripes, channels), else single coefficients at random.
+They are thinned by hiding a further part of the observed coefficients; what is measured of them, and their posteriors, are closed forms.
 """
 
 from __future__ import annotations
@@ -22,28 +21,17 @@ from torch import Tensor
 from diffem.errors import DiffemError
 from diffem.mixtures import Basis, Diagonal
 
-from .base import NOISE_FLOOR, SPREAD, LinearCorruption, Observed, Params, refuse_unless_it_broadcasts
+from .base import Params
+from .linear import NOISE_FLOOR, SPREAD, LinearCorruption
 
-HIDDEN = 0.3  # about the fraction of the observed entries that thinning hides
-TOO_FEW = 0.05  # if other masks would hide less than this, single entries are hidden instead
-MOST_OTHERS = 32  # masks that hide a part of one observation
-MASKS = 64  # masks by which it is decided how many others hide that fraction
 LEAST_GAIN = 1e-3  # a coefficient that the blur weakens more than this counts as unseen
 
 
 class DiagonalCorruption(LinearCorruption):
-    """See the module; subclasses say what the gains, the basis and the masks are.
-
-    Attributes:
-        others: How many measured masks say what thinning hides of an observation; 0 for single entries at random.
-        all_miss: Whether that is what all of them miss, or what any of them does.
-    """
+    """See the module; subclasses say what the gains, the basis and the masks are."""
 
     diagonal = True
     by_entry = True
-    parameters = ("mask", "noise")
-    others = 0
-    all_miss = False
 
     def gains(self, shape: tuple[int, ...]) -> tuple[Basis | None, Tensor | float]:
         """The basis and the gains h (shape of an item), for items of `shape`."""
@@ -52,22 +40,23 @@ class DiagonalCorruption(LinearCorruption):
     def basis(self, shape: tuple[int, ...]) -> Basis | None:
         return self.gains(shape)[0]
 
-    def check(self, y: np.ndarray, params: Mapping[str, np.ndarray], shape: tuple[int, ...]) -> tuple[int, ...]:
-        if "mask" in params:
-            refuse_unless_it_broadcasts("mask", params["mask"], y)
-        return super().check(y, params, shape)
-
     def apart(self, shape: tuple[int, ...]) -> bool:
         return self.by_entry or len(shape) > 1
 
+    def A(self, x: Tensor, params: Params) -> Tensor:
+        return self._weigh(x, {}, lambda gain: gain)
+
+    def A_adjoint(self, y: Tensor, params: Params) -> Tensor:
+        return self._weigh(y, {}, lambda gain: gain)
+
     def forward(self, x: Tensor, params: Params) -> Tensor:
-        return self._filter(x, params, power=1)
+        return self._weigh(x, params, lambda gain: gain)
 
     def adjoint(self, y: Tensor, params: Params) -> Tensor:
-        return self._filter(y, params, power=1)  # B^T diag(m h) B is symmetric
+        return self._weigh(y, params, lambda gain: gain)  # B^T diag(m h) B is symmetric
 
-    def _filter(self, x: Tensor, params: Params, power: int) -> Tensor:
-        return self._weigh(x, params, lambda gain: gain**power)
+    def shown(self, y: Tensor, params: Params) -> Tensor:
+        return self._weigh(y, params, torch.ones_like) if "mask" in params else y
 
     def _weigh(self, x: Tensor, params: Params, weight: Callable[[Tensor], Tensor]) -> Tensor:
         """B^T diag(m w) B x, with weights w (shape of an item, or of a batch) that are a function of the gains."""
@@ -83,12 +72,6 @@ class DiagonalCorruption(LinearCorruption):
         noise = self.noise_std(x, params).clamp(min=NOISE_FLOOR) / SPREAD
         return self._weigh(x, params, lambda gain: gain.square() / (gain.square() + noise.square()))
 
-    def apply(self, x: Tensor, params: Params, generator: torch.Generator) -> Tensor:
-        noise = torch.randn(x.shape, generator=generator, device=generator.device).to(x)
-        if "mask" in params:
-            noise = self._filter(noise, params, power=0)
-        return self.forward(x, params) + self.noise_std(x, params) * noise
-
     def likelihood(self, y: Tensor, params: Params) -> Diagonal:
         basis, gain = self.gains(tuple(y.shape[1:]))
         z = y.flatten(1)
@@ -103,52 +86,12 @@ class DiagonalCorruption(LinearCorruption):
             precision = precision * params["mask"].to(y).expand_as(y).flatten(1)
         return Diagonal(z, precision, basis, varied=self.noise is None)
 
-    def thin(self, y: Tensor, params: Params, generator: torch.Generator) -> tuple[Observed, Observed]:
-        everything = y if y.ndim == 2 else y[:, :1]  # a mask of its own for every feature, one for all channels
-        mask = params["mask"].bool() if "mask" in params else torch.ones_like(everything, dtype=torch.bool)
-        if self.others:
-            hide = self._missed(len(mask), generator)
-        else:
-            hide = torch.rand(mask.shape, generator=generator, device=generator.device) < HIDDEN
-        hide = hide.to(mask.device)
-        kept, hidden = {**params, "mask": mask & ~hide}, {**params, "mask": mask & hide}
-        return (self._filter(y, kept, power=0), kept), (self._filter(y, hidden, power=0), hidden)
-
-    def with_measured(self, parameters: Callable[[int, torch.Generator], Params]) -> DiagonalCorruption:
-        other = super().with_measured(parameters)
-        assert isinstance(other, DiagonalCorruption)
-        generator = torch.Generator().manual_seed(0)
-        masks = parameters(MASKS, generator).get("mask")
-        other.others = 0
-        if masks is None:
-            return other
-        masks = masks.bool()
-        seen = masks & ~masks.all(0)  # what is never missing is never hidden, and need not be predicted
-        missing = float((seen & ~masks.roll(1, 0)).sum() / seen.sum().clamp(min=1))
-        if 0 < missing < 1:
-            # another mask misses a fraction q of what is seen; all of k others miss q^k, and any of them 1 - (1 - q)^k
-            other.all_miss = missing >= HIDDEN
-            k = math.log(HIDDEN) / math.log(missing) if other.all_miss else math.log1p(-HIDDEN) / math.log1p(-missing)
-            other.others = min(max(round(k), 1), MOST_OTHERS)
-            if (other._missed(MASKS, generator) & masks).sum() < TOO_FEW * masks.sum():
-                other.others = 0
-        return other
-
-    def _missed(self, n: int, generator: torch.Generator) -> Tensor:
-        """What all of :attr:`others` measured masks miss, or any of them: n masks."""
-        assert self.measured_parameters is not None
-        missed = ~self.measured_parameters(n, generator)["mask"].bool()
-        for _ in range(self.others - 1):
-            another = ~self.measured_parameters(n, generator)["mask"].bool()
-            missed = missed & another if self.all_miss else missed | another
-        return missed
+    def initial(self, y: Tensor, params: Params) -> Tensor:
+        return y
 
     def compared(self, y: Tensor) -> Tensor:
         basis, _ = self.gains(tuple(y.shape[1:]))
         return y if basis is None else basis.analyse(y.flatten(1)).view_as(y)
-
-    def seen(self, y: Tensor, params: Params) -> Tensor:
-        return params["mask"].bool() if "mask" in params else super().seen(y, params)
 
     def condition(self, y: Tensor, params: Params) -> list[Tensor]:
         mask = params["mask"].to(y).expand_as(y) if "mask" in params else torch.ones_like(y)
@@ -219,6 +162,7 @@ class GaussianBlur(DiagonalCorruption):
 
     by_entry = False
     parameters = ("noise",)  # the masks of a blur, which thinning makes, are of cosines
+    instead = {"kernel": "Blur", "mask": "Compose"}  # noqa: RUF012
 
     def __init__(self, std: float, noise: float | Sequence[float] | None = None) -> None:
         super().__init__(noise)

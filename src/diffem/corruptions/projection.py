@@ -11,7 +11,8 @@ from torch import Tensor
 from diffem.errors import DiffemError
 from diffem.mixtures import Rows
 
-from .base import NOISE_FLOOR, SPREAD, LinearCorruption, Observed, Params
+from .base import Observed, Params
+from .linear import NOISE_FLOOR, LinearCorruption
 
 
 class RandomProjection(LinearCorruption):
@@ -22,7 +23,8 @@ class RandomProjection(LinearCorruption):
         noise: Standard deviation of the noise on each, or None: then it is a parameter, noise.npy (N, 1).
     """
 
-    parameters = ("matrix", "noise")
+    parameters = ("matrix", "noise")  # the masks are rows of zeros
+    same_units = False
 
     def __init__(self, rows: int, noise: float | None = None) -> None:
         super().__init__(noise)
@@ -49,22 +51,11 @@ class RandomProjection(LinearCorruption):
         matrix = torch.randn(n, self.rows, *shape, generator=generator, device=generator.device)
         return {"matrix": matrix / matrix.norm(dim=-1, keepdim=True)}
 
-    def forward(self, x: Tensor, params: Params) -> Tensor:
+    def A(self, x: Tensor, params: Params) -> Tensor:
         return (params["matrix"].to(x) @ x[..., None])[..., 0]
 
-    def adjoint(self, y: Tensor, params: Params) -> Tensor:
+    def A_adjoint(self, y: Tensor, params: Params) -> Tensor:
         return (params["matrix"].to(y).mT @ y[..., None])[..., 0]
-
-    def measured(self, x: Tensor, params: Params) -> Tensor:
-        matrix = params["matrix"].to(x)
-        noise = self.noise_std(matrix[..., 0], params).clamp(min=NOISE_FLOOR) / SPREAD
-        gram = matrix @ matrix.mT + noise.square()[..., None] * torch.eye(matrix.shape[1]).to(x)
-        return (matrix.mT @ torch.linalg.solve(gram, matrix @ x[..., None]))[..., 0]
-
-    def apply(self, x: Tensor, params: Params, generator: torch.Generator) -> Tensor:
-        y = self.forward(x, params)
-        noise = torch.randn(y.shape, generator=generator, device=generator.device).to(x)
-        return y + self.noise_std(y, params) * noise * self.seen(y, params)
 
     def likelihood(self, y: Tensor, params: Params) -> Rows:
         noise = self.noise_std(y, params).clamp(min=NOISE_FLOOR).expand_as(y)[:, :1]

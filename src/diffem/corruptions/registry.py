@@ -10,9 +10,15 @@ import sys
 
 from diffem.errors import DiffemError, suggest
 
-from .base import BlackBox, Corruption
+from .base import Corruption
+from .blackbox import BlackBox
+from .blur import Blur
+from .compose import Compose
 from .diagonal import GaussianBlur, GaussianNoise, Mask, RandomMask
+from .fourier import Fourier
 from .projection import RandomProjection
+from .radon import Radon
+from .resolution import Downsample, Grayscale
 
 REGISTRY: dict[str, type[Corruption]] = {}
 
@@ -23,12 +29,24 @@ def register_corruption(kind: type[Corruption]) -> type[Corruption]:
     return kind
 
 
-for _kind in (Mask, RandomMask, GaussianNoise, GaussianBlur, RandomProjection):
+for _kind in (
+    Blur,
+    Compose,
+    Downsample,
+    Fourier,
+    GaussianBlur,
+    GaussianNoise,
+    Grayscale,
+    Mask,
+    Radon,
+    RandomMask,
+    RandomProjection,
+):
     register_corruption(_kind)
 
 
 def from_config(config: dict, source: str = "corruption") -> Corruption:
-    """The corruption of a flat mapping {name: ..., argument: ...}.
+    """The corruption of a mapping {name: ..., argument: ...}, flat but for the list of mappings `chain`.
 
     Arguments:
         config: The mapping; only the arguments of the named corruption may stand beside its name.
@@ -47,11 +65,18 @@ def from_config(config: dict, source: str = "corruption") -> Corruption:
     for key, value in arguments.items():
         if key not in known:
             raise DiffemError(f"{source}: {key}: {name} has no such argument;{suggest(str(key), known)}")
+        if key == "chain" and isinstance(value, list):
+            links = [link if isinstance(link, dict) else {"name": link} for link in value]
+            arguments[key] = [from_config(link, f"{source}: chain") for link in links]
+            continue
+        annotation = str(known[key].annotation)
+        if "str" in annotation:
+            continue
         if isinstance(value, str):  # YAML takes 1e-3, without a point, for text
             with contextlib.suppress(ValueError):
                 value = arguments[key] = float(value)
-        numbers = value if isinstance(value, list) and value and key == "noise" else [value]
-        if any(isinstance(v, bool) or not isinstance(v, int | float) for v in numbers):
+        several = isinstance(value, list) and value and "Sequence" in annotation
+        if any(isinstance(v, bool) or not isinstance(v, int | float) for v in (value if several else [value])):
             raise DiffemError(f"{source}: {key}: must be a number, got {value!r}")
     missing = [k for k, p in known.items() if p.default is p.empty and k not in arguments]
     if missing:

@@ -235,7 +235,8 @@ class Observations:
             return Units((self.range[0] + self.range[1]) / 2, (self.range[1] - self.range[0]) / 2)
         y, params = self.batch(evenly(train, max(CHUNK, NUMBERS // math.prod(self.y.shape[1:]))))
         seen = self.corruption.seen(y, params).expand_as(y)
-        if self.y.shape[1:] != self.shape or "matrix" in params or self.layout.complex:
+        known = self.corruption.linear or self.y.shape[1:] == self.shape
+        if not known or not self.corruption.same_units or self.layout.complex:
             return Units(0.0, 2 * float(y[seen].square().mean().sqrt()) or 1.0)
         if self.shape[0] == 1 or not self.corruption.apart(self.shape):
             return Units(*_middle(y[seen].numpy()))
@@ -319,7 +320,9 @@ def _parameter(of: Observations, name: str, array: np.ndarray) -> np.ndarray:
     known, named = of.corruption.parameters, of.corruption.config["name"]
     if known is not None and name not in known:
         takes = f"takes {', '.join(f'{k}.npy' for k in known)}" if known else "takes no parameters"
-        hint = "; write it as f(x, params)" if named == "BlackBox" else ""
+        other = of.corruption.instead.get(name)
+        hint = f"; `name: {other}` takes it" if other else ""
+        hint = "; write it as f(x, params)" if named == "BlackBox" else hint
         raise DiffemError(f"{of.source}: {name}.npy: {named} {takes}{hint}; put other files elsewhere")
     if array.ndim and len(array) == 1 < len(of):  # one for all
         array = np.broadcast_to(array, (len(of), *array.shape[1:]))

@@ -25,6 +25,7 @@ from torch import Tensor
 from .likelihoods import Diagonal, Likelihood
 from .model import DiagonalPosterior, ExactPosterior, Mixture, RowsPosterior
 
+MOST = 0.25  # the first guess of the variance of data in model units at most: EM leaves it where nothing was seen
 LEAST = 1e-3  # of a first variance: EM cannot leave 0
 SURE = 5.0  # standard errors by which a variance differs from 0
 REACH = 4.0  # the largest step length of SQUAREM at first; it grows fourfold where it was reached
@@ -222,7 +223,8 @@ def single(likelihood: Likelihood, rank: int, features: int, generator: torch.Ge
         basis = likelihood.basis
     else:
         mean = torch.zeros(features).to(likelihood.y)
-        variance = likelihood.y.square().mean() * features / likelihood.matrix.square().sum(-1).mean() / features
+        variance = likelihood.y.square().mean() / likelihood.matrix.square().sum(-1).mean()
+        variance = variance.clamp(max=MOST)  # rows that add up entries that are alike show more
         basis = None
     half = 0.5 * variance.expand(features)
     factor = torch.randn(1, features, rank, generator=generator).to(mean) * (half / max(rank, 1)).sqrt()[:, None]

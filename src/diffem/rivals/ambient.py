@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from diffem.corruptions import Corruption, Params, RandomMask, RandomProjection
-from diffem.corruptions.base import NOISE_FLOOR
+from diffem.corruptions.linear import NOISE_FLOOR
 from diffem.data import Items
 from diffem.denoiser import Denoiser
 from diffem.em import STEPS, DiffEM, finish

@@ -1,0 +1,100 @@
+"""Blur by a kernel that was measured, or that is known for each observation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffem.errors import DiffemError
+
+from .base import Params
+from .linear import LinearCorruption
+
+BORDERS = ("reflect", "zero", "circular")
+
+
+class Blur(LinearCorruption):
+    """y = k * x + noise: every channel is convolved with the kernel of its observation.
+
+    The kernel is a parameter, kernel.npy, of shape (N, height, width) for images, (N, length) for series, vectors, and
+    (N, depth, height, width) for volumes; with N = 1 it is the same for all. Its centre is entry size // 2 of each axis, and
+    it is used as it is: let it sum to 1 if the blur keeps means.
+
+    Arguments:
+        border: What lies beyond the border: `reflect` (the edge again, then backwards), `zero`, or `circular`.
+        noise: Standard deviation of the noise; see :class:`diffem.LinearCorruption`.
+    """
+
+    parameters = ("kernel", "mask", "noise")
+
+    def __init__(self, border: str = "reflect", noise: float | Sequence[float] | None = None) -> None:
+        super().__init__(noise)
+        if border not in BORDERS:
+            raise DiffemError(f"Blur: border must be reflect, zero or circular, got {border!r}")
+        self.border = border
+
+    def check(self, y: np.ndarray, params: Mapping[str, np.ndarray], shape: tuple[int, ...]) -> tuple[int, ...]:
+        spatial = y.shape[1:] if y.ndim == 2 else y.shape[2:]
+        wanted = f"it must be (N, {', '.join(f'up to {n}' for n in spatial)})"
+        if "kernel" not in params:
+            raise DiffemError(f"kernel.npy: missing; Blur needs the kernel of each observation, or one; {wanted}")
+        kernel = params["kernel"]
+        if kernel.ndim != 1 + len(spatial) or any(k > n for k, n in zip(kernel.shape[1:], spatial, strict=True)):
+            raise DiffemError(f"kernel.npy: shape {kernel.shape} does not fit y's {y.shape}; {wanted}")
+        return super().check(y, params, shape)
+
+    def item_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return shape
+
+    def apart(self, shape: tuple[int, ...]) -> bool:
+        return len(shape) > 1
+
+    def A(self, x: Tensor, params: Params) -> Tensor:
+        if "kernel" not in params:  # nothing was observed, as when the prior is sampled
+            return x
+        padded, kernel = x if x.ndim > 2 else x[:, None], params["kernel"].to(x)
+        for axis, size in enumerate(kernel.shape[1:], start=2):
+            padded = padded.index_select(axis, self._source(padded.shape[axis], size, x.device))
+            padded = padded * self._inside(padded, axis, size) if self.border == "zero" else padded
+        y = _convolved(padded, kernel[:, None], adjoint=False)
+        for axis, size in enumerate(kernel.shape[1:], start=2):
+            y = y.narrow(axis, size - 1, y.shape[axis] - size + 1)
+        return y.reshape(x.shape)
+
+    def A_adjoint(self, y: Tensor, params: Params) -> Tensor:
+        if "kernel" not in params:
+            return y
+        padded, kernel = y if y.ndim > 2 else y[:, None], params["kernel"].to(y)
+        sizes = kernel.shape[1:]
+        padded = torch.nn.functional.pad(padded, [n for size in reversed(sizes) for n in (size - 1, 0)])
+        x = _convolved(padded, kernel[:, None], adjoint=True)
+        for axis, size in enumerate(sizes, start=2):
+            x = x * self._inside(x, axis, size) if self.border == "zero" else x
+            n = x.shape[axis] - size + 1
+            folded = x.new_zeros(*x.shape[:axis], n, *x.shape[axis + 1 :])
+            x = folded.index_add_(axis, self._source(n, size, x.device), x)
+        return x.reshape(y.shape)
+
+    def _source(self, n: int, size: int, device: torch.device) -> Tensor:
+        """Which of n entries stands at each of the n + size - 1 that a kernel of `size` entries reaches."""
+        place = torch.arange(n + size - 1, device=device) - (size - 1 - size // 2)
+        if self.border == "circular":
+            return place % n
+        place = place % (2 * n)
+        return torch.where(place < n, place, 2 * n - 1 - place)
+
+    def _inside(self, padded: Tensor, axis: int, size: int) -> Tensor:
+        place = torch.arange(padded.shape[axis], device=padded.device) - (size - 1 - size // 2)
+        inside = (place >= 0) & (place <= padded.shape[axis] - size)
+        return inside.view(-1, *(1,) * (padded.ndim - 1 - axis))
+
+
+def _convolved(x: Tensor, kernel: Tensor, adjoint: bool) -> Tensor:
+    """The circular convolution of x (B, C, *spatial) with kernels (B, 1, *smaller), or its adjoint."""
+    shape, axes = x.shape[2:], tuple(range(2, x.ndim))
+    transform = torch.fft.rfftn(kernel, s=shape, dim=axes)
+    transform = transform.conj() if adjoint else transform
+    return torch.fft.irfftn(torch.fft.rfftn(x, dim=axes) * transform, s=shape, dim=axes)

@@ -1,0 +1,85 @@
+"""Tomography: projections of images along parallel beams."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from diffem.errors import DiffemError
+
+from .base import Params
+from .linear import LinearCorruption
+
+
+class Radon(LinearCorruption):
+    """The Radon transform of every channel (parallel beams), plus noise: y is (N, channels, angles, n) of images (N, channels, n, n).
+
+    At angle a, a pixel x to the right of the middle and y above it falls on the detector at x cos a + y sin a, and is shared
+    between the nearest two of its n bins, which are as wide as a pixel; what falls beyond them is lost, as of corners. Where
+    angles differ by observation, state all, and hide the others by mask.npy (N, 1, angles, 1).
+
+    Arguments:
+        angles: How many angles, evenly spaced from 0 to `span` degrees, the last one left out; or a list of them in degrees.
+        span: The range of the angles in degrees, where their number is given.
+        noise: Standard deviation of the noise on sums over pixels; see :class:`diffem.LinearCorruption`.
+    """
+
+    same_units = False
+    aligned = False
+
+    def __init__(
+        self, angles: int | Sequence[float], span: float = 180.0, noise: float | Sequence[float] | None = None
+    ) -> None:
+        super().__init__(noise)
+        number = 0 if isinstance(angles, Sequence) else angles
+        if (number < 1 and not (isinstance(angles, Sequence) and angles)) or number != int(number):
+            raise DiffemError(f"Radon: angles must be a number of angles >= 1, or a list in degrees, got {angles}")
+        self.angles = tuple(map(float, angles)) if isinstance(angles, Sequence) else int(angles)
+        self.span = float(span)
+        self._cache: dict[tuple, Tensor] = {}
+
+    @property
+    def degrees(self) -> list[float]:
+        """The angles."""
+        if isinstance(self.angles, tuple):
+            return list(self.angles)
+        return [self.span * k / self.angles for k in range(self.angles)]
+
+    def item_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        if len(shape) != 3 or shape[1] != len(self.degrees):
+            raise DiffemError(
+                f"y.npy: shape (N, {', '.join(map(str, shape))}) is not (N, channels, {len(self.degrees)} angles, bins)"
+            )
+        return (shape[0], shape[2], shape[2])
+
+    def A(self, x: Tensor, params: Params) -> Tensor:
+        n = x.shape[-1]
+        if x.ndim != 4 or x.shape[2] != n:
+            raise DiffemError(f"Radon: items must be square images (channels, n, n), got {tuple(x.shape[1:])}")
+        sums = (self.beams(n, x) @ x.flatten(0, 1).flatten(1).T).T
+        return sums.view(*x.shape[:2], -1, n)
+
+    def A_adjoint(self, y: Tensor, params: Params) -> Tensor:
+        n = y.shape[-1]
+        return (self.beams(n, y).T @ y.flatten(0, 1).flatten(1).T).T.view(*y.shape[:2], n, n)
+
+    def beams(self, n: int, like: Tensor) -> Tensor:
+        """The sparse matrix (angles * n, n * n) for images of n x n pixels."""
+        key = n, like.dtype, like.device
+        if key not in self._cache:
+            middle = (n - 1) / 2
+            row, column = torch.meshgrid(torch.arange(n), torch.arange(n), indexing="ij")
+            angle = torch.tensor(self.degrees, dtype=torch.float64).deg2rad()[:, None]
+            place = (column.flatten() - middle) * angle.cos() - (row.flatten() - middle) * angle.sin() + middle
+            left = place.floor()
+            where, weight = [], []
+            for bins, share in ((left, 1 - (place - left)), (left + 1, place - left)):
+                view, pixel = ((bins >= 0) & (bins < n)).nonzero(as_tuple=True)
+                where.append(torch.stack((view * n + bins[view, pixel].long(), pixel)))
+                weight.append(share[view, pixel])
+            size = len(self.degrees) * n, n * n
+            matrix = torch.sparse_coo_tensor(torch.cat(where, 1), torch.cat(weight), size, check_invariants=False)
+            self._cache[key] = matrix.coalesce().to(like)
+        return self._cache[key]
