@@ -37,6 +37,7 @@ NOISE_FLOOR = 1e-3  # in model units: keeps likelihoods of noise-free data finit
 SPREAD = 0.5  # the assumed standard deviation of data in model units; noise well above it hides them
 DENSE = 64  # features up to which A is written as a matrix: an update of a hundred items takes a tenth of a second, of 256 features nine
 STEPS = 200  # of conjugate gradients at most
+FEW_STEPS = 8  # for what the network is shown at every evaluation: it can do the rest
 
 
 class LinearCorruption(Corruption):
@@ -138,11 +139,11 @@ class LinearCorruption(Corruption):
     def initial(self, y: Tensor, params: Params) -> Tensor:
         return self._pull(y, params)
 
-    def _pull(self, y: Tensor, params: Params) -> Tensor:
+    def _pull(self, y: Tensor, params: Params, steps: int = STEPS) -> Tensor:
         """A^T (A A^T + (s / c)^2)^-1 y."""
         ridge = (self.noise_std(y, params).clamp(min=NOISE_FLOOR) / SPREAD).square()
         product = lambda u: self.forward(self.adjoint(u, params), params) + ridge * u  # noqa: E731
-        return self.adjoint(solve(product, self.shown(y, params)), params)
+        return self.adjoint(solve(product, self.shown(y, params), steps), params)
 
     def exact(self, shape: tuple[int, ...]) -> bool:
         return type(self).likelihood is not LinearCorruption.likelihood or math.prod(shape) <= DENSE
@@ -166,9 +167,9 @@ class LinearCorruption(Corruption):
     # --- what the network is shown -------------------------------------------------------------------
 
     def condition(self, y: Tensor, params: Params) -> list[Tensor]:
-        """The first reconstruction; A^T w, with w = 1 / (1 + (s / c)^2) where y was observed, which says how well each entry of x
+        """The first reconstruction, nearly; A^T w, with w = 1 / (1 + (s / c)^2) where y was observed, which says how well each entry of x
         was; where A has parameters, what comes back of a point in the middle, A^T w A; and y and its mask, where they are aligned."""
-        x, noise = self.initial(y, params), self.noise_std(y, params) / SPREAD
+        x, noise = self._pull(y, params, FEW_STEPS), self.noise_std(y, params) / SPREAD
         weight = self.shown(torch.ones_like(y), params) / (1 + noise.square())
         inputs = [x, self.adjoint(weight, params)]
         if set(self.parameters or ()) - {"mask", "noise"}:
@@ -242,17 +243,17 @@ def refuse_unless_it_broadcasts(name: str, value: np.ndarray, y: np.ndarray) -> 
         raise DiffemError(f"{name}.npy: shape {value.shape} does not broadcast against y's {y.shape}")
 
 
-def solve(product: Callable[[Tensor], Tensor], b: Tensor) -> Tensor:
+def solve(product: Callable[[Tensor], Tensor], b: Tensor, steps: int = STEPS) -> Tensor:
     """K^-1 b of each item of b (B, ...) by conjugate gradients, with the symmetric positive K u = product(u).
 
-    An item stops by itself, when its residual is small or after :data:`STEPS` steps, so that it does not depend on its neighbours.
+    An item stops by itself, when its residual is small or after `steps`, so that it does not depend on its neighbours.
     """
     dot = lambda a, b: (a * b).flatten(1).sum(1)  # noqa: E731
     each = lambda a: a.view(-1, *(1,) * (b.ndim - 1))  # noqa: E731
     x, residual, direction = torch.zeros_like(b), b, b
     size = dot(b, b)
     least = size * torch.finfo(b.dtype).eps ** (4 / 3)  # of its square: 2e-5 of b in single precision
-    for _ in range(STEPS):
+    for _ in range(steps):
         going = size > least
         if not going.any():
             break

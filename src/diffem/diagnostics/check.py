@@ -396,7 +396,7 @@ def _quiet_details(observations: Observations, sample: Sample) -> list[Quiet]:
     Johnstone (1994), Ideal spatial adaptation by wavelet shrinkage. An image only raises it (Anderson, 1955).
     """
     y, seen = sample.y, torch.from_numpy(sample.seen).view_as(sample.y)
-    if y.ndim != 4:
+    if y.ndim != 4 or not observations.corruption.diagonal:
         return []
     if sample.whole:  # quantiles of rounded values are rounded: spread them evenly
         y = y + torch.rand(y.shape, generator=torch.Generator().manual_seed(0)) - 0.5
