@@ -106,13 +106,14 @@ class DiagonalCorruption(LinearCorruption):
     def thin(self, y: Tensor, params: Params, generator: torch.Generator) -> tuple[Observed, Observed]:
         everything = y if y.ndim == 2 else y[:, :1]  # a mask of its own for every feature, one for all channels
         mask = params["mask"].bool() if "mask" in params else torch.ones_like(everything, dtype=torch.bool)
-        if self.others:
-            hide = self._missed(len(mask), generator)
-        else:
-            hide = torch.rand(mask.shape, generator=generator, device=generator.device) < HIDDEN
+        hide = self._missed(len(mask), generator) if self.others else self.hidden(mask, generator)
         hide = hide.to(mask.device)
         kept, hidden = {**params, "mask": mask & ~hide}, {**params, "mask": mask & hide}
         return (self._filter(y, kept, power=0), kept), (self._filter(y, hidden, power=0), hidden)
+
+    def hidden(self, mask: Tensor, generator: torch.Generator) -> Tensor:
+        """What thinning hides where other masks do not say it, in the shape of `mask`: single entries."""
+        return torch.rand(mask.shape, generator=generator, device=generator.device) < HIDDEN
 
     def with_measured(self, parameters: Callable[[int, torch.Generator], Params]) -> DiagonalCorruption:
         other = super().with_measured(parameters)
