@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from sklearn.base import BaseEstimator, OneToOneFeatureMixin, TransformerMixin
 from sklearn.utils import check_random_state
-from sklearn.utils.validation import check_is_fitted, validate_data
+from sklearn.utils.validation import check_is_fitted, validate_data  # type: ignore[missing-module-attribute]
 from torch import Tensor
 
 from diffem import seeding
@@ -153,7 +153,7 @@ class DiffEMImputer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         self.settings, self.random_state, self.run_folder = settings, random_state, run_folder
 
     def __sklearn_tags__(self):
-        tags = super().__sklearn_tags__()
+        tags = super().__sklearn_tags__()  # type: ignore[missing-attribute]
         tags.input_tags.allow_nan = tags.input_tags.categorical = tags.input_tags.string = True
         tags.transformer_tags.preserves_dtype = ["float64", "float32"]
         return tags
