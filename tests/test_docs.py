@@ -7,6 +7,7 @@ from pathlib import Path
 
 import house
 import numpy as np
+import pandas as pd
 import torch
 
 import diffem
@@ -99,6 +100,20 @@ def test_a_hook(tmp_path):
     names |= {"observations": masked(), "config": load_config("demo", SMALL), "out": str(tmp_path / "run")}
     exec(use, names)
     assert all(0 < row["brightness"] < 16 for row in names["rows"])
+
+
+def test_tables():
+    rng = np.random.default_rng(0)
+    height, visits = rng.normal(170, 10, 40), rng.integers(0, 5, 40).astype(float)
+    table = pd.DataFrame({"height": height, "visits": visits, "town": ["Ulm", "Bonn"] * 20}).mask(
+        rng.random((40, 3)) < 0.2
+    )
+    first, second = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "tables.md").read_text(), re.DOTALL)
+    names: dict = {"table": table}
+    exec(first, names)
+    exec(second, names)
+    assert not names["filled"].isna().any().any()
+    assert len(set(names["means"])) == 20
 
 
 def test_the_shelf_is_open(tmp_path, monkeypatch):

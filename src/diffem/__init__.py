@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from diffem.errors import DiffemError
     from diffem.posterior import Posterior, from_pretrained
     from diffem.samplers import DiffusionSampler, register_sampler
+    from diffem.tables import DiffEMImputer
 
 __version__ = "0.1.0"
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "Config",
     "Corruption",
     "DiffEM",
+    "DiffEMImputer",
     "DiffemError",
     "DiffusionSampler",
     "Downsample",
@@ -63,6 +65,7 @@ _HOME = {
     "errors": ("DiffemError",),
     "posterior": ("Posterior", "from_pretrained"),
     "samplers": ("DiffusionSampler", "register_sampler"),
+    "tables": ("DiffEMImputer",),
 }
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
 

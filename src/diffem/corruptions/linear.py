@@ -192,13 +192,14 @@ class LinearCorruption(Corruption):
             return None
         everything = y if y.ndim == 2 else y[:, :1]  # a mask of its own for every feature, one for all channels
         mask = params["mask"].bool() if "mask" in params else torch.ones_like(everything, dtype=torch.bool)
-        if self.gaps is not None:
-            hide = self.gaps.draw(len(mask), generator)
-        else:
-            hide = torch.rand(mask.shape, generator=generator, device=generator.device) < HIDDEN
+        hide = self.gaps.draw(len(mask), generator) if self.gaps is not None else self.hidden(mask, generator)
         hide = hide.to(mask.device)
         kept, hidden = {**params, "mask": mask & ~hide}, {**params, "mask": mask & hide}
         return (self.shown(y, kept), kept), (self.shown(y, hidden), hidden)
+
+    def hidden(self, mask: Tensor, generator: torch.Generator) -> Tensor:
+        """What thinning hides where other masks do not say it, in the shape of `mask`: single entries."""
+        return torch.rand(mask.shape, generator=generator, device=generator.device) < HIDDEN
 
     def with_measured(self, parameters: Callable[[int, torch.Generator], Params]) -> LinearCorruption:
         other = super().with_measured(parameters)

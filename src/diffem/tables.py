@@ -1,0 +1,357 @@
+"""Tables with missing cells: DiffEM as an imputer of scikit-learn.
+
+A column of numbers is one feature of an item, in units of its own spread; a category is a group of features, one for each level,
+1 at the level and 0 elsewhere, that are missing together. What is missing is a mask (:class:`diffem.Mask`): a row is an
+observation, and what the rows lack says which cells are hidden in training.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.base import BaseEstimator, OneToOneFeatureMixin, TransformerMixin
+from sklearn.utils import check_random_state
+from sklearn.utils.validation import check_is_fitted, validate_data  # type: ignore[missing-module-attribute]
+from torch import Tensor
+
+from diffem import seeding
+from diffem.config import load_config
+from diffem.corruptions import Mask
+from diffem.data import Observations
+from diffem.data.observations import LEAST_HELD_OUT
+from diffem.em import DiffEM
+from diffem.errors import DiffemError
+from diffem.posterior import Posterior, from_pretrained
+from diffem.samplers import DiffusionSampler, MixtureSampler
+
+FIT = 100  # rows for each component of the mixture that a run starts from
+NORMAL = 1.349  # interquartile range of a normal distribution of standard deviation 1
+
+
+class Cells(Mask):
+    """The mask of a table: the features of a cell are missing, and hidden, together.
+
+    Arguments:
+        noise: Standard deviation of the noise.
+        widths: How many features each cell of a row has.
+    """
+
+    def __init__(self, noise: float, widths: Sequence[int]) -> None:
+        super().__init__(noise)
+        self.widths = tuple(widths)
+
+    def hidden(self, mask: Tensor, generator: torch.Generator) -> Tensor:
+        cells = super().hidden(mask[:, : len(self.widths)], generator)
+        return cells.repeat_interleave(torch.tensor(self.widths, device=cells.device), 1)
+
+
+@dataclass(frozen=True)
+class Column:
+    """How a column of a table becomes features, and back.
+
+    Attributes:
+        label: What errors call it.
+        levels: The levels of a category; None for numbers.
+        whole: Whether the numbers are whole.
+        low: The least observed number.
+        high: The largest one.
+        centre: The median.
+        spread: The unit of the feature: a standard deviation that a few values far out do not widen.
+    """
+
+    label: str
+    levels: list | None = None
+    whole: bool = False
+    low: float = 0.0
+    high: float = 0.0
+    centre: float = 0.0
+    spread: float = 1.0
+
+    @classmethod
+    def learn(cls, label: str, values: np.ndarray, categorical: bool, whole: bool) -> Column:
+        """From what was observed of a column, at least one value."""
+        if categorical:
+            return cls(label, sorted(set(values.tolist()), key=str))
+        first, middle, third = np.quantile(values, [0.25, 0.5, 0.75]).tolist()
+        spread = min(float(values.std()), (third - first) / NORMAL if first < third else np.inf)
+        return cls(label, None, whole, float(values.min()), float(values.max()), middle, spread)
+
+    @property
+    def width(self) -> int:
+        """The number of features; 0 for a constant, which needs no model."""
+        if self.levels is not None:
+            return len(self.levels) if len(self.levels) > 1 else 0
+        return int(self.low < self.high)
+
+    def encode(self, values: np.ndarray, seen: np.ndarray) -> np.ndarray:
+        """Features (n, width) of values (n,); NaN where they were not observed."""
+        features = np.full((len(values), self.width), np.nan)
+        if self.levels is None:
+            if self.width:
+                features[:, 0] = (values - self.centre) / self.spread
+            return features
+        known = {level: k for k, level in enumerate(self.levels)}
+        found = values[seen].tolist()
+        if unknown := [v for v in found if v not in known]:
+            raise DiffemError(
+                f"{self.label}: holds {unknown[0]!r}, which fit did not see; make it missing, or fit again"
+            )
+        if self.width:
+            features[seen] = np.eye(self.width)[[known[v] for v in found]]
+        return features
+
+    def decode(self, features: np.ndarray) -> np.ndarray:
+        """Values (n,) of features (n, width): the most probable level, or a number."""
+        if self.levels is not None:
+            best = features.argmax(1).tolist() if self.width else [0] * len(features)
+            found = np.empty(len(best), object)
+            found[:] = [self.levels[k] for k in best]
+            return found
+        values = features[:, 0] * self.spread + self.centre if self.width else np.full(len(features), self.low)
+        return values.round().clip(self.low, self.high) if self.whole else values
+
+
+class DiffEMImputer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
+    """Fills the missing cells of a table, by DiffEM; an imputer of scikit-learn.
+
+    A table is an array or a pandas DataFrame, of at least 8 rows. NaN, None and pandas.NA are missing. Text, booleans and pandas'
+    categories are categories; integers stay whole numbers within the range that was observed. What is given comes back in the
+    same form: columns, dtypes, index. Observed cells are not changed.
+
+    Arguments:
+        categorical: Columns of numbers that are categories: names, or positions.
+        integer: Columns of floats that are whole numbers: integers with missing cells are floats in numpy and pandas.
+        noise: Standard deviation of the measurement noise, in units of each column's spread.
+        settings: Settings of the run, {"section.field": value}, beside those of the preset `table`.
+        random_state: A seed, a numpy RandomState, or None: another seed at each fit.
+        run_folder: Where the run is kept; it goes on there if it was interrupted. A temporary folder by default.
+
+    Attributes:
+        posterior_: The :class:`diffem.Posterior` of features; None if all columns are constant.
+        columns_: What is known of each column.
+        n_features_in_, feature_names_in_: As in scikit-learn.
+    """
+
+    def __init__(
+        self,
+        *,
+        categorical: Sequence[str | int] | None = None,
+        integer: Sequence[str | int] | None = None,
+        noise: float = 0.01,
+        settings: Mapping[str, object] | None = None,
+        random_state: int | np.random.RandomState | None = None,
+        run_folder: str | os.PathLike[str] | None = None,
+    ) -> None:
+        self.categorical, self.integer, self.noise = categorical, integer, noise
+        self.settings, self.random_state, self.run_folder = settings, random_state, run_folder
+
+    def __sklearn_tags__(self):
+        tags = super().__sklearn_tags__()  # type: ignore[missing-attribute]
+        tags.input_tags.allow_nan = tags.input_tags.categorical = tags.input_tags.string = True
+        tags.transformer_tags.preserves_dtype = ["float64", "float32"]
+        return tags
+
+    def fit(self, X: Any, y: object = None) -> DiffEMImputer:
+        """Learns from a table X, shape (rows, columns).
+
+        Raises:
+            DiffemError: If a column is not understood, or no row shows it; the line names the column.
+        """
+        table = _Table(self, X, fit=True)
+        categorical, integer = (self._positions(name, table) for name in ("categorical", "integer"))
+        self.columns_ = [table.learn(j, j in categorical, j in integer) for j in range(table.width)]
+        self.seed_ = int(check_random_state(self.random_state).randint(2**31 - 1))
+        features, observed = self._encode(table)
+        some = observed.any(1)  # a row without any observed cell says nothing
+        self.posterior_ = self._learn(features[some], observed[some]) if features.shape[1] else None
+        return self
+
+    def transform(self, X: Any) -> Any:
+        """X with its missing cells filled by their posterior means, or the most probable level of a category."""
+        check_is_fitted(self)
+        table = _Table(self, X)
+        features, observed = self._encode(table)
+        rows = table.incomplete
+        if self.posterior_ is not None and len(rows):
+            features[rows] = mean(self.posterior_, features[rows], observed[rows])
+        return self._fill(table, features)
+
+    def sample(self, X: Any, n: int = 10) -> list:
+        """Multiple imputation: n copies of X whose missing cells are filled by draws from the posterior.
+
+        A row without any observed cell becomes a new row. Equal X gives equal draws, and more of them begin with the same ones.
+        """
+        check_is_fitted(self)
+        if n < 1:
+            raise DiffemError(f"n: must be at least 1, got {n}")
+        table = _Table(self, X)
+        features, observed = self._encode(table)
+        rows, drawn = table.incomplete, [features] * n
+        if self.posterior_ is not None and len(rows):
+            seeds = seeding.item_seeds(self.seed_, 0, "user", rows)
+            y = features[rows].astype(np.float32)
+            draws = self.posterior_.sample(y, {"mask": observed[rows]}, n=n, seeds=seeds)
+            drawn = [features.copy() for _ in range(n)]
+            for copy, draw in zip(drawn, np.asarray(draws), strict=True):
+                copy[rows] = draw
+        return [self._fill(table, each) for each in drawn]
+
+    def _positions(self, name: str, table: _Table) -> set[int]:
+        """The positions of the columns that an argument names."""
+        found = set()
+        for column in getattr(self, name) or ():
+            if column in table.names:
+                found.add(table.names.index(column))
+            elif isinstance(column, int | np.integer) and 0 <= column < table.width:
+                found.add(int(column))
+            else:
+                raise DiffemError(f"{name}: {column!r} is not a column of the table; they are {table.names}")
+        return found
+
+    def _encode(self, table: _Table) -> tuple[np.ndarray, np.ndarray]:
+        """Features (rows, d), and which of them were observed."""
+        parts = [c.encode(*table.read(j, c.levels is not None)) for j, c in enumerate(self.columns_)]
+        features = np.concatenate(parts, 1)
+        return features, ~np.isnan(features)
+
+    def _fill(self, table: _Table, features: np.ndarray) -> Any:
+        """The table, its missing cells decoded from the features."""
+        parts = np.split(features, np.cumsum([c.width for c in self.columns_])[:-1], 1)
+        return table.filled([column.decode(part) for column, part in zip(self.columns_, parts, strict=True)])
+
+    def _learn(self, features: np.ndarray, observed: np.ndarray) -> Posterior:
+        corruption = Cells(self.noise, [c.width for c in self.columns_ if c.width])
+        components = [k for k in (1, 2, 4) if k == 1 or len(features) >= FIT * k]
+        settings = {"em.seed": self.seed_, "start.components": components, **(self.settings or {})}
+        observations = Observations(features.astype(np.float32), corruption, {"mask": observed}, source="table")
+        with contextlib.ExitStack() as stack:
+            folder = self.run_folder or stack.enter_context(tempfile.TemporaryDirectory())
+            for _ in DiffEM(load_config("table", settings), observations, folder).iterate():
+                pass
+            return from_pretrained(os.path.join(folder, "posterior"), corruption=corruption)
+
+
+def mean(posterior: Posterior, y: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """E[x | y], in one evaluation: at the largest noise level x_t says nothing of x, and the denoiser's E[x | x_t, y] is that.
+
+    Arguments:
+        posterior: Trained on masks.
+        y: Observations (B, d), in their units.
+        mask: True where they were observed (B, d).
+    """
+    sampler, found = posterior.sampler, []
+    assert isinstance(sampler, DiffusionSampler | MixtureSampler)
+    for rows in np.array_split(np.arange(len(y)), -(-len(y) // posterior.batch)):
+        params = {"mask": torch.as_tensor(mask[rows])}
+        scaled = torch.where(params["mask"], posterior.units.scale(torch.as_tensor(y[rows])).float(), 0.0)
+        with torch.no_grad():
+            if isinstance(sampler, MixtureSampler):
+                x = sampler.prior.posterior(sampler.corruption.likelihood(scaled, params)).mean
+            else:
+                sigma = torch.full((len(rows),), sampler.denoiser.config.sigma_max)
+                x = sampler.denoiser(torch.zeros_like(scaled), sigma, scaled, params)
+        found.append(posterior.units.restore(x.double()).numpy())
+    return np.concatenate(found)
+
+
+class _Table:
+    """An array or a pandas DataFrame, read by columns, and filled in the same form.
+
+    Arguments:
+        imputer: What it is for; as scikit-learn wants, it remembers the names of the columns in fit, and compares them later.
+        X: The array or DataFrame.
+        fit: Whether this is fit.
+
+    Attributes:
+        seen: Which cells were observed, (rows, columns).
+    """
+
+    def __init__(self, imputer: DiffEMImputer, X: Any, fit: bool = False) -> None:
+        least = 2 * LEAST_HELD_OUT if fit else 1
+        array = validate_data(imputer, X, reset=fit, dtype=None, ensure_all_finite=False, ensure_min_samples=least)
+        self.width = array.shape[1]
+        self.names = list(getattr(imputer, "feature_names_in_", range(self.width)))
+        self.whole = X if hasattr(X, "iloc") else array
+        self.columns = [self.whole.iloc[:, j] if hasattr(X, "iloc") else array[:, j] for j in range(self.width)]
+        self.seen = np.stack([~_missing(column) for column in self.columns], 1)
+
+    @property
+    def incomplete(self) -> np.ndarray:
+        """The rows that miss a cell."""
+        return np.flatnonzero(~self.seen.all(1))
+
+    def label(self, j: int) -> str:
+        """What errors call column j."""
+        return f"column {self.names[j]!r}"
+
+    def learn(self, j: int, categorical: bool, whole: bool) -> Column:
+        """What there is to know of column j; the arguments are what the user says of it."""
+        label, kind = self.label(j), self.columns[j].dtype.kind
+        if not self.seen[:, j].any():
+            raise DiffemError(f"{label}: no row shows it, so it cannot be learned; remove it")
+        if kind not in "biufOUT":
+            raise DiffemError(f"{label}: holds {self.columns[j].dtype}; give numbers or categories")
+        shown = self._objects(j)[self.seen[:, j]].tolist()
+        text = not all(isinstance(v, int | float | np.number) and not isinstance(v, bool) for v in shown)
+        if categorical or text or getattr(self.columns[j].dtype, "name", "") == "category":
+            if whole:
+                raise DiffemError(f"integer: {label} holds categories; name it in one of integer and categorical only")
+            categorical = True
+        values, seen = self.read(j, categorical)
+        return Column.learn(label, values[seen], categorical, whole or all(isinstance(v, int) for v in shown))
+
+    def read(self, j: int, categorical: bool) -> tuple[np.ndarray, np.ndarray]:
+        """The values of column j, objects or float64 with NaN, and which of them were observed."""
+        seen, values = self.seen[:, j], self._objects(j)
+        if categorical:
+            if strange := [v for v in values[seen] if isinstance(v, list | dict | set | np.ndarray)]:
+                raise DiffemError(f"{self.label(j)}: holds {strange[0]!r}; a category is text or a number")
+            return values, seen
+        numbers = np.full(len(values), np.nan)
+        try:
+            numbers[seen] = values[seen].astype(np.float64)
+        except (TypeError, ValueError):
+            raise DiffemError(f"{self.label(j)}: holds what is not a number, where fit saw numbers") from None
+        if np.isinf(numbers).any():
+            raise DiffemError(f"{self.label(j)}: holds an infinity; make it missing, or remove its row")
+        return numbers, seen
+
+    def _objects(self, j: int) -> np.ndarray:
+        column = self.columns[j]
+        return column.to_numpy(object) if hasattr(column, "iloc") else column.astype(object)
+
+    def filled(self, values: list[np.ndarray]) -> Any:
+        """A copy, its missing cells taken from `values`, (rows,) for each column."""
+        out = self.whole.copy()
+        for j, column in enumerate(self.columns):
+            rows = np.flatnonzero(~self.seen[:, j])
+            if len(rows):
+                fill = values[j][rows]
+                if column.dtype.kind in "iuf":
+                    fill = fill.astype(column.dtype.type)  # also of pandas' nullable dtypes
+                if hasattr(column, "iloc"):
+                    column = column.copy()
+                    column.iloc[rows] = fill
+                    out.isetitem(j, column)
+                else:
+                    out[rows, j] = fill
+        return out
+
+
+def _missing(column: Any) -> np.ndarray:
+    """Which entries of an array or a Series (n,) are missing."""
+    if hasattr(column, "isna"):
+        return column.isna().to_numpy()
+    if column.dtype.kind == "f":
+        return np.isnan(column)
+    if column.dtype.kind != "O":
+        return np.zeros(len(column), bool)
+    absent = lambda v: v is None or type(v).__name__ == "NAType" or (isinstance(v, float) and v != v)  # noqa: E731
+    return np.array([absent(v) for v in column.tolist()], bool)
