@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 
 import diffem
-from diffem import samplers
+from diffem import samplers, tables
 from diffem.config import load_config
 from diffem.corruptions import registry
 
@@ -102,7 +102,8 @@ def test_a_hook(tmp_path):
     assert all(0 < row["brightness"] < 16 for row in names["rows"])
 
 
-def test_tables():
+def test_tables(monkeypatch):
+    monkeypatch.setattr(tables, "load_config", lambda name, given: load_config(name, {**given, **dict(SMALL)}))
     rng = np.random.default_rng(0)
     height, visits = rng.normal(170, 10, 40), rng.integers(0, 5, 40).astype(float)
     table = pd.DataFrame({"height": height, "visits": visits, "town": ["Ulm", "Bonn"] * 20}).mask(

@@ -14,31 +14,43 @@ from .blackbox import BlackBox
 from .blur import Blur
 from .compose import Compose
 from .diagonal import GaussianBlur, GaussianNoise, Mask, RandomMask
+from .entrywise import EntrywiseCorruption, Gamma, PoissonGaussian, Quantise, SaltAndPepper, Saturate, Speckle
 from .fourier import Fourier
+from .jpeg import JPEG
 from .linear import LinearCorruption
 from .projection import RandomProjection
 from .radon import Radon
 from .registry import REGISTRY, from_config, from_path, register_corruption
 from .resolution import Downsample, Grayscale
+from .unknown import OneOf
 
 __all__ = [
+    "JPEG",
     "REGISTRY",
     "BlackBox",
     "Blur",
     "Compose",
     "Corruption",
     "Downsample",
+    "EntrywiseCorruption",
     "Fourier",
+    "Gamma",
     "GaussianBlur",
     "GaussianNoise",
     "Grayscale",
     "LinearCorruption",
     "Mask",
     "Observed",
+    "OneOf",
     "Params",
+    "PoissonGaussian",
+    "Quantise",
     "Radon",
     "RandomMask",
     "RandomProjection",
+    "SaltAndPepper",
+    "Saturate",
+    "Speckle",
     "from_config",
     "from_path",
     "register_corruption",

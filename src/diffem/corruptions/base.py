@@ -160,7 +160,7 @@ class Corruption:
     @property
     def predictable(self) -> bool:
         """Whether a hidden part of an observation can be predicted from the rest."""
-        return self.linear and self.thins
+        return self.thins
 
     def measured(self, x: Tensor, params: Params) -> Tensor:
         """P x: of every item the part that its observation measured, shape (B, *shape).
@@ -247,6 +247,12 @@ class Scaled(Corruption):
             return None
         (a, of_a), (b, of_b) = split
         return (self.inner.scale_y(a, of_a, self.units), of_a), (self.inner.scale_y(b, of_b, self.units), of_b)
+
+    def with_measured(self, parameters: Callable[[int, torch.Generator], Params]) -> Corruption:
+        other = super().with_measured(parameters)
+        assert isinstance(other, Scaled)
+        other.inner = self.inner.with_measured(parameters)
+        return other
 
     def measured(self, x: Tensor, params: Params) -> Tensor:
         return self.inner.measured(x, params)

@@ -10,9 +10,6 @@ With c the spread of the data, and A masked, what an observation measured and th
 .. math:: P x = A^T (A A^T + (s / c)^2)^{-1} A x \, , \qquad \hat x = A^T (A A^T + (s / c)^2)^{-1} y \, ,
 
 by conjugate gradients (Hestenes and Stiefel, 1952), each item by itself. The second is the posterior mean under N(0, c^2 I).
-
-An observation is thinned by hiding a further part of its entries: what other observations miss, where there are masks (gaps,
-stripes, channels hide gaps, stripes, channels), else single entries at random.
 """
 
 from __future__ import annotations
@@ -30,8 +27,8 @@ from diffem.errors import DiffemError
 from diffem.mixtures import Likelihood, Rows
 from diffem.units import Units
 
-from .base import Corruption, Observed, Params
-from .thinning import HIDDEN, Gaps
+from .base import Observed, Params
+from .thinning import Masked
 
 NOISE_FLOOR = 1e-3  # in model units: keeps likelihoods of noise-free data finite
 SPREAD = 0.5  # the assumed standard deviation of data in model units; noise well above it hides them
@@ -40,7 +37,7 @@ STEPS = 200  # of conjugate gradients at most
 FEW_STEPS = 8  # for what the network is shown at every evaluation: it can do the rest
 
 
-class LinearCorruption(Corruption):
+class LinearCorruption(Masked):
     """y = M (A x + N(0, noise^2)), with :meth:`A` and :meth:`A_adjoint` given by a subclass.
 
     Arguments:
@@ -49,13 +46,11 @@ class LinearCorruption(Corruption):
 
     Attributes:
         aligned: Whether entries of y lie where entries of x do, if their spatial shapes are equal: not those of k-space.
-        gaps: What thinning hides of observations whose masks were measured; None for single entries at random.
     """
 
     linear = True
     parameters: tuple[str, ...] | None = ("mask", "noise")
     aligned = True
-    gaps: Gaps | None = None
 
     def __init__(self, noise: float | Sequence[float] | None = None) -> None:
         if noise is not None:
@@ -79,13 +74,6 @@ class LinearCorruption(Corruption):
     def item_shape(self, shape: tuple[int, ...]) -> tuple[int, ...] | None:
         """The shape of items whose observations have `shape`; None if only the user can say (`shape:` in corruption.yaml)."""
         return None
-
-    def seen(self, y: Tensor, params: Params) -> Tensor:
-        return params["mask"].bool() if "mask" in params else super().seen(y, params)
-
-    def shown(self, y: Tensor, params: Params) -> Tensor:
-        """M y."""
-        return y * self.seen(y, params)
 
     def forward(self, x: Tensor, params: Params) -> Tensor:
         """M A x."""
@@ -190,22 +178,7 @@ class LinearCorruption(Corruption):
     def thin(self, y: Tensor, params: Params, generator: torch.Generator) -> tuple[Observed, Observed] | None:
         if not self.thins:
             return None
-        everything = y if y.ndim == 2 else y[:, :1]  # a mask of its own for every feature, one for all channels
-        mask = params["mask"].bool() if "mask" in params else torch.ones_like(everything, dtype=torch.bool)
-        hide = self.gaps.draw(len(mask), generator) if self.gaps is not None else self.hidden(mask, generator)
-        hide = hide.to(mask.device)
-        kept, hidden = {**params, "mask": mask & ~hide}, {**params, "mask": mask & hide}
-        return (self.shown(y, kept), kept), (self.shown(y, hidden), hidden)
-
-    def hidden(self, mask: Tensor, generator: torch.Generator) -> Tensor:
-        """What thinning hides where other masks do not say it, in the shape of `mask`: single entries."""
-        return torch.rand(mask.shape, generator=generator, device=generator.device) < HIDDEN
-
-    def with_measured(self, parameters: Callable[[int, torch.Generator], Params]) -> LinearCorruption:
-        other = super().with_measured(parameters)
-        assert isinstance(other, LinearCorruption)
-        other.gaps = Gaps.of(parameters)
-        return other
+        return super().thin(y, params, generator)
 
     # --- units ---------------------------------------------------------------------------------------
 

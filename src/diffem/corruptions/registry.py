@@ -15,10 +15,13 @@ from .blackbox import BlackBox
 from .blur import Blur
 from .compose import Compose
 from .diagonal import GaussianBlur, GaussianNoise, Mask, RandomMask
+from .entrywise import Gamma, PoissonGaussian, Quantise, SaltAndPepper, Saturate, Speckle
 from .fourier import Fourier
+from .jpeg import JPEG
 from .projection import RandomProjection
 from .radon import Radon
 from .resolution import Downsample, Grayscale
+from .unknown import OneOf
 
 REGISTRY: dict[str, type[Corruption]] = {}
 
@@ -30,17 +33,25 @@ def register_corruption(kind: type[Corruption]) -> type[Corruption]:
 
 
 for _kind in (
+    JPEG,
     Blur,
     Compose,
     Downsample,
     Fourier,
+    Gamma,
     GaussianBlur,
     GaussianNoise,
     Grayscale,
     Mask,
+    OneOf,
+    PoissonGaussian,
+    Quantise,
     Radon,
     RandomMask,
     RandomProjection,
+    SaltAndPepper,
+    Saturate,
+    Speckle,
 ):
     register_corruption(_kind)
 

@@ -1,4 +1,5 @@
-"""What thinning hides of an observation: what other observations miss, so that scores speak of gaps like those in the data."""
+"""Observations with a mask of the entries of y, and what thinning hides of them: what other observations miss, where there are masks
+(gaps, stripes, channels hide gaps, stripes, channels), so that scores speak of gaps like those in the data; else single entries."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .base import Params
+from .base import Corruption, Observed, Params
 
 HIDDEN = 0.3  # about the fraction of the observed entries that thinning hides
 TOO_FEW = 0.05  # if other masks would hide less than this, single entries are hidden instead
@@ -53,3 +54,39 @@ class Gaps:
             another = ~self.parameters(n, generator)["mask"].bool()
             missed = missed & another if self.all_miss else missed | another
         return missed
+
+
+class Masked(Corruption):
+    """A corruption with a mask of the entries of y, mask.npy (true = observed). What is not observed is 0.
+
+    Attributes:
+        gaps: What thinning hides of observations whose masks were measured; None for single entries at random.
+    """
+
+    parameters: tuple[str, ...] | None = ("mask",)
+    gaps: Gaps | None = None
+
+    def seen(self, y: Tensor, params: Params) -> Tensor:
+        return params["mask"].bool() if "mask" in params else super().seen(y, params)
+
+    def shown(self, y: Tensor, params: Params) -> Tensor:
+        """M y."""
+        return y * self.seen(y, params)
+
+    def thin(self, y: Tensor, params: Params, generator: torch.Generator) -> tuple[Observed, Observed] | None:
+        everything = y if y.ndim == 2 else y[:, :1]  # a mask of its own for every feature, one for all channels
+        mask = params["mask"].bool() if "mask" in params else torch.ones_like(everything, dtype=torch.bool)
+        hide = self.gaps.draw(len(mask), generator) if self.gaps is not None else self.hidden(mask, generator)
+        hide = hide.to(mask.device)
+        kept, hidden = {**params, "mask": mask & ~hide}, {**params, "mask": mask & hide}
+        return (self.shown(y, kept), kept), (self.shown(y, hidden), hidden)
+
+    def hidden(self, mask: Tensor, generator: torch.Generator) -> Tensor:
+        """What thinning hides where other masks do not say it, in the shape of `mask`: single entries."""
+        return torch.rand(mask.shape, generator=generator, device=generator.device) < HIDDEN
+
+    def with_measured(self, parameters: Callable[[int, torch.Generator], Params]) -> Masked:
+        other = super().with_measured(parameters)
+        assert isinstance(other, Masked)
+        other.gaps = Gaps.of(parameters)
+        return other

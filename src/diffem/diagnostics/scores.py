@@ -26,6 +26,8 @@ of which both parts are least, in expectation, at the truth, and weigh the same:
 factor, each falls by its logarithm. The draws d get observation noise before the CRPS. A black box cannot be split: its
 score is the energy distance of re-corrupted reconstructions from the observations, and there is no ratio.
 
+Where the corruption is not linear, draws d are simulated observations of draws of x, noise and all, and s = 0.
+
 Scores are in model units (half the range of the data is 1).
 """
 
@@ -294,15 +296,24 @@ def _hidden(
         (y, params), (hidden, hidden_params) = split
         target = corruption.compared(hidden)
         seen = corruption.seen(hidden, hidden_params).expand_as(target).float()
-        assert isinstance(corruption, LinearCorruption)
-        std = corruption.noise_std(hidden, hidden_params).expand_as(target)
+        linear = corruption if isinstance(corruption, LinearCorruption) else None
+        std = torch.zeros(()) if linear is None else linear.noise_std(hidden, hidden_params)
+        std = std.expand_as(target)
         predictions, noisy = [], []
         for some in torch.arange(again * draws, (again + 1) * draws).split(max(1, batch // len(chunk))):
             n = len(some)  # draws at once, of each observation
             seeds = torch.cat([seeding.item_seeds(seed, int(j), "score", chunk) for j in some])
             x = draw_from(sampler, _tiled(y, n), {k: _tiled(v, n) for k, v in params.items()}, seeds, batch)
-            predicted = corruption.forward(x, {k: _tiled(v, n) for k, v in hidden_params.items()})
-            noise = _tiled(std, n) * seeding.normal(seeds, tuple(predicted.shape[1:]), stream=10_000)
+            if linear is not None:
+                predicted = linear.forward(x, {k: _tiled(v, n) for k, v in hidden_params.items()})
+                noise = _tiled(std, n) * seeding.normal(seeds, tuple(predicted.shape[1:]), stream=10_000)
+            else:
+                keys = (seeding.generator(seeding.fold(seed, int(j)), start // SPLIT, "score") for j in some)
+                parts = x.split(len(chunk))
+                predicted = torch.cat(
+                    [corruption.apply(x, hidden_params, key) for x, key in zip(parts, keys, strict=True)]
+                )
+                noise = torch.zeros(())
             predicted = corruption.compared(predicted)
             predictions.append(predicted.reshape(n, len(chunk), -1))
             noisy.append((predicted + noise).reshape(n, len(chunk), -1))

@@ -1,0 +1,177 @@
+"""Corruptions of single entries that are not linear, or whose noise depends on the signal.
+
+An entry of y depends on the same entry of x only, and y has the shape of x. A class says what becomes of entries; a mask of what was
+observed and thinning follow.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from diffem.errors import DiffemError
+from diffem.units import Units
+
+from .base import Params
+from .thinning import Masked
+
+
+class EntrywiseCorruption(Masked):
+    """y = M D(x), with :meth:`distort` given by a subclass, and a mask M (mask.npy, true = observed)."""
+
+    by_entry = True
+    noise: float = 0.0  # type: ignore[bad-override-mutable-attribute]
+
+    def distort(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        """One draw of y for items x (B, *shape), in the units of the data."""
+        raise NotImplementedError
+
+    def apply(self, x: Tensor, params: Params, generator: torch.Generator) -> Tensor:
+        return self.shown(self.distort(x, generator), params)
+
+    def measured(self, x: Tensor, params: Params) -> Tensor:
+        return self.shown(x, params)
+
+    def condition(self, y: Tensor, params: Params) -> list[Tensor]:
+        return [y, self.seen(y, params).to(y).expand_as(y)]
+
+    def apart(self, shape: tuple[int, ...]) -> bool:
+        return True
+
+    def scale_y(self, y: Tensor, params: Params, units: Units) -> Tensor:
+        return self.shown(units.scale(y), params)
+
+    def restore_y(self, y: Tensor, params: Params, units: Units) -> Tensor:
+        return self.shown(units.restore(y), params)
+
+
+class PoissonGaussian(EntrywiseCorruption):
+    """Photon noise and read noise: y = gain Poisson(x / gain) + N(0, noise^2). Draws of x below 0 count as 0.
+
+    Arguments:
+        gain: Units of y for each photon (electron).
+        noise: Standard deviation of the read noise, in the units of y.
+    """
+
+    def __init__(self, gain: float, noise: float = 0.0) -> None:
+        _positive(self, gain=gain)
+        _not_negative(self, noise=noise)
+        self.gain, self.noise = float(gain), float(noise)
+
+    def distort(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        rate = (x.clamp(min=0) / self.gain).to(generator.device)
+        return (self.gain * torch.poisson(rate, generator) + self.noise * _normal(rate, generator)).to(x)
+
+
+class Speckle(EntrywiseCorruption):
+    """Multiplicative noise: y = x (1 + N(0, std^2)).
+
+    Arguments:
+        std: Standard deviation of the noise, relative to the signal.
+    """
+
+    def __init__(self, std: float) -> None:
+        _positive(self, std=std)
+        self.std = float(std)
+
+    def distort(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        return x * (1 + self.std * _normal(x, generator))
+
+
+class SaltAndPepper(EntrywiseCorruption):
+    """Some entries are replaced, half of them by the least value, half by the largest. Which ones is not observed.
+
+    Arguments:
+        rate: The fraction that is replaced, in (0, 1).
+        low: The least value.
+        high: The largest value.
+    """
+
+    def __init__(self, rate: float, low: float, high: float) -> None:
+        if not 0 < rate < 1:
+            raise DiffemError(f"SaltAndPepper: rate is the fraction replaced, in (0, 1), got {rate}")
+        _ordered(self, low, high)
+        self.rate, self.low, self.high = float(rate), float(low), float(high)
+
+    def distort(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        u = torch.rand(x.shape, generator=generator, device=generator.device).to(x)
+        y = torch.where(u < self.rate / 2, self.low, x)
+        return torch.where(u >= 1 - self.rate / 2, self.high, y)
+
+
+class Quantise(EntrywiseCorruption):
+    """The nearest of equidistant levels.
+
+    Arguments:
+        levels: How many, at least 2.
+        low: The least level.
+        high: The largest level.
+    """
+
+    def __init__(self, levels: int, low: float, high: float) -> None:
+        if levels < 2 or levels != int(levels):
+            raise DiffemError(f"Quantise: levels must be a whole number of at least 2, got {levels}")
+        _ordered(self, low, high)
+        self.levels, self.low, self.high = int(levels), float(low), float(high)
+
+    def distort(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        step = (self.high - self.low) / (self.levels - 1)
+        return self.low + step * ((x - self.low) / step).round().clamp(0, self.levels - 1)
+
+
+class Saturate(EntrywiseCorruption):
+    """A sensor that clips, after its noise: y = min(x + N(0, noise^2), level).
+
+    Arguments:
+        level: The largest value that is recorded.
+        noise: Standard deviation of the noise.
+    """
+
+    def __init__(self, level: float, noise: float = 0.0) -> None:
+        _not_negative(self, noise=noise)
+        self.level, self.noise = float(level), float(noise)
+
+    def distort(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        return (x + self.noise * _normal(x, generator)).clamp(max=self.level)
+
+
+class Gamma(EntrywiseCorruption):
+    """A display or camera curve: y = high (x / high)^gamma + N(0, noise^2), for x in [0, high].
+
+    Arguments:
+        gamma: The exponent.
+        high: The value that stays what it is.
+        noise: Standard deviation of the noise.
+    """
+
+    def __init__(self, gamma: float, high: float = 1.0, noise: float = 0.0) -> None:
+        _positive(self, gamma=gamma, high=high)
+        _not_negative(self, noise=noise)
+        self.gamma, self.high, self.noise = float(gamma), float(high), float(noise)
+
+    def distort(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        return self.high * (x.clamp(min=0) / self.high) ** self.gamma + self.noise * _normal(x, generator)
+
+    def initial(self, y: Tensor, params: Params) -> Tensor:
+        return self.high * (y.clamp(min=0) / self.high) ** (1 / self.gamma)
+
+
+def _normal(x: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randn(x.shape, generator=generator, device=generator.device).to(x)
+
+
+def _positive(of: object, **values: float) -> None:
+    for name, value in values.items():
+        if not value > 0:
+            raise DiffemError(f"{type(of).__name__}: {name} must be > 0, got {value}")
+
+
+def _not_negative(of: object, **values: float) -> None:
+    for name, value in values.items():
+        if not value >= 0:
+            raise DiffemError(f"{type(of).__name__}: {name} must be a standard deviation >= 0, got {value}")
+
+
+def _ordered(of: object, low: float, high: float) -> None:
+    if not low < high:
+        raise DiffemError(f"{type(of).__name__}: low must be below high, got {low} and {high}")

@@ -1,0 +1,266 @@
+"""Corruptions of single entries, JPEG, and corruptions that are not known: against formulas and the codec."""
+
+from __future__ import annotations
+
+import io
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy import stats
+
+from diffem import config as configuration
+from diffem.corruptions import (
+    JPEG,
+    EntrywiseCorruption,
+    Gamma,
+    GaussianNoise,
+    OneOf,
+    PoissonGaussian,
+    Quantise,
+    SaltAndPepper,
+    Saturate,
+    Speckle,
+    from_config,
+)
+from diffem.data import Dataset, Observations
+from diffem.diagnostics.check import check
+from diffem.diagnostics.scores import coverage, score
+from diffem.em import DiffEM
+from diffem.errors import DiffemError
+from diffem.posterior import from_pretrained
+from diffem.samplers import Sampler
+from diffem.units import Units
+
+N = 200_000
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def made(corruption: EntrywiseCorruption, value: float, n: int = N) -> np.ndarray:
+    return corruption.apply(torch.full((n, 1), value, dtype=torch.float64), {}, generator())[:, 0].numpy()
+
+
+# --- what they make, against the formula -------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("x", "gain", "noise"), [(0.0, 2.0, 0.5), (3.0, 0.5, 0.0), (40.0, 4.0, 3.0)])
+def test_photon_noise_has_the_moments_of_the_formula(x, gain, noise):
+    y = made(PoissonGaussian(gain, noise), x)
+    variance = gain * x + noise**2
+    assert y.mean() == pytest.approx(x, abs=5 * math.sqrt(variance / N) + 1e-12)
+    assert y.var() == pytest.approx(variance, rel=0.02, abs=1e-12)
+
+
+def test_photons_without_read_noise_are_poisson():
+    y = made(PoissonGaussian(2.0), 6.0, 20_000) / 2
+    counts = np.bincount(y.astype(int), minlength=15)[:15]
+    expected = stats.poisson.pmf(np.arange(15), 3.0)
+    assert stats.chisquare(counts[:11], counts[:11].sum() * expected[:11] / expected[:11].sum()).pvalue > 0.001
+    assert (made(PoissonGaussian(2.0), -1.0, 100) == 0).all()  # there are no negative rates
+
+
+def test_speckle_is_relative_to_the_signal():
+    for x in (-2.0, 5.0):
+        y = made(Speckle(0.3), x)
+        assert stats.kstest(y[:20_000], stats.norm(x, 0.3 * abs(x)).cdf).pvalue > 0.001
+    assert (made(Speckle(0.3), 0.0, 100) == 0).all()
+
+
+def test_salt_and_pepper_are_as_many_as_stated():
+    y = made(SaltAndPepper(0.2, 0.0, 1.0), 0.4)
+    shares = [(y == value).mean() for value in (0.0, 0.4, 1.0)]
+    assert shares == pytest.approx([0.1, 0.8, 0.1], abs=5 * math.sqrt(0.25 / N))
+
+
+def test_levels_clipping_and_curves_are_exact():
+    x = torch.tensor([[-1.0, 0.0, 2.6, 2.7, 9.0, 16.0, 20.0]])
+    assert Quantise(4, 0, 16).apply(x, {}, generator())[0].tolist() == pytest.approx([0, 0, 0, 16 / 3, 32 / 3, 16, 16])
+    assert Saturate(9.0).apply(x, {}, generator())[0].tolist() == pytest.approx([-1, 0, 2.6, 2.7, 9, 9, 9])
+    y = Gamma(0.5, 16.0).apply(x, {}, generator())
+    assert y[0].tolist() == pytest.approx([0, 0, *(16 * math.sqrt(v / 16) for v in (2.6, 2.7, 9.0, 16.0, 20.0))])
+    assert Gamma(0.5, 16.0).initial(y, {})[0, 1:].tolist() == pytest.approx(x[0, 1:].tolist(), abs=1e-5)
+    noisy = made(Saturate(1.0, 0.5), 0.5)
+    assert noisy.max() == 1.0
+    assert (noisy == 1.0).mean() == pytest.approx(stats.norm.sf(1.0), abs=0.005)
+    assert made(Gamma(2.0, 1.0, 0.1), 0.5).std() == pytest.approx(0.1, rel=0.02)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_jpeg_is_what_the_codec_makes(channels):
+    x = 255 * torch.rand(5, channels, 16, 24, generator=generator(1))
+    y = JPEG(30).apply(x, {}, generator())
+    for image, found in zip(x, y, strict=True):
+        pixels = image.round().to(torch.uint8).movedim(0, -1).numpy()
+        stream = io.BytesIO()
+        Image.fromarray(pixels[..., 0] if channels == 1 else pixels).save(stream, "JPEG", quality=30)
+        decoded = np.asarray(Image.open(stream)).reshape(pixels.shape)
+        np.testing.assert_array_equal(found.movedim(0, -1).numpy(), decoded)
+
+
+def test_a_quality_is_drawn_for_each_image():
+    x = (255 * torch.rand(1, 1, 16, 16, generator=generator(1))).expand(60, 1, 16, 16)
+    made = JPEG([10, 12]).apply(x, {}, generator())
+    of = [JPEG(quality).apply(x[:1], {}, generator())[0] for quality in (10, 11, 12)]
+    which = [next(k for k, image in enumerate(of) if torch.equal(image, y)) for y in made]
+    assert stats.chisquare(np.bincount(which, minlength=3)).pvalue > 0.001
+
+
+def test_one_of_several_is_drawn_for_each_item():
+    x = torch.zeros(3000, 40)
+    std = OneOf([GaussianNoise(1.0), GaussianNoise(4.0)]).apply(x, {}, generator()).std(1)
+    assert ((std < 2).sum() / 3000).item() == pytest.approx(0.5, abs=0.05)
+    assert std[std < 2].mean().item() == pytest.approx(1.0, rel=0.05)
+    assert std[std > 2].mean().item() == pytest.approx(4.0, rel=0.05)
+
+
+# --- scores by simulation ----------------------------------------------------------------------------
+
+
+class Exact(Sampler):
+    """Draws from the posterior of x ~ Gamma(4, 1 / 2), y ~ Poisson(x): Gamma(4 + y, 1 / 3); the prior where y is hidden."""
+
+    widen = 1.0
+
+    def __init__(self, corruption, shape, widen: float = 1.0) -> None:
+        super().__init__(corruption, shape)
+        self.widen = widen
+
+    def draw(self, y, params, seeds, withheld=None):
+        seen = params["mask"].expand_as(y)
+        x = np.empty(y.shape)
+        for k, seed in enumerate(seeds.tolist()):
+            rng = np.random.default_rng(abs(seed))
+            shape, rate = (4 + seen * y)[k].numpy(), (2 + seen * 1.0)[k].numpy()
+            mean = shape / rate
+            x[k] = mean + self.widen * (rng.gamma(shape) / rate - mean)
+        return torch.from_numpy(x).float()
+
+
+@pytest.mark.parametrize(("widen", "low", "high"), [(1.0, 0.93, 1.07), (0.0, 0.6, 0.75)])
+def test_scores_of_the_exact_posterior_are_calibrated(widen, low, high):
+    rng = np.random.default_rng(0)
+    x = rng.gamma(4.0, 0.5, (1500, 8))
+    corruption = PoissonGaussian(1.0)
+    y = corruption.apply(torch.from_numpy(x).float(), {}, generator())
+    data = Dataset(Observations(y.numpy(), corruption, {"mask": np.ones_like(x, bool)}, formula=True), Units())
+    sampler = Exact(data.corruption, (8,), widen)
+    found = score(sampler, data, np.arange(1500), 0)
+    assert found.name == "crps"
+    assert found.ratio is not None
+    assert low < found.ratio < high  # the prior's width makes most of it, and is not in the draws of `widen` 0
+    inside = coverage(sampler, data, np.arange(600), 0)
+    assert inside is not None
+    if widen:
+        assert abs(inside(0.8) - 0.8) < 4 * inside.standard_error(0.8)
+    again = score(sampler, data, np.arange(1500), 0, batch=17)
+    torch.testing.assert_close(found.items, again.items)  # whatever the batch
+
+
+class Twin(EntrywiseCorruption):
+    """White noise, as a corruption of which nothing is known but how to simulate it."""
+
+    def __init__(self, noise: float) -> None:
+        self.noise = noise
+
+    def distort(self, x, generator):
+        return x + self.noise * torch.randn(x.shape, generator=generator)
+
+
+class Middle(Sampler):
+    """Half of y, and noise."""
+
+    def draw(self, y, params, seeds, withheld=None):
+        from diffem import seeding
+
+        return 0.5 * y + 0.5 * seeding.normal(seeds, self.shape)
+
+
+def test_simulated_scores_agree_with_those_of_the_formula():
+    rng = np.random.default_rng(0)
+    y = rng.normal(size=(1200, 10)).astype(np.float32)
+    masks, found = {"mask": np.ones_like(y, bool)}, []
+    for corruption in (GaussianNoise(0.3), Twin(0.3)):
+        data = Dataset(Observations(y, corruption, masks, formula=True), Units())
+        found.append(score(Middle(data.corruption, (10,)), data, np.arange(1200), 0, draws=8))
+    a, b = found
+    assert b.mean == pytest.approx(a.mean, abs=4 * math.hypot(a.standard_error, b.standard_error))
+    assert b.ratio == pytest.approx(a.ratio, rel=0.05)
+
+
+# --- masks, thinning, words --------------------------------------------------------------------------
+
+
+def test_thinning_splits_what_was_observed():
+    corruption, x = PoissonGaussian(1.0), 3 + torch.rand(50, 2, 6, 6, generator=generator())
+    mask = torch.rand(50, 1, 6, 6, generator=generator(1)) < 0.7
+    y = corruption.apply(x, {"mask": mask}, generator(2))
+    assert (y[~mask.expand_as(y)] == 0).all()
+    (kept, of_kept), (hidden, of_hidden) = corruption.thin(y, {"mask": mask}, generator(3))
+    assert torch.equal(of_kept["mask"] | of_hidden["mask"], mask)
+    assert not (of_kept["mask"] & of_hidden["mask"]).any()
+    assert torch.equal(kept + hidden, y)
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda: PoissonGaussian(0.0), "PoissonGaussian: gain must be > 0, got 0.0"),
+        (lambda: PoissonGaussian(1.0, -1), "PoissonGaussian: noise must be a standard deviation >= 0, got -1"),
+        (lambda: Speckle(math.nan), "Speckle: std must be > 0, got nan"),
+        (lambda: SaltAndPepper(1.0, 0, 1), "SaltAndPepper: rate is the fraction replaced, in (0, 1), got 1.0"),
+        (lambda: SaltAndPepper(0.5, 1, 1), "SaltAndPepper: low must be below high, got 1 and 1"),
+        (lambda: Quantise(1, 0, 1), "Quantise: levels must be a whole number of at least 2, got 1"),
+        (lambda: Saturate(1.0, -0.1), "Saturate: noise must be a standard deviation >= 0, got -0.1"),
+        (lambda: Gamma(0, 1), "Gamma: gamma must be > 0, got 0"),
+        (lambda: JPEG(0), "JPEG: quality must be from 1 to 95, or [least, largest], got 0"),
+        (lambda: JPEG([50, 20]), "JPEG: quality must be from 1 to 95, or [least, largest], got [50, 20]"),
+        (lambda: OneOf([GaussianNoise(1.0)]), "OneOf: chain must be a list of at least two corruptions"),
+        (lambda: OneOf([GaussianNoise(1.0), JPEG(20)]), "OneOf: chain: the corruptions must take the same parameters"),
+    ],
+)
+def test_what_is_refused(make, text):
+    with pytest.raises(DiffemError) as caught:
+        make()
+    assert str(caught.value).startswith(text)
+
+
+CASES = {
+    "photons": (PoissonGaussian(1.0, 0.5), (1, 8, 8)),
+    "speckle": (Speckle(0.2), (1, 8, 8)),
+    "salt": (SaltAndPepper(0.1, 0.0, 16.0), (3, 8, 8)),
+    "levels": (Quantise(4, 0.0, 16.0), (1, 8, 8)),
+    "clipped": (Saturate(9.0, 0.3), (1, 20)),
+    "curve": (Gamma(0.5, 16.0, 0.1), (6,)),
+    "jpeg": (JPEG([10, 30]), (3, 8, 8)),
+    "one of": (OneOf([GaussianNoise(0.5), GaussianNoise(2.0)]), (1, 8, 8)),
+}
+SETTINGS = {
+    "network": {"channels": [8], "blocks": [1], "width": 16, "depth": 1},
+    "m_step": {"first_steps": 3, "steps": 2, "batch": 8},
+    "em": {"iterations": 2},
+    "sampler": {"steps": 2},
+    "start": {"components": [1], "ranks": [2]},
+    "prior": {"steps": 2},
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_each_trains_saves_and_loads(name, tmp_path):
+    corruption, shape = CASES[name]
+    high = 255 if name == "jpeg" else 16
+    x = high * torch.rand(60, *shape, generator=generator())
+    y = corruption.apply(x, {}, generator(1)).numpy()
+    Observations(y, corruption, range=(0, high)).save(tmp_path / "data")
+    observations = Observations.load(tmp_path / "data")
+    assert observations.corruption.config == corruption.config
+    assert from_config(corruption.config).config == corruption.config
+    assert [f for f in check(observations) if f.level == "problem"] == []
+    rows = list(DiffEM(configuration.from_dict(SETTINGS), observations, tmp_path / "run").iterate())
+    assert {row["score_name"] for row in rows} == {"energy_distance" if name in ("jpeg", "one of") else "crps"}
+    loaded = from_pretrained(tmp_path / "run" / "posterior")
+    assert loaded.sample(y[:3], n=2).shape == (2, 3, *shape)
