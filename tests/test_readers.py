@@ -765,3 +765,117 @@ def test_what_cannot_be_written(here):
         Path("obs/source.json").write_text(json.dumps(described))
         with pytest.raises(DiffemError, match="outside of the folder; import the data again"):
             Export("obs", "png", (1, 4, 4))
+
+
+# --- as the documentation says -----------------------------------------------------------------------
+
+PAGE = Path(__file__).parents[1] / "docs" / "your-data.md"
+TINY = {
+    **{"em.guard": "false", "em.iterations": "1", "m_step.steps": "3", "m_step.first_steps": "3", "m_step.batch": "16"},
+    **{"sampler.steps": "3", "start.components": "[1]", "start.ranks": "[2]", "start.iterations": "10"},
+    **{"network.kind": "mlp", "network.width": "16", "network.depth": "1", "network.embedding": "16"},
+    **{"prior.steps": "3", "prior.sampler_steps": "3"},
+}
+
+
+def files_of_the_page() -> None:
+    """The files that docs/your-data.md speaks of."""
+    scenes = 125 + 20 * numbers((60, 8, 8, 3), seed=1)
+    for i, scene in enumerate(scenes + 10 * numbers((60, 8, 8, 3), seed=2)):
+        save(f"images/night {i // 30}/{i:02d}.png", scene.round().clip(0, 255).astype(np.uint8))
+    for name, shape in (("a", (40, 32)), ("b", (16, 50))):
+        save(f"photos/{name}.jpg", numbers(shape, np.uint8))
+    tifffile.imwrite("stack.tif", numbers((5, 8, 8), np.uint16), photometric="minisblack", metadata=None)
+    exposure("exposures/a.fits", 0)
+    names = ("FLUX", "SIGMA", "FLAGS")
+    planes = [fits.ImageHDU(np.ones((6, 5), np.float32), name=name) for name in names]
+    fits.HDUList([fits.PrimaryHDU(), *planes]).writeto("image.fits")
+    Path("volumes").mkdir()
+    nibabel.save(nibabel.Nifti1Image(numbers((4, 5, 6), np.int16), AFFINE), "volumes/a.nii.gz")
+    np.save("y.npy", numbers((5, 2, 6, 6)))
+    np.save("last.npy", numbers((5, 6, 6, 3)))
+    arrays = {"y": numbers((5, 2, 9)), "mask": np.ones((5, 1, 9), bool)}
+    write_arrays("arrays.h5", {**arrays, "scans/kspace": numbers((5, 2, 6, 6)).astype(np.complex64)})
+    write_arrays("store.zarr", arrays)
+    frame().assign(age=1, income=2.5, name="x").to_csv("table.csv", index=False)
+
+
+def test_every_line_of_the_table_of_the_page(here, capsys):
+    files_of_the_page()
+    rows = [
+        row.split("|") for row in PAGE.read_text().splitlines() if row.startswith("| ") and "`diffem import " in row
+    ]
+    assert len(rows) == 14
+    for _, _, command, result, _ in rows:
+        argv = command.strip().strip("`").split()[1:]
+        assert main([*argv, "--overwrite"]) == 0, capsys.readouterr().err
+        shape = result.split("`")[1].strip("()").split(", ")
+        assert y().ndim == len(shape)
+        assert all(str(size) == letter for size, letter in zip(y().shape, shape, strict=True) if letter.isdigit())
+        assert capsys.readouterr().out.startswith(f"{len(y()):,} observations of shape {y().shape[1:]}, {y().dtype}, ")
+
+
+def test_the_commands_of_the_page(here, capsys):
+    files_of_the_page()
+    commands = [line.split() for line in PAGE.read_text().splitlines() if line.startswith("    diffem ")]
+    assert [command[1] for command in commands] == ["import", "check", "train", "reconstruct"]
+    for _, *argv in commands:
+        settings = [f"--{key}={value}" for key, value in TINY.items()] if argv[0] == "train" else []
+        assert main([*argv, *settings]) == 0, capsys.readouterr()
+    names = sorted(path.relative_to("images") for path in Path("images").rglob("*.png"))
+    results = {name: np.load(f"cleaned/{name}.npy") for name in ("mean", "std", "draws")}
+    results = {
+        "mean": results["mean"],
+        "std": results["std"],
+        **{f"draw-{m + 1}": results["draws"][:, m] for m in (0, 1)},
+    }
+    for folder, values in results.items():
+        assert (
+            sorted(path.relative_to(f"cleaned/{folder}") for path in Path(f"cleaned/{folder}").rglob("*.png")) == names
+        )
+        written = np.stack([np.asarray(Image.open(f"cleaned/{folder}/{name}")) for name in names])
+        np.testing.assert_array_equal(written, values.round().clip(0, 255).transpose(0, 2, 3, 1))
+    again = [*commands[-1][1:], "--as", "tiff"]
+    assert main(again) == 2
+    assert (
+        capsys.readouterr().err
+        == "diffem: diffem reconstruct: --out: cleaned/draws.npy is there already; --overwrite replaces it\n"
+    )
+    assert main([*again, "--overwrite", "--as", "gif"]) == 2
+    assert capsys.readouterr().err == "diffem: --as: must be one of tiff, png, fits, nifti, csv, got gif\n"
+
+
+def test_what_the_command_line_refuses(here, capsys):
+    save("in/a.png", numbers((4, 4), np.uint8))
+    for words, line in [
+        ("--rate 0.5", "diffem import: --rate: unknown option; arguments of a corruption need --name"),
+        ("--range 5 5", "--range: must be LOW HIGH with LOW < HIGH, got 5 5"),
+        (
+            "--name Mask --nois 1",
+            "diffem import: nois: Mask has no such argument; did you mean 'noise'? (known: noise)",
+        ),
+    ]:
+        assert main(["import", "in", "--out", "obs", *words.split()]) == 2
+        assert capsys.readouterr().err == f"diffem: {line}\n"
+    assert not Path("obs").exists()
+
+
+def test_memory_does_not_grow_with_the_data(here, monkeypatch):
+    """A few blocks are in memory, of a data set of 32."""
+    import tracemalloc
+
+    block = 2**19
+    monkeypatch.setattr(limits, "BLOCK", block)
+    values = np.zeros((32 * block // 4096, 64, 64), np.uint8)
+    values[::100] = 7
+    np.save("a.npy", values)
+    np.savez_compressed("a.npz", values)
+    with h5py.File("a.h5", "w") as file:
+        file.create_dataset("x", data=values, chunks=(64, 64, 64), compression=1)
+    for name in ("a.npy", "a.h5", "a.npz"):
+        tracemalloc.start()
+        import_files(name, f"obs {name}")
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 5 * block
+        np.testing.assert_array_equal(y(f"obs {name}"), values)
