@@ -205,6 +205,8 @@ def test_what_images_cannot_be_read(here):
     tifffile.imwrite("pages.tif", numbers((4, 4), np.uint8), metadata=None)
     tifffile.imwrite("pages.tif", numbers((4, 4), np.uint16), metadata=None, append=True)
     assert error("pages.tif") == "pages.tif: holds uint8 and uint16; give values of one type"
+    tifffile.imwrite("large.tif", numbers((4, 4), np.uint8), description="ImageJ=1.53\nimages=300\n", metadata=None)
+    assert error("large.tif") == "large.tif: states 300 images, but describes 1; save it as a TIFF with a page for each"
     save("colours/a.png", numbers((4, 4), np.uint8))
     save("colours/b.png", numbers((4, 4, 3), np.uint8))
     assert error("colours", patch=2) == "b.png: has an image of 4x4, 3 channels where a.png has 4x4"
@@ -424,7 +426,7 @@ def test_hostile_zarr(here):
 
 def exposure(file: str, seed: int, chips: int = 2) -> list[tuple[np.ndarray, ...]]:
     """A file as a telescope makes it: science, error and quality of each chip."""
-    units, planes = [fits.PrimaryHDU()], []
+    units, planes = [fits.PrimaryHDU(header=fits.Header([("TELESCOP", "HST")]))], []
     for chip in range(chips):
         science = numbers((6, 5), seed=seed + chip)
         error, quality = np.abs(numbers((6, 5), seed=seed + 9)) + 0.1, np.zeros((6, 5), np.int16)
@@ -463,6 +465,7 @@ def test_fits_planes_become_y_noise_and_mask(here):
             np.testing.assert_array_equal(again["SCI", chip + 1].data, chips[2 + chip][0])
             assert again["SCI", chip + 1].header["CRVAL1"] == 10.25 + chip
             assert again["SCI", chip + 1].header.comments["EXPTIME"] == "seconds"
+        assert again[0].header["TELESCOP"] == "HST"
     import_files("in", "plain", Options(hdu="sci"))
     assert sorted(f.name for f in Path("plain").iterdir()) == ["corruption.yaml", "source.json", "y.npy"]
     import_files("in/a.fits", "quality", Options(hdu="1,,3"))
@@ -479,7 +482,7 @@ def test_fits_images_and_stacks_of_every_type(dtype, here):
     assert y().dtype == dtype
     np.testing.assert_array_equal(y()[:, 0], stack)
     back("fits")
-    np.testing.assert_array_equal(fits.getdata("out/stack.fits", 1), stack)
+    np.testing.assert_array_equal(fits.getdata("out/stack.fits", 0), stack)
     import_files("packed.fits.fz", "packed")
     np.testing.assert_array_equal(y("packed")[:, 0], stack)
 
@@ -620,6 +623,8 @@ def test_text_in_tables_is_refused_by_name(here):
         == "a.csv: --columns: has no column 'agee'; did you mean 'age'? (known: age, city, late)"
     )
     import_files("a.csv", "obs", Options(columns="age"))
+    Path("ids.csv").write_text(f"id\n{2**60}\n")
+    assert error("ids.csv") == "ids.csv: column 'id' holds whole numbers beyond 2^53, not told apart; leave it out"
     Path("b.csv").write_text("a,b\n")
     assert error("b.csv") == "b.csv: holds no rows"
     Path("c.csv").write_text("")
@@ -634,7 +639,7 @@ def test_text_in_tables_is_refused_by_name(here):
 def test_the_template_of_corruption_yaml_and_what_check_says(here, capsys):
     save("in/a.tif", numbers((4, 4), np.int16))
     assert main(["import", "in", "--out", "obs"]) == 0
-    assert capsys.readouterr().out == "1 observations of shape (1, 4, 4), int16, none missing, in obs\n"
+    assert capsys.readouterr().out == "1 observation of shape (1, 4, 4), int16, none missing, in obs\n"
     low, high = y().min(), y().max()
     assert Path("obs/corruption.yaml").read_text() == (
         "# How the observations came about: docs/your-data.md says what to write here.\n"
@@ -788,7 +793,7 @@ def files_of_the_page() -> None:
     tifffile.imwrite("stack.tif", numbers((5, 8, 8), np.uint16), photometric="minisblack", metadata=None)
     exposure("exposures/a.fits", 0)
     names = ("FLUX", "SIGMA", "FLAGS")
-    planes = [fits.ImageHDU(np.ones((6, 5), np.float32), name=name) for name in names]
+    planes = [fits.ImageHDU(np.full((6, 5), name != "FLAGS", np.float32), name=name) for name in names]
     fits.HDUList([fits.PrimaryHDU(), *planes]).writeto("image.fits")
     Path("volumes").mkdir()
     nibabel.save(nibabel.Nifti1Image(numbers((4, 5, 6), np.int16), AFFINE), "volumes/a.nii.gz")
@@ -812,7 +817,10 @@ def test_every_line_of_the_table_of_the_page(here, capsys):
         shape = result.split("`")[1].strip("()").split(", ")
         assert y().ndim == len(shape)
         assert all(str(size) == letter for size, letter in zip(y().shape, shape, strict=True) if letter.isdigit())
-        assert capsys.readouterr().out.startswith(f"{len(y()):,} observations of shape {y().shape[1:]}, {y().dtype}, ")
+        many = "observation" if len(y()) == 1 else "observations"
+        said = capsys.readouterr().out
+        assert said.startswith(f"{len(y()):,} {many} of shape {y().shape[1:]}, {y().dtype}, ")
+        assert "100.0 % missing" not in said
 
 
 def test_the_commands_of_the_page(here, capsys):

@@ -38,9 +38,10 @@ from diffem import files, seeding
 from diffem.corruptions import Corruption
 from diffem.data import Observations
 from diffem.data.observations import CHUNK
+from diffem.data.readers.importing import SUFFIXES
 from diffem.errors import DiffemError, optional, suggest
 
-IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
+IMAGES = SUFFIXES["images"]
 MANIFOLD_POINTS = 65_536
 BYTE_RANGE = (0.0, 255.0)
 

@@ -64,8 +64,9 @@ class Export:
             raise DiffemError(
                 f"--as {kind}: two files would be written as {twice}; give them different names and import again"
             )
-        for _, of in (run for file in self.files for run in file["items"]):
-            self.module.refuse(kind, self.shape if self.patch is None else tuple(of), self.dtype)
+        whole = {tuple(of) for file in self.files for _, of in file["items"]}
+        for of in {self.shape} if self.patch is None else whole:
+            self.module.refuse(kind, of, self.dtype)
 
     def write(self, values: np.ndarray, out: Path, whole: bool = True) -> None:
         """Writes files below the folder `out`.

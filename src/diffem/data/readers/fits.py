@@ -40,27 +40,29 @@ def read(path: Path, name: str, options: Options) -> File:
                 )
             stack = shape if len(shape) == 3 else (1, *shape)
             found += [((1, *stack[1:]), numbers(name, file[science].data.dtype))] * stack[0]
-            headers.append({"count": stack[0], "cards": file[science].header.tostring(sep="\n")})
+            headers.append({"hdu": science, "count": stack[0], "cards": file[science].header.tostring(sep="\n")})
+        primary = file[0].header.tostring(sep="\n")
         _, error, quality = groups[0]
         planes = {} if error is None else {"noise": numbers(name, file[error].data.dtype)}
         if error is not None or quality is not None:
             planes["mask"] = np.dtype(bool)
     items, dtype = same(name, found)
-    return File(name, items, dtype, lambda: _blocks(path, name, groups), planes, about={"headers": headers})
+    return File(
+        name, items, dtype, lambda: _blocks(path, name, groups), planes, about={"primary": primary, "headers": headers}
+    )
 
 
 def _groups(file: Any, name: str, hdu: str | None) -> list[tuple[int, int | None, int | None]]:
     """The indices of science, error and quality of each observation or stack."""
     images = [i for i, unit in enumerate(file) if unit.is_image and unit.shape]
     named = [[i for i in images if word and word.strip().upper() in (file[i].name, str(i))] for word in _words(hdu)]
+    has = ", ".join(file[i].name or str(i) for i in images) or "none"
     if hdu is None and not named[0]:
         if len(images) != 1:
-            has = ", ".join(file[i].name or str(i) for i in images) or "none"
             raise DiffemError(f"{name}: which images? it has {has}; --hdu SCIENCE[,ERROR[,QUALITY]] says which")
         return [(images[0], None, None)]
     for word, found in zip(_words(hdu), named, strict=True):
         if hdu is not None and word and not found:
-            has = ", ".join(file[i].name or str(i) for i in images) or "none"
             raise DiffemError(f"{name}: --hdu: has no image {word}; it has {has}")
         if found and len(found) != len(named[0]):
             raise DiffemError(f"{name}: has {len(found)} of {word} where it has {len(named[0])} of {_words(hdu)[0]}")
@@ -110,14 +112,22 @@ def refuse(kind: str, shape: Shape, dtype: np.dtype) -> None:
 
 
 def write(kind: str, path: Path, items: Iterable[np.ndarray], about: dict[str, Any]) -> None:
-    """Writes images, an extension for each that was read, with the header that it had."""
+    """Writes images as extensions, or the primary HDU, as they were read, with the headers that they had."""
     fits, items = optional("astropy.io.fits", "astronomy"), iter(items)
+    headers = about.get("headers") or [{"hdu": 0, "count": about["count"], "cards": ""}]
     with fits.open(path, "append") as file:
-        file.append(fits.PrimaryHDU())
-        for header in about.get("headers") or [{"count": about["count"], "cards": ""}]:
+        if headers[0]["hdu"] != 0:
+            file.append(fits.PrimaryHDU(header=_cards(about["primary"])))
+        for header in headers:
             planes = np.concatenate([next(items) for _ in range(header["count"])])
-            cards = fits.Header.fromstring(header["cards"], sep="\n")
-            for card in STALE:
-                cards.remove(card, ignore_missing=True, remove_all=True)
-            file.append(fits.ImageHDU(planes[0] if len(planes) == 1 else planes, cards, name=cards.get("EXTNAME")))
+            unit = fits.ImageHDU if header["hdu"] else fits.PrimaryHDU
+            file.append(unit(planes[0] if len(planes) == 1 else planes, _cards(header["cards"])))
             file.flush()
+
+
+def _cards(text: str) -> Any:
+    """A header of its cards, without those that speak of values as they were stored."""
+    cards = optional("astropy.io.fits", "astronomy").Header.fromstring(text, sep="\n")
+    for card in STALE:
+        cards.remove(card, ignore_missing=True, remove_all=True)
+    return cards

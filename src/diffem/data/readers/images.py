@@ -7,6 +7,7 @@ mixes up rows and columns.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ NUMBERS = {  # (bits, sample format) of a TIFF
     (32, 2): np.dtype(np.int32),
     (32, 3): np.dtype(np.float32),
 }
-BITS, SAMPLE_FORMAT, ORIENTATION = 258, 339, 274  # tags of a TIFF, and of EXIF
+BITS, SAMPLE_FORMAT, ORIENTATION, DESCRIPTION = 258, 339, 274, 270  # tags of a TIFF, and of EXIF
 
 
 def read(path: Path, name: str, options: Options) -> File:
@@ -56,6 +57,11 @@ def _opened(path: Path, name: str) -> Iterator[Image.Image]:
         pages = getattr(image, "n_frames", 1)
         if pages > 1 and image.format not in ("TIFF", "MPO"):  # MPO: a photograph and its preview
             raise DiffemError(f"{name}: is an animation; give its frames as images or pages of a TIFF")
+        stated = re.search(r"^images=(\d+)", str(getattr(image, "tag_v2", {}).get(DESCRIPTION)), re.MULTILINE)
+        if stated and int(stated[1]) > pages:  # ImageJ describes the first image of a large stack only
+            raise DiffemError(
+                f"{name}: states {stated[1]} images, but describes {pages}; save it as a TIFF with a page for each"
+            )
         for page in range(pages if image.format == "TIFF" else 1):
             image.seek(page)
             if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:

@@ -66,14 +66,15 @@ class Imported:
     left_out: list[str]
 
     def __str__(self) -> str:
+        what = "observation" if self.count == 1 else "observations"
         share = "none missing" if not self.missing else f"{max(100 * self.missing, 0.1):.1f} % missing"
-        return f"{self.count:,} observations of shape {self.shape}, {self.dtype}, {share}"
+        return f"{self.count:,} {what} of shape {self.shape}, {self.dtype}, {share}"
 
 
 def import_files(
     source: str,
     out: str | Path,
-    options: Options = Options(),  # noqa: B008 - it is frozen
+    options: Options | None = None,
     corruption: Corruption | None = None,
     range: Sequence[float] | None = None,
     overwrite: bool = False,
@@ -83,7 +84,7 @@ def import_files(
     Arguments:
         source: A file, `FILE:PATH` of an array in a .npz, HDF5 or Zarr file, or a folder of images, FITS or NIfTI files,
             which is followed into its subfolders in sorted order.
-        options: What is to be read, and how.
+        options: What is to be read, and how; by default all that is there.
         corruption: How the observations came about; without it corruption.yaml is a template.
         range: The (low, high) of clean values; that of the type of 8- and 16-bit images by default.
         overwrite: Whether an earlier import may be replaced.
@@ -91,7 +92,7 @@ def import_files(
     Raises:
         DiffemError: In one line, if something cannot be read or does not fit; then nothing is written.
     """
-    out = Path(out).expanduser()
+    out, options = Path(out).expanduser(), options or Options()
     if range is not None and not range[0] < range[1]:
         raise DiffemError(f"--range: must be LOW HIGH with LOW < HIGH, got {range[0]:g} {range[1]:g}")
     _refuse_to_overwrite(out, overwrite)

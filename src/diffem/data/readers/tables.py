@@ -18,6 +18,7 @@ from .source import Block, File, Options, Shape, plausible
 
 ROWS = 16384  # at a time
 SHOWN = 8  # columns in an error
+EXACT = 2**53  # whole numbers that float64 tells apart
 
 
 def read(path: Path, name: str, options: Options) -> File:
@@ -28,6 +29,10 @@ def read(path: Path, name: str, options: Options) -> File:
         count += len(frame)
         kinds = {column: kinds.get(column, set()) | _kinds(frame[column]) for column in frame}
         _refuse_text(name, frame, kinds)
+        if wide := [c for c in frame if kinds[c] == {"i"} and frame[c].notna().any() and frame[c].abs().max() > EXACT]:
+            raise DiffemError(
+                f"{name}: column {wide[0]!r} holds whole numbers beyond 2^53, not told apart; leave it out"
+            )
     if not count:
         raise DiffemError(f"{name}: holds no rows")
     columns = {str(column): _one(kind) for column, kind in kinds.items()}
