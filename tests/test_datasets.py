@@ -467,9 +467,7 @@ def test_cifar10_parquet_errors(tmp_path):
 def test_parquet_without_pyarrow(tmp_path, monkeypatch):
     (tmp_path / "train.parquet").touch()
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    assert error(load, "cifar10", tmp_path) == (
-        f"{tmp_path}/train.parquet: reading parquet needs pyarrow: pip install 'diffem[parquet]'"
-    )
+    assert error(load, "cifar10", tmp_path) == ("pyarrow is not installed: pip install 'diffem-torch[tables]'")
 
 
 # CelebA

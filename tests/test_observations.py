@@ -107,7 +107,7 @@ def test_a_black_box_is_not_written(tmp_path):
     assert loaded.corruption is box
     assert loaded.range == (0.0, 2.0)
     known = f"(known: {', '.join(sorted(REGISTRY))})"
-    expected = f"{tmp_path / 'corruption.yaml'}: name: unknown corruption None; {known}"
+    expected = f"{tmp_path / 'corruption.yaml'}: name: missing; say how y came about, e.g. `name: RandomMask` {known}"
     assert error(Observations.load, tmp_path) == expected
 
 

@@ -1,4 +1,4 @@
-"""The command line: diffem check | corrupt | train | reconstruct | sample | evaluate | diagnose | report | settings."""
+"""The command line: diffem import | check | corrupt | train | reconstruct | sample | evaluate | diagnose | report | settings."""
 
 from __future__ import annotations
 
@@ -49,6 +49,18 @@ examples:
 The exit status is 1 if there is a problem.
 """
 
+_IMPORT_HELP = """
+examples:
+  diffem import images/ --out DIR                      a folder of PNG, JPEG, TIFF (every page), FITS or NIfTI files
+  diffem import images/ --patch 64 --out DIR           images of several sizes, cut into pieces of 64 x 64
+  diffem import exposure.fits --hdu SCI,ERR,DQ --out DIR
+  diffem import scans.h5:/kspace --out DIR             an array of an HDF5, Zarr or .npz file
+  diffem import table.csv --columns age,income --out DIR
+  diffem import images/ --out DIR --name GaussianNoise --noise 10
+
+Without --name fill in DIR/corruption.yaml; `diffem check DIR` says what is missing.
+"""
+
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str):  # one line instead of the usage
@@ -88,6 +100,25 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--force", action="store_true", help="go on although `diffem check` finds a problem")
     train.add_argument("--allow-unobserved", action="store_true", help="go on although some entry is never observed")
 
+    imports = add(
+        "import",
+        "Write an observation folder from images, FITS, NIfTI, HDF5, Zarr, numpy arrays or tables.",
+        epilog=_IMPORT_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    imports.add_argument("source", metavar="SOURCE", help="a file, FILE:PATH of an array in it, or a folder of files")
+    imports.add_argument("--out", required=True, metavar="DIR", help="the folder of observations to write")
+    imports.add_argument("--name", help="a corruption, e.g. RandomMask; its arguments are options, too: --rate 0.5")
+    imports.add_argument(
+        "--range", nargs=2, type=float, metavar=("LOW", "HIGH"), help="of clean values (default: of 8- and 16-bit data)"
+    )
+    imports.add_argument("--patch", type=int, metavar="SIZE", help="cut images or volumes into pieces of this size")
+    imports.add_argument("--hdu", metavar="SCIENCE[,ERROR[,QUALITY]]", help="extensions of FITS (default: SCI,ERR,DQ)")
+    imports.add_argument("--slices", type=int, metavar="AXIS", help="slices of NIfTI volumes along axis 0, 1 or 2")
+    imports.add_argument("--columns", metavar="A,B,...", help="columns of a table (default: all)")
+    imports.add_argument("--axes", metavar="NHWC", help="how an array lies: N, C for channels, D H W T for places")
+    imports.add_argument("--overwrite", action="store_true", help="replace an earlier import")
+
     check = add(
         "check",
         "Say whether observations can be learned from, before any training.",
@@ -123,6 +154,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_device(reconstruct)
     reconstruct.add_argument(
         "--out", required=True, metavar="DIR", help="gets draws.npy (N, M, ...), mean.npy, std.npy"
+    )
+    reconstruct.add_argument(
+        "--as", dest="kind", metavar="FORMAT", help="also as tiff, png, fits, nifti or csv, named like imported files"
     )
     reconstruct.add_argument("--overwrite", action="store_true", help="replace what is there")
 
@@ -200,10 +234,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         import diffem.rivals  # noqa: F401 - here, so that --help is quick; their samplers can be named, too
 
-        if rest and arguments.command not in ("train", "check", "corrupt"):
+        if rest and arguments.command not in ("train", "import", "check", "corrupt"):
             raise DiffemError(f"diffem {arguments.command}: unknown argument {rest[0]}")
         status = {
             "train": lambda: _train(arguments, rest),
+            "import": lambda: _import(arguments, rest),
             "check": lambda: _check(arguments, rest),
             "corrupt": lambda: _corrupt(arguments, rest),
             "reconstruct": lambda: _reconstruct(arguments),
@@ -396,6 +431,24 @@ def _settings() -> None:
         say(f"--{name} {json.dumps(default)}\n    {words}")
 
 
+def _import(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
+    from diffem.corruptions import from_config
+    from diffem.data.readers.importing import import_files
+    from diffem.data.readers.source import Options
+
+    given = options(rest, "import")
+    if given and arguments.name is None:
+        raise DiffemError(
+            f"diffem import: --{next(iter(given))}: unknown option; arguments of a corruption need --name"
+        )
+    corruption = from_config({"name": arguments.name, **given}, "diffem import") if arguments.name else None
+    asked = Options(arguments.patch, arguments.hdu, arguments.slices, arguments.columns, arguments.axes)
+    imported = import_files(arguments.source, arguments.out, asked, corruption, arguments.range, arguments.overwrite)
+    if imported.left_out:
+        say(f"left out: {', '.join(imported.left_out[:8])}{', ...' if len(imported.left_out) > 8 else ''}")
+    say(f"{imported}, in {arguments.out}")
+
+
 def _check(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
     from diffem import config as configuration
     from diffem import memory
@@ -516,6 +569,7 @@ def _reconstruct(arguments: argparse.Namespace) -> None:
     import numpy as np
 
     from diffem import files
+    from diffem.data.readers.exporting import Export
 
     place = _place(arguments)
     posterior = _model(arguments, "posterior")
@@ -528,6 +582,11 @@ def _reconstruct(arguments: argparse.Namespace) -> None:
     out, n = Path(arguments.out), len(observations)
     for name in ("draws.npy", "mean.npy", "std.npy"):
         _refuse_to_overwrite(out / name, arguments)
+    export = None
+    if arguments.kind is not None:
+        export = Export(arguments.observations, arguments.kind, observations.shape, observations.range)
+        for name in ("mean", "std", *(f"draw-{m + 1}" for m in range(arguments.draws))):
+            _refuse_to_overwrite(out / name, arguments)
     out.resolve().parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=".diffem-", dir=out.resolve().parent))
 
@@ -544,9 +603,15 @@ def _reconstruct(arguments: argparse.Namespace) -> None:
             std[rows] = block.std(0, correction=min(1, arguments.draws - 1)).numpy()
         for array in (draws, mean, std):
             array.flush()
-        out.mkdir(exist_ok=True)
-        for name in ("draws", "mean", "std"):
-            (temporary / f"{name}.npy").replace(out / f"{name}.npy")
+        if export is not None:
+            export.write(layout.to_model(mean), temporary / "mean")
+            export.write(layout.to_model(std), temporary / "std", whole=False)
+            for m in range(arguments.draws):
+                export.write(layout.to_model(draws[:, m]), temporary / f"draw-{m + 1}")
+        for file in [file for file in temporary.rglob("*") if file.is_file()]:
+            place = out / file.relative_to(temporary)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            file.replace(place)
     finally:
         shutil.rmtree(temporary)
     say(f"{n} observations, {arguments.draws} draws each, in {out}")

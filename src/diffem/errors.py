@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 from collections.abc import Iterable
+from typing import Any
 
 
 class DiffemError(Exception):
@@ -16,3 +18,12 @@ def suggest(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, known, n=1)
     hint = f" did you mean {close[0]!r}?" if close else ""
     return f"{hint} (known: {', '.join(known)})"
+
+
+def optional(module: str, extra: str) -> Any:
+    """A module that only an extra of this package brings; without it one line that says what to install."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        name = module.partition(".")[0]
+        raise DiffemError(f"{name} is not installed: pip install 'diffem-torch[{extra}]'") from None

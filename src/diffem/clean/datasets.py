@@ -38,9 +38,10 @@ from diffem import files, seeding
 from diffem.corruptions import Corruption
 from diffem.data import Observations
 from diffem.data.observations import CHUNK
-from diffem.errors import DiffemError, suggest
+from diffem.data.readers.importing import SUFFIXES
+from diffem.errors import DiffemError, optional, suggest
 
-IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
+IMAGES = SUFFIXES["images"]
 MANIFOLD_POINTS = 65_536
 BYTE_RANGE = (0.0, 255.0)
 
@@ -434,13 +435,9 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _parquet_batches(file: Path) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+    pyarrow, parquet = optional("pyarrow", "tables"), optional("pyarrow.parquet", "tables")
     try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise DiffemError(f"{file}: reading parquet needs pyarrow: pip install 'diffem[parquet]'") from None
-    try:
-        with pyarrow.parquet.ParquetFile(file) as table:
+        with parquet.ParquetFile(file) as table:
             names = table.schema_arrow.names
             column = next((c for c in ("img", "image") if c in names), None)
             if column is None:

@@ -1,0 +1,342 @@
+"""Writes an observation folder from people's files.
+
+Nothing that does not fit is read: shapes, dtypes and planes are compared before a value is. y keeps the dtype of the files. Beside
+the arrays lies source.json, which says what they were made of: exporting.py gives results the same names and headers.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import os
+import re
+import secrets
+import shutil
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from PIL import Image
+
+from diffem import files
+from diffem.corruptions import Corruption
+from diffem.errors import DiffemError
+
+from .source import Block, File, Options, Shape, corners, decoding, window
+
+SOURCE = "source.json"
+SUFFIXES = {
+    "images": (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"),
+    "fits": (".fits", ".fit", ".fts", ".fits.gz", ".fits.fz"),
+    "nifti": (".nii", ".nii.gz"),
+    "arrays": (".npy", ".npz", ".h5", ".hdf5", ".zarr"),
+    "tables": (".csv", ".tsv", ".parquet"),
+}
+FOLDERS = ("images", "fits", "nifti")  # what is read from a folder, too
+OPTIONS = {  # the options of each family
+    "images": ("patch",),
+    "fits": ("patch", "hdu"),
+    "nifti": ("patch", "slices"),
+    "arrays": ("axes",),
+    "tables": ("columns",),
+}
+INSIDE = re.compile(r"(.+\.(?:npz|h5|hdf5|zarr)):(.+)", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What was written.
+
+    Attributes:
+        count: The observations.
+        shape, dtype: Of each, and of its values.
+        missing: The share of entries that are missing.
+        left_out: Files of the folder that are of no format that is read.
+    """
+
+    count: int
+    shape: Shape
+    dtype: np.dtype
+    missing: float
+    left_out: list[str]
+
+    def __str__(self) -> str:
+        what = "observation" if self.count == 1 else "observations"
+        share = "none missing" if not self.missing else f"{max(100 * self.missing, 0.1):.1f} % missing"
+        return f"{self.count:,} {what} of shape {self.shape}, {self.dtype}, {share}"
+
+
+def import_files(
+    source: str,
+    out: str | Path,
+    options: Options | None = None,
+    corruption: Corruption | None = None,
+    range: Sequence[float] | None = None,
+    overwrite: bool = False,
+) -> Imported:
+    """Writes the observation folder `out` from files.
+
+    Arguments:
+        source: A file, `FILE:PATH` of an array in a .npz, HDF5 or Zarr file, or a folder of images, FITS or NIfTI files,
+            which is followed into its subfolders in sorted order.
+        options: What is to be read, and how; by default all that is there.
+        corruption: How the observations came about; without it corruption.yaml is a template.
+        range: The (low, high) of clean values; that of the type of 8- and 16-bit images by default.
+        overwrite: Whether an earlier import may be replaced.
+
+    Raises:
+        DiffemError: In one line, if something cannot be read or does not fit; then nothing is written.
+    """
+    out, options = Path(out).expanduser(), options or Options()
+    if range is not None and not range[0] < range[1]:
+        raise DiffemError(f"--range: must be LOW HIGH with LOW < HIGH, got {range[0]:g} {range[1]:g}")
+    _refuse_to_overwrite(out, overwrite)
+    family, found, left_out, inside = _find(source)
+    for option in fields(options):
+        if getattr(options, option.name) is not None and option.name not in OPTIONS[family]:
+            raise DiffemError(f"--{option.name}: is not for {family}, which {source} holds")
+    if options.patch is not None and options.patch < 1:
+        raise DiffemError(f"--patch: must be at least 1, got {options.patch}")
+    options = replace(options, inside=inside)
+    reader = importlib.import_module(f"{__package__}.{family}")
+    work = out.resolve().parent / f".{out.name}.{secrets.token_hex(4)}"
+    with warnings.catch_warnings():  # a decoder's warnings are errors of ours, or of no use to a user
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        read = []
+        for path, name in found:
+            with decoding(name):
+                read.append(reader.read(path, name, options))
+        shape = _shape(read, options.patch)
+        try:
+            work.mkdir(parents=True)
+            imported, seen = _write_arrays(work, read, shape, options.patch, left_out)
+        except BaseException:
+            shutil.rmtree(work, ignore_errors=True)
+            raise
+    try:
+        written = sorted(file.name for file in work.iterdir())
+        (work / "corruption.yaml").write_text(_corruption(imported, seen, written, corruption, range, options.axes))
+        about = {
+            "source": str(Path(source).resolve()),
+            "family": family,
+            "shape": list(shape),
+            "dtype": str(imported.dtype),
+            "patch": options.patch,
+            "written": written,
+            "files": [{"name": file.name, "items": file.items, **file.about} for file in read],
+        }
+        (work / SOURCE).write_text(json.dumps(about))
+        _put(work, out, [*written, "corruption.yaml", SOURCE])
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return imported
+
+
+# --- which files -------------------------------------------------------------------------------------
+
+
+def _find(source: str) -> tuple[str, list[tuple[Path, str]], list[str], str | None]:
+    """The family of formats, its files with their names, other files, and what is read of the one file."""
+    inside = None if Path(source).exists() else INSIDE.fullmatch(source)
+    path = Path(inside[1] if inside else source).expanduser()
+    if not path.exists():
+        raise DiffemError(f"{path}: no such file or folder")
+    if path.is_dir() and _family(path) != "arrays":
+        return *_of_folder(path), None
+    if (family := _family(path)) is None:
+        known = " ".join(suffix for suffixes in SUFFIXES.values() for suffix in suffixes)
+        raise DiffemError(f"{path}: is of no format that is read ({known})")
+    return family, [(path, path.name)], [], inside[2] if inside else None
+
+
+def _family(path: Path) -> str | None:
+    return next((family for family, suffixes in SUFFIXES.items() if path.name.lower().endswith(suffixes)), None)
+
+
+def _of_folder(root: Path) -> tuple[str, list[tuple[Path, str]], list[str]]:
+    found: dict[str | None, list[tuple[Path, str]]] = {}
+    for path in _walk(root):
+        family = _family(path)
+        found.setdefault(family if family in FOLDERS else None, []).append((path, path.relative_to(root).as_posix()))
+    left_out = [name for _, name in found.pop(None, [])]
+    if not found:
+        raise DiffemError(f"{root}: holds no images, FITS or NIfTI files; other files are read one at a time")
+    if len(found) > 1:
+        one, other = (listed[0][1] for listed in list(found.values())[:2])
+        raise DiffemError(f"{root}: holds {one} and {other}; put files of different kinds into different folders")
+    (family, listed), *_ = found.items()
+    assert family is not None
+    return family, listed, left_out
+
+
+def _walk(root: Path) -> Iterator[Path]:
+    """The files below a folder in sorted order, without hidden ones; a link out of the folder is refused."""
+    for path in sorted(root.iterdir()):
+        if path.name.startswith("."):
+            continue
+        if path.is_symlink() and (path.is_dir() or not path.resolve().is_relative_to(root.resolve())):
+            raise DiffemError(f"{path}: is a link to {os.readlink(path)}; links are not followed: put a copy there")
+        if path.is_dir():
+            yield from _walk(path)
+        else:
+            yield path
+
+
+# --- what fits ---------------------------------------------------------------------------------------
+
+
+def _shape(read: list[File], patch: int | None) -> Shape:
+    """The shape of an observation.
+
+    Raises:
+        DiffemError: If a file is not like the first one, or has no room for a patch.
+    """
+    first = read[0]
+    for file in read:
+        if file.dtype != first.dtype:
+            raise DiffemError(
+                f"{file.name}: holds {file.dtype} where {first.name} holds {first.dtype}; give values of one type"
+            )
+        if file.planes.keys() != first.planes.keys():
+            one, other = (" and ".join(["y", *sorted(f.planes)]) for f in (file, first))
+            raise DiffemError(f"{file.name}: gives {one} where {first.name} gives {other}; they must be alike")
+        for _, shape in file.items:
+            wanted = first.items[0][1]
+            if patch is None and shape != wanted:
+                hint = "; --patch SIZE cuts them into pieces of one size" if len(shape) == len(wanted) else ""
+                raise DiffemError(
+                    f"{file.name}: has an image of {_size(shape)} where {first.name} has {_size(wanted)}{hint}"
+                )
+            if patch is not None and (len(shape) != len(wanted) or shape[0] != wanted[0]):
+                raise DiffemError(f"{file.name}: has an image of {_size(shape)} where {first.name} has {_size(wanted)}")
+            if patch is not None and min(shape[1:]) < patch:
+                raise DiffemError(f"{file.name}: has an image of {_size(shape)}, too small for --patch {patch}")
+    shape = first.items[0][1]
+    return shape if patch is None else (shape[0], *(patch for _ in shape[1:]))
+
+
+def _size(shape: Shape) -> str:
+    channels = f", {shape[0]} channels" if shape[0] > 1 else ""
+    return "x".join(str(size) for size in shape[1:]) + channels
+
+
+# --- what is written ---------------------------------------------------------------------------------
+
+
+def _write_arrays(
+    work: Path, read: list[File], shape: Shape, patch: int | None, left_out: list[str]
+) -> tuple[Imported, tuple[float, float] | None]:
+    """Writes the arrays; returns also the least and the largest of whole numbers."""
+    rows = sum(count * (1 if patch is None else len(corners(of, patch))) for file in read for count, of in file.items)
+    if not rows or 0 in shape:
+        raise DiffemError(f"{read[0].name}: holds no observations: shape {(rows, *shape)}")
+    kinds = {"y": read[0].dtype, **read[0].planes}
+    arrays = {name: files.make_array(work / f"{name}.npy", (rows, *shape), kind) for name, kind in kinds.items()}
+    at, missing, low, high = 0, 0, math.inf, -math.inf
+    for file in read:
+        for block in _decoded(file.name, file.read()):
+            part = block if patch is None else _cut(block, patch)
+            count = len(part["y"])
+            if part["y"].shape[1:] != shape or at + count > rows:
+                raise DiffemError(f"{file.name}: is not what its header said; replace it or remove it")
+            for name, array in arrays.items():
+                array[at : at + count] = part[name]
+            at, y = at + count, part["y"]
+            missing += int(
+                np.count_nonzero(~part["mask"] if "mask" in part else np.isnan(y) if y.dtype.kind in "fc" else 0)
+            )
+            if y.dtype.kind in "iu":
+                low, high = min(low, int(y.min())), max(high, int(y.max()))
+    if at != rows:
+        raise DiffemError(f"{read[-1].name}: is not what its header said; replace it or remove it")
+    total = rows * math.prod(shape)
+    for name, array in read[0].beside.items():
+        made, at = files.make_array(work / f"{name}.npy", array.shape, array.dtype), 0
+        gone = 0
+        for block in _decoded(read[0].name, array.blocks()):
+            made[at : at + len(block)] = block
+            at, gone = at + len(block), gone + int(np.count_nonzero(block == 0))
+        if name == "mask":
+            missing, total = gone, math.prod(array.shape)
+    imported = Imported(rows, shape, read[0].dtype, missing / total, left_out)
+    return imported, (low, high) if math.isfinite(low) else None
+
+
+def _decoded(name: str, blocks: Iterator[Any]) -> Iterator[Any]:
+    with decoding(name):
+        yield from blocks
+
+
+def _cut(block: Block, patch: int) -> Block:
+    """The patches of items, item by item."""
+    places = [window(corner, patch) for corner in corners(block["y"].shape[1:], patch)]
+    return {name: np.stack([item[place] for item in part for place in places]) for name, part in block.items()}
+
+
+def _corruption(
+    imported: Imported,
+    seen: tuple[float, float] | None,
+    written: list[str],
+    corruption: Corruption | None,
+    range: Sequence[float] | None,
+    axes: str | None,
+) -> str:
+    """The text of corruption.yaml: what is known, and as comments what is not."""
+    lines, known = [], {}
+    if corruption is None:
+        name = "Mask" if imported.missing else "GaussianNoise"
+        lines += ["# How the observations came about: docs/your-data.md says what to write here.", f"# name: {name}"]
+        noise = "noise.npy holds the standard deviation of the noise"
+        lines.append(
+            f"# {noise}" if "noise.npy" in written else "# noise: 0.1  # its standard deviation, in the units of y"
+        )
+    else:
+        known = dict(corruption.config)
+    if range is None and imported.dtype in (np.uint8, np.uint16, bool):
+        range = (0, 1 if imported.dtype == bool else np.iinfo(imported.dtype).max)
+    if range is not None:
+        known["range"] = list(range)
+    elif seen is not None:
+        lines.append(f"# range: [{seen[0]}, {seen[1]}]  # of clean values; these are the least and the largest of y")
+    if axes is not None:
+        known["axes"] = axes
+    return "".join(f"{line}\n" for line in lines) + (yaml.safe_dump(known, sort_keys=False) if known else "")
+
+
+# --- where it is written -----------------------------------------------------------------------------
+
+
+def _refuse_to_overwrite(out: Path, overwrite: bool) -> None:
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not (out / SOURCE).exists():
+        raise DiffemError(f"{out}: is there already, and not from an import; give another folder")
+    if not overwrite:
+        raise DiffemError(f"{out}: holds an import already; --overwrite replaces it")
+
+
+def _put(work: Path, out: Path, names: list[str]) -> None:
+    """Puts files in their place; those of an earlier import that are not made any more are removed."""
+    out.mkdir(exist_ok=True)
+    before = described(out)["written"] if (out / SOURCE).exists() else []
+    for name in names:
+        os.replace(work / name, out / name)
+    for name in before:
+        if name not in names and Path(name).name == name:
+            (out / name).unlink(missing_ok=True)
+
+
+def described(folder: Path) -> dict[str, Any]:
+    """What source.json of an imported folder says."""
+    try:
+        return json.loads((folder / SOURCE).read_text())
+    except FileNotFoundError:
+        raise DiffemError(f"{folder}: has no {SOURCE}: it was not written by diffem import") from None
+    except ValueError:
+        raise DiffemError(f"{folder / SOURCE}: is not JSON; import the data again") from None
