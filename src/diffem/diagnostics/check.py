@@ -303,7 +303,10 @@ def constant_entries(observations: Observations, sample: Sample) -> list[Finding
     if not observations.corruption.diagonal or not len(sample.values):
         return []
     variance, level = sample.variance, _noise(observations) ** 2
-    excess = SURE * np.sqrt(2 / np.maximum(sample.count, 2)) * level + 1e-12 * np.square(sample.values, dtype=np.float64).mean()
+    excess = (
+        SURE * np.sqrt(2 / np.maximum(sample.count, 2)) * level
+        + 1e-12 * np.square(sample.values, dtype=np.float64).mean()
+    )
     use = (sample.count > 1) & (_gain(observations) > LEAST_GAIN)
     still, beyond = np.flatnonzero(use & (np.abs(variance - level) <= excess)), " beyond the noise" if level else ""
     if len(still) == use.sum():

@@ -4,7 +4,7 @@ Two models: white Gaussian noise of one standard deviation, or a line, the noise
 
 .. math:: \mathrm{variance} = \mathrm{gain} \cdot \mathrm{signal} + \mathrm{read}^2 .
 
-Patches are cut into cells of two pixels an axis (of four samples, of series). The Hadamard transform of a cell gives its details:
+Patches are cut into cells of two pixels an axis (of eight samples, of series). The Hadamard transform of a cell gives its details:
 of white noise they are independent and have its variance, while an image adds least to the one that changes sign along every
 axis. Of patches of like brightness those are kept whose first half of cells varies least (Liu et al., 2013, choose patches by
 their texture, too); as many as have, in the second half, other details no larger than that one. The halves share no pixel, so that
@@ -32,7 +32,7 @@ SIDE = {
     1: (32, 16),
     2: (8, 4),
     3: (4, 4),
-}  # of patches by the number of axes, and where items are smaller than four of them
+}  # of patches by the number of axes; of items that have fewer than four along one
 CELL = {1: 8, 2: 2, 3: 2}  # the side of cells
 BINS, PER_BIN = 16, 150  # of brightness at most, and patches of each at least
 LEAST = 128  # details by which a bin is judged at the least
@@ -136,7 +136,10 @@ def estimate(y: np.ndarray, seen: np.ndarray | None = None) -> Noise:
     """
     if y.ndim < 3:
         raise DiffemError("rows of a table have no neighbours that would tell their noise; state it")
-    seen = np.ones(y.shape, bool) if seen is None else seen
+    seen = np.isfinite(y) if seen is None else seen
+    y = np.where(seen, y, 0)
+    while y.ndim > 2 + max(SIDE):  # slices along an axis more are taken for items
+        y, seen = (array.swapaxes(1, 2).reshape(-1, array.shape[1], *array.shape[3:]) for array in (y, seen))
     parts = [_Bins.of(y[:, c], seen[:, c]) for c in range(y.shape[1])]
     parts = [part for part in parts if part is not None]
     if not parts:
@@ -155,6 +158,83 @@ def estimate(y: np.ndarray, seen: np.ndarray | None = None) -> Noise:
         mean, spread = float(np.square(level).mean()), float(2 * (level * error).max())
         return Noise(mean, 0.0, spread, 0.0, apart[0].ends, tuple(level.tolist()))
     return _Bins.joined(kept).fit(line=False)
+
+
+@dataclass(frozen=True)
+class _Patches:
+    """Patches, each cut into halves that share no pixel, all (patches,).
+
+    Attributes:
+        sorted: The brightness of the first half,
+        flat: and how much it varies: by these patches are chosen.
+        bright: The brightness of the second half,
+        inside: the share of its values inside of the ends,
+        number: how many of its cells were observed,
+        last: the sum of squares of their details that change sign along every axis,
+        others: and of all others that are nearly as fine, in the mean: by these they are measured.
+        size: How many pixels a patch has.
+    """
+
+    sorted: np.ndarray
+    flat: np.ndarray
+    bright: np.ndarray
+    inside: np.ndarray
+    number: np.ndarray
+    last: np.ndarray
+    others: np.ndarray
+    size: int
+
+    @classmethod
+    def of(cls, y: np.ndarray, seen: np.ndarray, low: float, high: float) -> _Patches | None:
+        """Those of one channel, (N, *spatial), whose values end at `low` and `high`; None if there are none."""
+        axes = y.ndim - 1
+        side = SIDE[axes][min(y.shape[1:]) < 4 * SIDE[axes][0]]
+        if min(y.shape[1:]) < side:
+            return None
+        cells, observed = _cells(y, side), _cells(seen, side)
+        full = np.all(observed, axis=2)
+        second = np.indices((side // CELL[axes],) * axes).sum(0).ravel() % 2 == 1
+        use = full[:, ~second].any(1) & full[:, second].any(1)
+        if not use.any():
+            return None
+        cells, observed, full = cells[use], observed[use], full[use]
+        changes = np.array([i.bit_count() for i in range(cells.shape[2])])  # axes along which a detail changes sign
+        rows = hadamard(len(changes))[changes >= changes.max() - 1] / math.sqrt(len(changes))
+        detail = np.square(cells @ rows.T) * full[..., None]
+        others, last = detail[..., :-1].mean(2), detail[..., -1]
+        inside, count = ((cells > low) & (cells < high) & observed).sum(2), observed.sum(2)
+        total = np.where(observed, cells, 0).sum(2)
+        return cls(
+            sorted=total[:, ~second].sum(1) / count[:, ~second].sum(1),
+            flat=(others + last)[:, ~second].sum(1) / full[:, ~second].sum(1),
+            bright=total[:, second].sum(1) / count[:, second].sum(1),
+            inside=inside[:, second].sum(1) / count[:, second].sum(1),
+            number=full[:, second].sum(1),
+            last=last[:, second].sum(1),
+            others=others[:, second].sum(1),
+            size=side**axes,
+        )
+
+    def flattest(self, part: np.ndarray) -> tuple[float, ...] | None:
+        """What the flattest of some patches tell: a row of :class:`_Bins`; empty if none is flat, None if most is clipped."""
+        part = part[self.flat[part].argsort(kind="stable")]
+        typical = np.median(self.last[part] / self.number[part]) or math.inf
+        part = part[self.last[part] <= OUTLIER * typical * self.number[part]]
+        n = self.number[part].cumsum()
+        largest = self.last[part].cumsum() * (WHITE + 2 * np.sqrt(2 / n))
+        failed = np.flatnonzero((self.others[part].cumsum() > largest) & (n >= LEAST))
+        kept = part[: failed[0]] if len(failed) else part
+        share = float(self.inside[part[: max(len(kept), 1)]].mean())
+        if share < INSIDE:
+            return None
+        number = self.number[kept]
+        if number.sum() < LEAST:
+            return ()
+        variance = float(self.last[kept].sum() / number.sum())
+        scatter = float(np.sqrt(np.square(self.last[kept] - variance * number).sum())) / number.sum()
+        error = max(math.sqrt(2 / number.sum()), scatter / (variance or 1.0))  # textures scatter more than chance
+        share_error = math.sqrt(share * (1 - share) / (len(kept) * self.size / 2)) + UNSURE
+        return float(self.bright[kept].mean()), variance, error, share, share_error
 
 
 @dataclass(frozen=True)
@@ -179,68 +259,29 @@ class _Bins:
     @classmethod
     def of(cls, y: np.ndarray, seen: np.ndarray) -> _Bins | None:
         """Those of one channel, (N, *spatial); None if no patch has two cells that were observed."""
-        axes, values = y.ndim - 1, y[seen]
-        side = SIDE[axes][min(y.shape[1:]) < 4 * SIDE[axes][0]]
-        if not len(values) or min(y.shape[1:]) < side:
+        values = y[seen]
+        if not len(values):
             return None
-        at = values.min(), values.max()
-        low, high = (v if (values == v).mean() > CLIPPED else s * np.inf for v, s in zip(at, (-1, 1), strict=True))
+        ends = [float(end) if (values == end).mean() > CLIPPED else math.nan for end in (values.min(), values.max())]
+        low, high = (end if end == end else beyond for end, beyond in zip(ends, (-math.inf, math.inf), strict=True))
+        patches = _Patches.of(y, seen, low, high)
+        if patches is None:
+            return None
+        order = patches.sorted.argsort(kind="stable")
+        parts = np.array_split(order, np.clip(len(order) // PER_BIN, 1, BINS))
+        tried = [row for row in map(patches.flattest, parts) if row is not None]
+        found = [row for row in tried if row]
+        table = np.reshape(found if 2 * len(found) >= len(tried) else [], (-1, 5)).T.astype(np.float64)
         whole = bool((values == np.rint(values)).all()) and bool((np.abs(values) > 1.5).any())
-        cells, observed = _cells(y, side), _cells(seen, side)
-        full = observed.all(2)
-        second = np.indices((round(full.shape[1] ** (1 / axes)),) * axes).sum(0).ravel() % 2 == 1
-        number = full[:, second].sum(1)
-        use = (number > 0) & full[:, ~second].any(1)
-        if not use.any():
-            return None
-        cells, observed, full, number = cells[use], observed[use], full[use], number[use]
-        changes = np.array([i.bit_count() for i in range(cells.shape[2])])  # axes along which a detail changes sign
-        rows = hadamard(len(changes))[changes >= changes.max() - 1] / math.sqrt(len(changes))
-        detail = np.square(cells @ rows.T) * full[..., None]
-        fine, last = detail[..., :-1].mean(2), detail[..., -1]
-        flat = (fine + last)[:, ~second].sum(1) / full[:, ~second].sum(1)
-        others, last = fine[:, second].sum(1), last[:, second].sum(1)
-        count = observed.sum(2)
-        total, inside = np.where(observed, cells, 0).sum(2), ((cells > low) & (cells < high) & observed).sum(2)
-        first_half, bright, inside = (  # a patch is sorted by its first half, and measured by its second
-            of[:, half].sum(1) / count[:, half].sum(1)
-            for of, half in ((total, ~second), (total, second), (inside, second))
-        )
-        found, tried = [], 0
-        for part in np.array_split(first_half.argsort(kind="stable"), np.clip(len(cells) // PER_BIN, 1, BINS)):
-            part = part[flat[part].argsort(kind="stable")]
-            typical = np.median(last[part] / number[part]) or np.inf
-            part = part[last[part] <= OUTLIER * typical * number[part]]
-            n = number[part].cumsum()
-            error = np.sqrt(2 / n)
-            largest = last[part].cumsum() * (WHITE + 2 * error)
-            failed = np.flatnonzero((others[part].cumsum() > largest) & (n >= LEAST))
-            k = failed[0] if len(failed) else len(part)
-            if inside[part[: k or 1]].mean() < INSIDE:
-                continue
-            tried += 1
-            if not k or n[k - 1] < LEAST:
-                continue
-            kept, variance = part[:k], last[part[:k]].sum() / n[k - 1]
-            scatter = (
-                np.sqrt(np.square(last[kept] - variance * number[kept]).sum()) / n[k - 1]
-            )  # more than chance, if textured
-            share = inside[kept].mean()
-            share_error = math.sqrt(share * (1 - share) / k / side**axes) + UNSURE
-            found.append(
-                (bright[kept].mean(), variance, max(error[k - 1], scatter / (variance or 1.0)), share, share_error)
-            )
-        found = found if 2 * len(found) >= tried else []
-        table = np.reshape(np.array(found, dtype=np.float64), (-1, 5)).T
-        return cls(*table, float(low), float(high), whole, float(np.quantile(bright, BRIGHT)))
+        return cls(*table, low=low, high=high, whole=whole, bright=float(np.quantile(patches.bright, BRIGHT)))
 
     @classmethod
     def joined(cls, parts: list[_Bins]) -> _Bins:
         """Those of all channels."""
         names = "mean", "variance", "error", "inside", "inside_error"
         table = [np.concatenate([getattr(part, name) for part in parts]) for name in names]
-        low, high = min(p.low for p in parts), max(p.high for p in parts)
-        return cls(*table, low, high, all(p.whole for p in parts), max(p.bright for p in parts))
+        low, high, bright = min(p.low for p in parts), max(p.high for p in parts), max(p.bright for p in parts)
+        return cls(*table, low=low, high=high, whole=all(p.whole for p in parts), bright=bright)
 
     def fit(self, line: bool = True) -> Noise:
         """A line where the standard deviation surely differs between the dark and the bright, else a number."""
