@@ -445,8 +445,8 @@ def _estimate(arguments: argparse.Namespace) -> int:
         raise DiffemError("diffem check: --estimate: is for corruptions that corruption.yaml names, not --corruption")
     if (folder / "noise.npy").exists():
         raise DiffemError(f"{folder}: noise.npy: says how large the noise is; there is nothing to estimate")
-    if arguments.write:
-        _refuse_to_overwrite(file, arguments)
+    if arguments.write and file.exists() and not arguments.overwrite:
+        raise DiffemError(f"{file}: is there already; --overwrite replaces it")
     config = read_mapping(file)
     stated = {key: value for key, value in config.items() if key not in NO_ARGUMENTS}
     if stated.get("name", "PoissonGaussian") == "PoissonGaussian":  # the estimate says whether it is

@@ -41,6 +41,7 @@ CLIPPED = 1e-3  # a share of the values at the least, or the largest, that tells
 BRIGHT = 0.999  # the quantile of brightness that is called the bright
 OUTLIER = 20.0  # a patch that varies so many times more than half of them has a dead pixel
 UNSURE = 0.01  # of such a share, beside chance: signals differ within a bin
+HALF = 0.6  # a share of values inside of the ends that tells of a signal at the lower end: about half is cut off
 INSIDE = 0.4  # a share of values inside of the ends, below which nothing can be told of the noise
 DIFFERS = 1.1  # standard deviations that differ less, in the dark and in the bright, or between channels, are one
 SURE = 5.0  # standard errors
@@ -285,7 +286,8 @@ class _Bins:
 
     def fit(self, line: bool = True) -> Noise:
         """A line where the standard deviation surely differs between the dark and the bright, else a number."""
-        rounding, dark = self.whole / 12, float(self.mean.min())
+        rounding, darkest = self.whole / 12, self.mean.argmin()
+        dark = self.low if math.isfinite(self.low) and self.inside[darkest] < HALF else float(self.mean[darkest])
         if line and len(self.mean) > 2:
             (variance, gain), (error, gain_error) = self._least_squares([[1.0, 1.0], [0.1, 2.0]])
             noise = Noise(variance - rounding, gain, error, gain_error, (dark, self.bright))
