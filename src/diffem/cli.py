@@ -45,6 +45,7 @@ examples:
   diffem check DIR                       what stands in the way, before any training
   diffem check DIR digits                and how long a run takes on this machine
   diffem check DIR --em.iterations 30    the same with other settings: --section.field value
+  diffem check DIR --estimate            how large the noise is, where nobody told; --write writes corruption.yaml
 
 The exit status is 1 if there is a problem.
 """
@@ -130,6 +131,9 @@ def _parser() -> argparse.ArgumentParser:
         "preset", nargs="?", metavar="PRESET", help="a preset's name or a YAML file, to tell what a run costs"
     )
     _add_corruption(check)
+    check.add_argument("--estimate", action="store_true", help="only estimate the noise, and show a corruption.yaml")
+    check.add_argument("--write", action="store_true", help="with --estimate: write that corruption.yaml")
+    check.add_argument("--overwrite", action="store_true", help="with --write: replace the one that is there")
 
     corrupt = add("corrupt", "Make observations from clean data (for benchmarks).")
     corrupt.add_argument(
@@ -456,6 +460,10 @@ def _check(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
     from diffem.data import Observations
     from diffem.diagnostics.check import Finding, check
 
+    if arguments.estimate:
+        return _estimate(arguments)
+    if arguments.write or arguments.overwrite:
+        raise DiffemError("diffem check: --write and --overwrite: are for --estimate")
     config = configuration.load_config(arguments.preset, overrides(rest, "check"))
     observations = Observations.load(arguments.observations, _own(arguments))
     findings = check(observations, config.em.seed)
@@ -471,6 +479,46 @@ def _check(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
     counts = f"{problems} problem{'s' * (problems != 1)}, {warnings} warning{'s' * (warnings != 1)}"
     say(counts if problems or warnings else "nothing stands in the way")
     return int(problems > 0)
+
+
+def _estimate(arguments: argparse.Namespace) -> int:
+    """Says how large the noise is, and shows or writes the corruption.yaml that says so."""
+    import yaml
+
+    from diffem import files
+    from diffem.corruptions import from_config
+    from diffem.data import Observations
+    from diffem.data.observations import NO_ARGUMENTS, read_mapping
+    from diffem.diagnostics.check import Sample, estimated
+    from diffem.diagnostics.noise import described
+
+    folder = Path(arguments.observations)
+    file = folder / "corruption.yaml"
+    if arguments.corruption:
+        raise DiffemError("diffem check: --estimate: is for corruptions that corruption.yaml names, not --corruption")
+    if (folder / "noise.npy").exists():
+        raise DiffemError(f"{folder}: noise.npy: says how large the noise is; there is nothing to estimate")
+    if arguments.write and file.exists() and not arguments.overwrite:
+        raise DiffemError(f"{file}: is there already; --overwrite replaces it")
+    config = read_mapping(file)
+    stated = {key: value for key, value in config.items() if key not in NO_ARGUMENTS}
+    if stated.get("name", "PoissonGaussian") == "PoissonGaussian":  # the estimate says whether it is
+        stated = {"name": "GaussianNoise"}
+    corruption = from_config({**stated, "noise": 0.0}, str(file))
+    try:
+        noise = estimated(Sample(Observations.load(folder, corruption)))
+    except DiffemError as error:
+        raise DiffemError(f"{folder}: {str(error).removeprefix(f'{folder}: ')}") from None
+    say(noise.text)
+    try:
+        text = yaml.safe_dump(described(config, noise), sort_keys=False)
+    except DiffemError as error:
+        raise DiffemError(f"{file}: {error}") from None
+    say("\n".join(["corruption.yaml:", *(f"    {line}" for line in text.splitlines())]))
+    if arguments.write:
+        files.replace(file, text.encode())
+        say(f"written: {file}")
+    return 0
 
 
 def make_observations(

@@ -41,6 +41,7 @@ from diffem.units import Units
 from .layout import LIKE_Y, Layout, Seen
 
 NO_PARAMETERS = ("y", "clean", "labels", "held_out")  # files of an observation folder
+NO_ARGUMENTS = ("range", "shape", "clip", "formula", "axes")  # of corruption.yaml, which are not the corruption's
 HELD_OUT = 0.1
 LEAST_HELD_OUT = 4  # two validate and two test: one alone has no standard error
 CHUNK = 4096
@@ -139,7 +140,7 @@ class Observations:
         if not folder.is_dir():
             raise DiffemError(f"{folder}: no such folder of observations")
         config_file = folder / "corruption.yaml"
-        config = _mapping(config_file)
+        config = read_mapping(config_file)
         if not config_file.exists() and corruption is None:
             raise DiffemError(
                 f"{config_file}: missing; it says how y came about, e.g. `name: RandomMask`, `rate: 0.75`, `noise: 0.01`"
@@ -297,7 +298,7 @@ def evenly(rows: np.ndarray, count: int) -> np.ndarray:
     return rows if len(rows) <= count else rows[np.linspace(0, len(rows) - 1, count).round().astype(int)]
 
 
-def _mapping(file: Path) -> dict:
+def read_mapping(file: Path) -> dict:
     """What a YAML file says; nothing if there is none."""
     try:
         config = yaml.safe_load(file.read_text()) or {}

@@ -1,6 +1,7 @@
 """What can be known without clean data.
 
 - check.py: whether observations can be learned from, before any training
+- noise.py: how large the noise is, where nobody told
 - spectrum.py: in which directions they vary
 - scores.py: how well a posterior sampler predicts hidden parts of held-out observations: CRPS, calibration ratio, coverage
 - divergence.py: whether re-corrupted samples could be observations: two-sample tests

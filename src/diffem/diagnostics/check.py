@@ -18,7 +18,9 @@ from torch import Tensor
 from diffem.corruptions.diagonal import LEAST_GAIN, DiagonalCorruption
 from diffem.data import Observations, evenly
 from diffem.data.layout import FEW as FEW_CHANNELS
+from diffem.diagnostics.noise import Noise, estimate
 from diffem.diagnostics.spectrum import DIRECTIONS, Spectrum
+from diffem.errors import DiffemError
 
 LEVELS = ("problem", "warning", "note")
 SAMPLE = 8192  # observations that are looked at closely,
@@ -28,6 +30,10 @@ FEW = 20  # observations of an entry that are too few to learn from
 SURE = 5.0  # standard errors, where the smallest of thousands is looked at
 CLIPPED = 0.01  # a share of the values at the least, or the largest, that noise does not leave there
 DETAIL = 0.08  # details of images without noise, beside the standard deviation of their pixels
+UNEQUAL, FAR_APART = 1.25, 2.0  # the noise in the bright over that in the dark: a warning, a problem
+SENTINELS = (-999, -9999, -99999, -32768, 32767, 65535, 2**31 - 1, -(2**31), 1e20, 1e30, -1e20, -1e30, 9.96921e36)
+SHARED = 1e-3  # a share of the values that are exactly the same,
+FAR_VALUE = 10.0  # and so many times the range of all others away from them; a known sentinel, half of it
 
 
 @dataclass(frozen=True)
@@ -49,7 +55,13 @@ def quick(observations: Observations) -> list[Finding]:
     """Problems that a part of the observations shows, in seconds: what a run looks for before it trains."""
     sample = Sample(observations)
     quiet = noise(observations, sample, None) if isinstance(observations.corruption.noise, float) else []
-    findings = [*layout(observations), *inverted(observations), *quiet, *value_range(observations, sample)]
+    findings = [
+        *layout(observations),
+        *inverted(observations),
+        *quiet,
+        *sentinels(sample),
+        *value_range(observations, sample),
+    ]
     return [finding for finding in findings if finding.level == "problem"]
 
 
@@ -78,6 +90,7 @@ def check(observations: Observations, seed: int = 0) -> list[Finding]:
         *mask_rate(observations, survey),
         *duplicates(survey, train, np.concatenate(halves)),
         *quiet,
+        *sentinels(sample),
         *value_range(observations, sample),
     ]
     if uniform and all(finding.level == "note" for finding in quiet):  # these are told beyond the declared noise
@@ -290,7 +303,10 @@ def constant_entries(observations: Observations, sample: Sample) -> list[Finding
     if not observations.corruption.diagonal or not len(sample.values):
         return []
     variance, level = sample.variance, _noise(observations) ** 2
-    excess = SURE * np.sqrt(2 / np.maximum(sample.count, 2)) * level + 1e-12 * np.square(sample.values).mean()
+    excess = (
+        SURE * np.sqrt(2 / np.maximum(sample.count, 2)) * level
+        + 1e-12 * np.square(sample.values, dtype=np.float64).mean()
+    )
     use = (sample.count > 1) & (_gain(observations) > LEAST_GAIN)
     still, beyond = np.flatnonzero(use & (np.abs(variance - level) <= excess)), " beyond the noise" if level else ""
     if len(still) == use.sum():
@@ -329,19 +345,23 @@ class Quiet:
 
 
 def noise(observations: Observations, sample: Sample, spectrum: Spectrum | None) -> list[Finding]:
-    """The declared noise against the quietest that the data have: coefficients, directions, details of images.
+    """The declared noise against its estimate, and the quietest that the data have: coefficients, directions, details.
 
-    A problem if it is larger, by a tenth and :data:`SURE` standard errors; a warning if it is smaller, by half, than
-    what is likely nothing but noise. Another warning, `clipped`, if values are exactly the least, or the largest.
+    A problem if it is larger, by a tenth and :data:`SURE` standard errors; a warning if it is smaller than the estimate, or
+    by half than what is likely nothing but noise. `noise-not-uniform`, if the noise grows with the signal. Another warning,
+    `clipped`, if values are exactly the least, or the largest.
     """
     declared, values = _noise(observations), sample.values
     if not observations.corruption.linear or not len(values):
         return []
+    told = _estimate_or_none(sample)
+    if told is not None and (found := _not_uniform(declared, told, values)):
+        return found
     end, count = max(((v, (values == v).sum()) for v in (values.min(), values.max())), key=lambda pair: pair[1])
     if declared and count > max(1, CLIPPED * len(values)):
         text = f"{_percent(count / len(values))} of the values are exactly {end:g}, which noise would not leave so; use `noise: 0` if there is none, or a black box that clips"
         return [Finding("warning", "clipped", text)]
-    quiet = [*_quiet_coefficients(observations, sample), *_quiet_details(observations, sample)]
+    quiet = [*_quiet_coefficients(observations, sample), *_quiet_details(observations, sample, told)]
     if spectrum is not None:
         variance = declared**2 + (spectrum.share + SURE * spectrum.error) / spectrum.width
         std = np.sqrt(variance.clip(min=0))
@@ -358,6 +378,31 @@ def noise(observations: Observations, sample: Sample, spectrum: Spectrum | None)
             return [Finding("warning", "noise-too-small", text)]
     text = f"at most about {low.value:.3g}, by which {low.where} vary; declared {declared:g}"
     return [Finding("note", "noise", text)]
+
+
+def estimated(sample: Sample) -> Noise:
+    """What the observations say of their noise: see :func:`diffem.diagnostics.noise.estimate`."""
+    return estimate(sample.y.numpy(), sample.seen.reshape(sample.y.shape))
+
+
+def _estimate_or_none(sample: Sample) -> Noise | None:
+    try:
+        return estimated(sample)
+    except DiffemError:  # which says why it cannot be told
+        return None
+
+
+def _not_uniform(declared: float, told: Noise, values: np.ndarray) -> list[Finding]:
+    """Noise that grows with the signal, where that matters."""
+    dark, bright = (told.std(signal) for signal in told.ends)
+    if bright < UNEQUAL * dark or told.std(float(values.mean(dtype=np.float64))) < DETAIL * float(
+        values.std(dtype=np.float64)
+    ):
+        return []
+    use = ", ".join(f"`{key}: {value:g}`" for key, value in told.arguments.items())
+    first = f"subtract {told.offset:.3g} from y, and " if told.offset else ""
+    text = f"declared noise {declared:g} everywhere, but {told.text}; {first}use `name: PoissonGaussian`, {use}"
+    return [Finding("problem" if bright > FAR_APART * dark else "warning", "noise-not-uniform", text)]
 
 
 def _noise(observations: Observations) -> float:
@@ -389,12 +434,16 @@ def _quiet_coefficients(observations: Observations, sample: Sample) -> list[Quie
     return [_quietest(where, std, std / np.sqrt(2 * sample.count[use]), math.hypot(declared, sample.whole / 2))]
 
 
-def _quiet_details(observations: Observations, sample: Sample) -> list[Quiet]:
-    """Diagonal details (a - b - c + d) / 2 of 2x2 pixels that are all seen; likely noise if large beside the pixels.
+def _quiet_details(observations: Observations, sample: Sample, told: Noise | None) -> list[Quiet]:
+    """Flat patches, if `told` was found in them; else diagonal details (a - b - c + d) / 2 of 2x2 pixels that are all seen; likely noise if large beside the pixels.
 
     A quartile of their absolute values over that of a Gaussian, 0.3186, in the manner of the median in Donoho &
     Johnstone (1994), Ideal spatial adaptation by wavelet shrinkage. An image only raises it (Anderson, 1955).
     """
+    least = DETAIL * float(sample.values.std(dtype=np.float64))
+    if told is not None and not told.gain:
+        value = min(told.channels, default=told.std())
+        return [Quiet("flat patches", value, value + SURE * told.error, max(UNEQUAL * _noise(observations), least))]
     y, seen = sample.y, torch.from_numpy(sample.seen).view_as(sample.y)
     if y.ndim != 4 or not observations.corruption.diagonal:
         return []
@@ -408,11 +457,32 @@ def _quiet_details(observations: Observations, sample: Sample) -> list[Quiet]:
     if len(details) < 100 or not (value := float(np.quantile(details, 0.25)) / 0.3186):
         return []
     bound = value * (1 + SURE * 1.8 / math.sqrt(len(details)))  # the standard error of a quartile
-    least = math.hypot(1.5 * _noise(observations), DETAIL * float(sample.values.std()))
-    return [Quiet("details of a pixel's width", value, bound, least)]
+    return [Quiet("details of a pixel's width", value, bound, math.hypot(1.5 * _noise(observations), least))]
 
 
 # --- values ------------------------------------------------------------------------------------------
+
+
+def sentinels(sample: Sample) -> list[Finding]:
+    """A value far from all others that many entries share, as -999 where nothing was measured: a problem.
+
+    It is looked for in each channel (column) by itself.
+    """
+    y, seen = sample.y.numpy(), sample.seen.reshape(sample.y.shape)
+    for channel in range(y.shape[1]):
+        values = np.sort(y[:, channel][seen[:, channel]].astype(np.float64))
+        for value in values[:1], values[-1:]:
+            rest = values[values != value]
+            count = len(values) - len(rest)
+            if count < max(FEW, SHARED * len(values)) or not len(rest) or not (width := rest[-1] - rest[0]):
+                continue
+            known = np.isclose(value, SENTINELS, rtol=1e-6).any()
+            telling = known or len(np.unique(rest[:CHUNK])) > FEW
+            if telling and np.abs(value - rest).min() > (0.5 if known else FAR_VALUE) * width:
+                where = f" of channel {channel}" if y.shape[1] > 1 else ""
+                text = f"{_percent(count / len(values))} of the values{where} are exactly {value[0]:g}, far from all others ({rest[0]:g} to {rest[-1]:g}), as where nothing was measured; write NaN there, or hide them by mask.npy"
+                return [Finding("problem", "sentinel", text)]
+    return []
 
 
 def value_range(observations: Observations, sample: Sample) -> list[Finding]:
