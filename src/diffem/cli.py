@@ -616,13 +616,13 @@ def _observations(folder: str | Path, posterior: Posterior, arguments: argparse.
 def _reconstruct(arguments: argparse.Namespace) -> None:
     import numpy as np
 
-    from diffem import files
+    from diffem import files, memory
     from diffem.data.readers.exporting import Export
 
     place = _place(arguments)
     posterior = _model(arguments, "posterior")
     batch = place["batch"] or posterior.batch
-    observations = _observations(arguments.observations, posterior, arguments)
+    observations = _observations(arguments.observations, posterior, arguments).images
     posterior.refuse_others(observations)
     _refuse_other_range(Path(arguments.run), observations)
     if arguments.draws < 1:
@@ -641,11 +641,12 @@ def _reconstruct(arguments: argparse.Namespace) -> None:
     layout = posterior.item_layout
 
     def make(name: str, *extra: int, dtype: type = layout.dtype) -> np.memmap:
-        return files.make_array(temporary / f"{name}.npy", (n, *extra, *layout.users(posterior.shape)), dtype)
+        return files.make_array(temporary / f"{name}.npy", (n, *extra, *layout.users(observations.shape)), dtype)
 
     try:
         draws, mean, std = make("draws", arguments.draws), make("mean"), make("std", dtype=np.float32)
-        for rows in observations.chunks(size=batch):
+        numbers = arguments.draws * math.prod(observations.shape)
+        for rows in observations.chunks(size=memory.at_once(numbers, batch)):
             block = posterior.reconstruct(observations, rows, arguments.draws, arguments.seed, batch)
             draws[rows], mean[rows] = block.transpose(0, 1).numpy(), block.mean(0).numpy()
             std[rows] = block.std(0, correction=min(1, arguments.draws - 1)).numpy()

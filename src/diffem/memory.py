@@ -14,6 +14,7 @@ from diffem.errors import DiffemError
 SHARE = 0.25  # of the memory that is available, for a batch of draws
 MOST = 256  # items at a time: more are no quicker
 UNKNOWN = 4 * 2**30  # bytes, where the system does not say
+NUMBERS = 2**25  # single-precision numbers in an array of many items: 128 MB
 CURRENT, KEPT = 4, 8  # evaluating a network takes about 4 of its largest outputs at once, and an eighth of all
 
 
@@ -78,6 +79,11 @@ def batch(item: int, device: torch.device) -> int:
     """How many items, of so many bytes each, are drawn at a time: a power of two that fits, at most :data:`MOST`."""
     fits = int(SHARE * available(device)) // max(item, 1)
     return min(MOST, 1 << max(fits, 1).bit_length() - 1)
+
+
+def at_once(numbers: int, most: int, limit: int = NUMBERS) -> int:
+    """How many items, of so many numbers each, are held in one array: at most `most`, and no more numbers than the limit."""
+    return max(1, min(most, limit // max(numbers, 1)))
 
 
 def words(size: float) -> str:

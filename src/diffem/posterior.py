@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +22,7 @@ from diffem.denoiser import Denoiser
 from diffem.errors import DiffemError, suggest
 from diffem.networks import Given, Network
 from diffem.samplers import Sampler
+from diffem.tiles import tiled
 from diffem.units import Units
 
 
@@ -68,7 +70,7 @@ class Posterior(nn.Module):
 
         Arguments:
             y: Observations, shape (B, ...), as those that it was trained on lay; what stands where a mask is false does not
-                matter.
+                matter. Images larger than those are drawn by tiles, see :mod:`diffem.tiles`.
             params: Their parameters by name, e.g. {"mask": mask}; a mask is true where y was observed.
             n: Draws for each.
             generator: Draws the keys of the items; torch's own by default.
@@ -91,7 +93,7 @@ class Posterior(nn.Module):
             y, given = self.layout.observed(y, given)
         y = y.float()
         given = {k: (v.bool() if k == "mask" else v.float()).to(y.device) for k, v in given.items()}
-        self._check(y, given)
+        sampler, size = self._drawing(self._check(y, given), batch)
         if "mask" in given:
             y = torch.where(given["mask"], y, 0.0)
         if not y.isfinite().all():
@@ -105,16 +107,27 @@ class Posterior(nn.Module):
         if len(seeds) != len(y):
             raise DiffemError(f"seeds: {len(seeds)} of them, where y has {len(y)} rows")
         found = []
-        for rows in torch.arange(len(y)).split(batch or self.batch):
+        for rows in torch.arange(len(y)).split(size):
             part, of_part = y[rows].to(self.device), {k: v[rows].to(self.device) for k, v in given.items()}
             part = self.corruption.scale_y(part, of_part, self.units)
             of_part = self.corruption.scale_params(of_part, self.units)
             keys = seeds.cpu()[rows].to(self.device)
-            found.append(torch.stack([self.sampler.draw(part, of_part, seeding.again(keys, j)) for j in range(n)]))
+            found.append(torch.stack([sampler.draw(part, of_part, seeding.again(keys, j)) for j in range(n)]))
         x = self._restored(torch.cat(found, 1)).to(y.device)
         return x.numpy() if arrays else x
 
-    def _check(self, y: Tensor, params: dict[str, Tensor]) -> None:
+    def _drawing(self, shape: tuple[int, ...], batch: int | None) -> tuple[Sampler, int]:
+        """What draws items of a shape, and how many observations at a time where `batch` items of the model are."""
+        batch = batch or self.batch
+        if shape == self.shape:
+            return self.sampler, batch
+        try:
+            return tiled(self.sampler, shape, batch), max(1, batch * math.prod(self.shape) // math.prod(shape))
+        except DiffemError as error:
+            raise DiffemError(f"y: is of {error}") from None
+
+    def _check(self, y: Tensor, params: dict[str, Tensor]) -> tuple[int, ...]:
+        """The shape of the items that were observed."""
         for name, value in params.items():
             known = self.corruption.parameters
             if known is not None and name not in known:
@@ -124,9 +137,7 @@ class Posterior(nn.Module):
             if value.shape[:1] != y.shape[:1]:
                 raise DiffemError(f"{name}: has {len(value) if value.ndim else 0} rows where y has {len(y)}")
         shape = tuple(y.shape[1:]) if self.corruption.diagonal else self.shape
-        shape = self.corruption.check(y.cpu().numpy(), {k: v.cpu().numpy() for k, v in params.items()}, shape)
-        if shape != self.shape:
-            raise DiffemError(f"y: is of items of shape {shape}, where the model's have {self.shape}")
+        return self.corruption.check(y.cpu().numpy(), {k: v.cpu().numpy() for k, v in params.items()}, shape)
 
     def sample_prior(self, n: int, generator: torch.Generator | None = None, batch: int | None = None) -> Tensor:
         """n new items, without an observation, shape (n, ...), in the units and the layout of y.
@@ -147,14 +158,15 @@ class Posterior(nn.Module):
     ) -> Tensor:
         """n draws for each of the observations `rows`, shape (n, len(rows), ...), in the units and the layout of y.
 
-        They depend on the seed and on the row, not on the batch.
+        They depend on the seed and on the row, not on the batch. Images larger than those that it was trained on are drawn by tiles.
 
         Raises:
             DiffemError: If they came about in another way than those that it was trained on.
         """
         self.refuse_others(observations)
         data = Dataset(observations, self.units)
-        return self._restored(samplers.draw_many(self.sampler, data, rows, n, seed, batch=batch or self.batch))
+        sampler, size = self._drawing(observations.shape, batch)
+        return self._restored(samplers.draw_many(sampler, data, rows, n, seed, batch=size))
 
     def generate(self, n: int, seed: int = 0, batch: int | None = None) -> Tensor:
         """The first n samples of the prior under a seed, shape (n, ...), in the units and the layout of y."""
@@ -164,7 +176,10 @@ class Posterior(nn.Module):
         """Raises a DiffemError if observations came about in another way than those that it was trained on."""
         where, ours, theirs = observations.source, self.corruption.law, observations.corruption.law
         if observations.shape != self.shape:
-            raise DiffemError(f"{where}: items of shape {observations.shape}, but the model's are {self.shape}")
+            try:
+                tiled(self.sampler, observations.shape, 1)
+            except DiffemError as error:
+                raise DiffemError(f"{where}: {error}") from None
         for name in {**ours, **theirs}:
             if ours.get(name) != theirs.get(name):
                 said = "noise.npy" if name == "noise" else "none"

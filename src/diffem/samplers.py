@@ -303,20 +303,25 @@ class DiffusionSampler(Sampler):
             query: What is drawn, given what.
             stream: The first of two random streams of the items that are free.
         """
+        mean, rest = self.parts(x, sigma, query, stream)
+        return mean + rest
+
+    def parts(self, x: Tensor, sigma: Tensor, query: Query, stream: int) -> tuple[Tensor, Tensor]:
+        """The mean, and a draw of what is put back of the variance that it leaves; both flat. Arguments as for :meth:`estimate`."""
         params = query.params if query.shown is None else query.shown
         posterior, f, v = self.denoiser.predict(x, sigma.expand(len(x)), query.y, params, query.withheld)
-        clean = posterior.mean + posterior.scale(f)
-        if self.width > 0:
-            reference = self.denoiser.reference
-            uniform = seeding.uniform(query.seeds, stream=stream)
-            normal = seeding.normal(query.seeds, (reference.rank + reference.features,), stream=stream + 1)
-            factor: Tensor | float = min(self.width, 1.0)
-            if self.width > 1:
-                if query.widest is None:
-                    query.widest = posterior.variance.amax(1, keepdim=True)
-                factor = 1 + (self.width - 1) * posterior.variance / query.widest
-            clean = clean + (v * factor).sqrt() * (posterior.draw(uniform, normal) - posterior.mean)
-        return clean
+        mean = posterior.mean + posterior.scale(f)
+        if not self.width:
+            return mean, torch.zeros_like(mean)
+        reference = self.denoiser.reference
+        uniform = seeding.uniform(query.seeds, stream=stream)
+        normal = seeding.normal(query.seeds, (reference.rank + reference.features,), stream=stream + 1)
+        factor: Tensor | float = min(self.width, 1.0)
+        if self.width > 1:
+            if query.widest is None:
+                query.widest = posterior.variance.amax(1, keepdim=True)
+            factor = 1 + (self.width - 1) * posterior.variance / query.widest
+        return mean, (v * factor).sqrt() * (posterior.draw(uniform, normal) - posterior.mean)
 
 
 @dataclass

@@ -27,8 +27,9 @@ def against(reference: np.ndarray, features: metrics.Features | None = None) -> 
 
     def hook(em: DiffEM, row: dict) -> dict:
         check_reference(reference, em.observations)
-        rows = evenly(np.arange(len(reference)), metrics.ITEMS)
-        x, clean = em.data.items(em.reconstructions)[rows], em.data.items(reference)[rows]
+        truth = em.observations.cut(reference)
+        rows = evenly(np.arange(len(truth)), metrics.ITEMS)
+        x, clean = em.data.items(em.reconstructions)[rows], em.data.items(truth)[rows]
         return {"clean": metrics.compare(x, clean, features)}
 
     return hook
@@ -37,7 +38,7 @@ def against(reference: np.ndarray, features: metrics.Features | None = None) -> 
 def check_reference(reference: np.ndarray, observations: Observations) -> None:
     """Raises a DiffemError if there is not one clean item for each observation."""
     shape = (len(observations), *observations.item_layout.users(observations.shape))
-    if tuple(reference.shape) != shape:
+    if tuple(observations.cut(reference).shape) != shape:
         raise DiffemError(f"reference: shape {tuple(reference.shape)}, but the reconstructions have {shape}")
 
 
@@ -53,7 +54,7 @@ def evaluate(
 
     Arguments:
         run: The run folder.
-        reference: A .npy of clean items, row i for observation i.
+        reference: A .npy of clean items, row i for observation i (or for image i, where observations are patches of images).
         observations: What the run was trained on; for the start's reconstructions and the residuals.
         device: Where networks run; see :func:`diffem.devices.choose`.
         precision: How precisely; likewise.
@@ -71,6 +72,8 @@ def evaluate(
     if not reference.exists():
         raise DiffemError(f"{reference}: no such file; --reference is a .npy of clean items")
     clean = open_array(reference)
+    if observations is not None:
+        clean = observations.cut(clean)
     x = np.load(run / "reconstructions.npy", mmap_mode="r")
     if clean.shape != x.shape:
         raise DiffemError(f"{reference}: shape {clean.shape}, but the run has reconstructions of {x.shape}")

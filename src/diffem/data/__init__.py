@@ -1,6 +1,7 @@
 """What was measured.
 
 - observations.py: folders of memory-mapped arrays, the held-out split, the units of models
+- patches.py: large images in parts
 - layout.py: the axes of arrays as people have them, and complex numbers
 - dataset.py: the same in model units
 """

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from diffem.corruptions import Observed, Params
+from diffem.corruptions import Corruption, Observed, Params
 from diffem.units import Units
 
 from .layout import Layout
@@ -24,16 +25,20 @@ class Dataset:
         rows: The observations whose parameters new ones take, where the parameters are in files; all by default.
 
     Attributes:
-        corruption: The corruption, in model units.
         shape: The shape of an item.
     """
 
     def __init__(self, observations: Observations, units: Units, rows: np.ndarray | None = None) -> None:
         self.observations, self.units, self.shape = observations, units, observations.shape
         self.rows = np.arange(len(observations)) if rows is None else rows
-        self.corruption = observations.corruption.scaled(units)
-        if observations.params and not observations.formula:
-            self.corruption = self.corruption.with_measured(self.parameters)
+
+    @cached_property
+    def corruption(self) -> Corruption:
+        """The corruption, in model units."""
+        corruption = self.observations.corruption.scaled(self.units)
+        if self.observations.params and not self.observations.formula:
+            corruption = corruption.with_measured(self.parameters)
+        return corruption
 
     def __len__(self) -> int:
         return len(self.observations)

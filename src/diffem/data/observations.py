@@ -9,7 +9,8 @@ On disk they are a folder that anyone can write with numpy:
                      `range: [low, high]` of the clean data and `shape: [...]` of one clean item;
                      `clip: true`: draws are clamped to that range before a black box sees them;
                      `formula: true`: new observations take parameters from the corruption's formula (`rate`);
-                     `axes: NHWC`: how y, the arrays that broadcast against it and clean items lie, see layout.py
+                     `axes: NHWC`: how y, the arrays that broadcast against it and clean items lie, see layout.py;
+                     `patch: 64` or `patch: [32, 64, 64]`: large images, series or volumes are read as patches of that size
     held_out.npy     optional, (N,) true for the observations that never train, e.g. whole patients, nights or writers;
                      a seeded tenth by default. The first half of them validates, the second half tests
     clean.npy        optional, the clean items, and labels.npy, their classes; read by evaluation and report only, never by training
@@ -22,6 +23,7 @@ Units: everything here is in the units of y as stored. Models work on (x - centr
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,19 +35,28 @@ import torch
 import yaml
 from torch import Tensor
 
-from diffem import seeding
+from diffem import memory, seeding
 from diffem.corruptions import REGISTRY, BlackBox, Corruption, Observed, Params, from_config
 from diffem.errors import DiffemError
 from diffem.units import Units
 
 from .layout import LIKE_Y, Layout, Seen
+from .patches import Grid, Patches
 
 NO_PARAMETERS = ("y", "clean", "labels", "held_out")  # files of an observation folder
-NO_ARGUMENTS = ("range", "shape", "clip", "formula", "axes")  # of corruption.yaml, which are not the corruption's
+NO_ARGUMENTS = (
+    "range",
+    "shape",
+    "clip",
+    "formula",
+    "axes",
+    "patch",
+)  # of corruption.yaml, which are not the corruption's
 HELD_OUT = 0.1
 LEAST_HELD_OUT = 4  # two validate and two test: one alone has no standard error
 CHUNK = 4096
 NUMBERS = 2**22  # values by which the units of models are chosen
+WHOLE = 20  # images from which on whole images are held out, not patches
 FAR = 20.0  # interquartile ranges beyond the quartiles: what lies farther does not widen the range
 
 
@@ -62,12 +73,16 @@ class Observations:
         held_out: Which of them are held out, (N,) of bool; a seeded tenth by default.
         formula: New observations take parameters from the corruption's formula, not from `params`.
         axes: How y lies, e.g. `NHWC`; see :class:`Layout`. The parameters mask and noise lie like y, and so do items.
+        patch: Read as patches of this size, one number for each axis that is not of channels or one for all; see :class:`Grid`. An
+            observation is then a patch. Only for corruptions whose y depends entry by entry on x.
 
     Attributes:
         y, params: As models see them: (N, features), or (N, channels, *spatial) of real numbers.
         shape: The shape of an item, likewise.
         layout: How y lay.
         item_layout: How items lie.
+        images: These observations, not cut into patches.
+        grid: Where the patches lie in an image, those of one before those of the next; None for whole images.
 
     Raises:
         DiffemError: If the arrays do not fit each other, or a value that counts as observed is not finite.
@@ -84,6 +99,7 @@ class Observations:
         held_out: np.ndarray | None = None,
         formula: bool = False,
         axes: str | None = None,
+        patch: int | Sequence[int] | None = None,
     ) -> None:
         if not isinstance(corruption, Corruption):
             raise DiffemError(
@@ -126,6 +142,10 @@ class Observations:
         self.range = None if range is None else (float(range[0]), float(range[1]))
         _refuse_mistakes(self)
         self.item_layout = self.layout.of_items(self.shape, self.layout.complex and corruption.complex_items)
+        self.images: Observations = self
+        self.grid: Grid | None = None
+        if patch is not None:
+            _cut(self, patch)
 
     @classmethod
     def load(cls, folder: str | Path, corruption: Corruption | type[Corruption] | None = None) -> Observations:
@@ -146,7 +166,7 @@ class Observations:
                 f"{config_file}: missing; it says how y came about, e.g. `name: RandomMask`, `rate: 0.75`, `noise: 0.01`"
             )
         value_range, shape, clip = config.pop("range", None), config.pop("shape", None), config.pop("clip", False)
-        formula, axes = config.pop("formula", False), config.pop("axes", None)
+        formula, axes, patch = config.pop("formula", False), config.pop("axes", None), config.pop("patch", None)
         if not isinstance(formula, bool):
             raise DiffemError(f"{config_file}: formula: must be true or false, got {formula!r}")
         if isinstance(corruption, type):
@@ -162,15 +182,13 @@ class Observations:
         names = [file.stem for file in sorted(folder.glob("*.npy")) if file.stem not in NO_PARAMETERS]
         params = {name: open_array(folder / f"{name}.npy") for name in names}
         held_out = open_array(folder / "held_out.npy") if (folder / "held_out.npy").exists() else None
-        return cls(
-            y, corruption, params, value_range, shape, source=str(folder), held_out=held_out, formula=formula, axes=axes
-        )
+        return cls(y, corruption, params, value_range, shape, str(folder), held_out, formula, axes, patch)
 
     def save(self, folder: str | Path) -> None:
         """Writes the folder; a corruption that is not registered is not written, since data never name code."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        for name, array in {"y": self.y, **self.params}.items():
+        for name, array in {"y": self.images.y, **self.images.params}.items():
             if not isinstance(array, NotNaN):  # which y says
                 np.save(folder / f"{name}.npy", getattr(array, "array", array))
         if self.held_out is not None:
@@ -182,6 +200,8 @@ class Observations:
             config["range"] = list(self.range)
         if self.shape != self.y.shape[1:]:
             config["shape"] = list(self.item_layout.users(self.shape))
+        if self.grid is not None:
+            config["patch"] = list(self.grid.patch)
         if self.axes is not None:
             config["axes"] = self.axes
         if self.formula:
@@ -204,9 +224,19 @@ class Observations:
         dtype = lambda name: bool if name == "mask" else np.float32  # noqa: E731
         return {k: torch.from_numpy(np.asarray(v[indices]).astype(dtype(k))) for k, v in self.params.items()}
 
+    def cut(self, items: np.ndarray) -> np.ndarray:
+        """Items as a user sees them, one for each image, cut as these observations are; any other array as it is."""
+        of = self.images
+        if self.grid is None or tuple(items.shape) != (len(of), *of.item_layout.users(of.shape)):
+            return items
+        return cast(np.ndarray, Patches(items, self.grid, self.item_layout))
+
     def chunks(self, indices: np.ndarray | None = None, size: int = CHUNK) -> Iterator[np.ndarray]:
-        """The indices (all by default) in runs of `size`, the last one shorter."""
-        indices = np.arange(len(self)) if indices is None else indices
+        """The indices (all by default) in runs of `size`, or fewer where items are large; the last one shorter."""
+        indices, size = (
+            np.arange(len(self)) if indices is None else indices,
+            memory.at_once(math.prod(self.y.shape[1:]), size),
+        )
         for start in range(0, len(indices), size):
             yield indices[start : start + size]
 
@@ -214,36 +244,15 @@ class Observations:
         """Indices of the training, the validation and the test observations, each ascending.
 
         Validation and test are halves of the held-out observations: of :data:`HELD_OUT` of all, drawn by the seed, or of those
-        that the user named, cut in the middle, so that neighbours (one patient, one night) stay together.
+        that the user named, cut in the middle, so that neighbours (one patient, one night) stay together. Patches are held out by
+        the image, if there are :data:`WHOLE` or more of these; else one by one, and then those that overlap them are left out.
         """
-        if self.held_out is not None:
-            train, held_out = np.flatnonzero(~self.held_out), np.flatnonzero(self.held_out)
-        else:
-            order = torch.randperm(len(self), generator=seeding.generator(seed, 0, "split")).numpy()
-            held = max(LEAST_HELD_OUT, round(HELD_OUT * len(self)))
-            if 2 * held > len(self):
-                raise DiffemError(
-                    f"{self.source}: {len(self)} observation(s) are too few: a tenth, and at least {LEAST_HELD_OUT}, are held out, the rest trains"
-                )
-            train, held_out = np.sort(order[held:]), order[:held]
-        half = len(held_out) // 2
-        return train, np.sort(held_out[:half]), np.sort(held_out[half:])
+        return _split(self, seed)
 
     def units(self, train: np.ndarray) -> Units:
         """The units of models: from the range, or else from what training observations show: of each channel (column) by itself,
         where they are observed apart."""
-        if self.range is not None:
-            return Units((self.range[0] + self.range[1]) / 2, (self.range[1] - self.range[0]) / 2)
-        y, params = self.batch(evenly(train, max(CHUNK, NUMBERS // math.prod(self.y.shape[1:]))))
-        seen = self.corruption.seen(y, params).expand_as(y)
-        known = self.corruption.linear or self.y.shape[1:] == self.shape
-        if not known or not self.corruption.same_units or self.layout.complex:
-            return Units(0.0, 2 * float(y[seen].square().mean().sqrt()) or 1.0)
-        if self.shape[0] == 1 or not self.corruption.apart(self.shape):
-            return Units(*_middle(y[seen].numpy()))
-        of = np.array([_middle(y[:, c][seen[:, c]].numpy()) for c in range(self.shape[0])])
-        centre, half = of.T.reshape(2, -1, *(1,) * (len(self.shape) - 1))
-        return Units(centre, half)
+        return _units(self, train)
 
     def rehearse(self, units: Units) -> None:
         """Tries the corruption, on items of the middle of the range: see :meth:`Corruption.rehearse`."""
@@ -255,7 +264,8 @@ class Observations:
         rows = np.unique(np.linspace(0, len(self) - 1, 256).astype(int))
         digest = hashlib.sha256()
         for array in (self.y, *(self.params[k] for k in sorted(self.params))):
-            digest.update(np.ascontiguousarray(array[rows]).tobytes())
+            for some in self.chunks(rows):
+                digest.update(np.ascontiguousarray(array[some]).tobytes())
         if self.held_out is not None:
             digest.update(np.ascontiguousarray(self.held_out).tobytes())
         return digest.hexdigest()[:16]
@@ -335,6 +345,63 @@ def _parameter(of: Observations, name: str, array: np.ndarray) -> np.ndarray:
     if name in LIKE_Y and array.ndim == 1:  # one number for each observation
         return array.reshape(-1, *(1,) * (of.y.ndim - 1))
     return _seen(array, of.layout) if of.layout.like_y(name, array) else array
+
+
+def _cut(of: Observations, patch: int | Sequence[int]) -> None:
+    """Makes patches of observations."""
+    if not of.corruption.by_entry:
+        raise DiffemError(
+            f"{of.source}: patch: {of.corruption.config['name']} makes an entry of y of several of x, so that it cannot be cut; leave patch out"
+        )
+    try:
+        of.images, of.grid = copy.copy(of), Grid(of.shape[1:], patch)
+    except DiffemError as error:
+        raise DiffemError(f"{of.source}: {error}") from None
+    of.images.images = of.images
+    of.y = cast(np.ndarray, Patches(of.y, of.grid))
+    of.params = {k: cast(np.ndarray, Patches(v, of.grid)) for k, v in of.params.items()}
+    of.shape = (of.shape[0], *of.grid.patch)
+
+
+def _split(of: Observations, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    grid, images = of.grid, len(of.images)
+    if grid is not None and (of.held_out is not None or images >= WHOLE):
+        train, validation, test = (grid.rows(part) for part in of.images.split(seed))
+        return train, validation, test
+    if of.held_out is not None:
+        train, held_out = np.flatnonzero(~of.held_out), np.flatnonzero(of.held_out)
+    else:
+        order = torch.randperm(len(of), generator=seeding.generator(seed, 0, "split")).numpy()
+        held = max(LEAST_HELD_OUT, round(HELD_OUT * len(of)))
+        if 2 * held > len(of):
+            raise DiffemError(
+                f"{of.source}: {len(of)} observation(s) are too few: a tenth, and at least {LEAST_HELD_OUT}, are held out, the rest trains"
+            )
+        train, held_out = np.sort(order[held:]), order[:held]
+    half = len(held_out) // 2
+    validation, test = np.sort(held_out[:half]), np.sort(held_out[half:])
+    if grid is not None:
+        test = test[~grid.touched(validation, images)[test]]
+        train = train[~grid.touched(held_out, images)[train]]
+        if min(len(train), len(test)) < 2:
+            raise DiffemError(f"{of.source}: patch: {list(grid.patch)}: too few that do not overlap; use a smaller one")
+    return train, validation, test
+
+
+def _units(of: Observations, train: np.ndarray) -> Units:
+    if of.range is not None:
+        return Units((of.range[0] + of.range[1]) / 2, (of.range[1] - of.range[0]) / 2)
+    numbers = math.prod(of.y.shape[1:])
+    y, params = of.batch(evenly(train, memory.at_once(numbers, max(CHUNK, NUMBERS // numbers))))
+    seen = of.corruption.seen(y, params).expand_as(y)
+    known = of.corruption.linear or of.y.shape[1:] == of.shape
+    if not known or not of.corruption.same_units or of.layout.complex:
+        return Units(0.0, 2 * float(y[seen].square().mean().sqrt()) or 1.0)
+    if of.shape[0] == 1 or not of.corruption.apart(of.shape):
+        return Units(*_middle(y[seen].numpy()))
+    found = np.array([_middle(y[:, c][seen[:, c]].numpy()) for c in range(of.shape[0])])
+    centre, half = found.T.reshape(2, -1, *(1,) * (len(of.shape) - 1))
+    return Units(centre, half)
 
 
 def _refuse_mistakes(observations: Observations) -> None:

@@ -41,7 +41,7 @@ def save(
     if "mask" in params:
         arrays["mask"] = params["mask"].numpy()
     if clean is not None and clean.exists():
-        arrays["clean"] = np.asarray(seen(np.load(clean, mmap_mode="r")[rows]), dtype=np.float32)
+        arrays["clean"] = np.asarray(seen(observations.cut(np.load(clean, mmap_mode="r"))[rows]), dtype=np.float32)
     if (run / "prior" / "config.json").exists():
         arrays["samples"] = seen(load("prior").generate(64 if image else 1000, seed, batch)).numpy()
     stream = io.BytesIO()
