@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import torch
 import diffem
 from diffem import samplers, tables
 from diffem.config import load_config
-from diffem.corruptions import registry
+from diffem.corruptions import REGISTRY, Corruption, registry
 
 ROOT = Path(__file__).parents[1]
 SMALL = [
@@ -134,3 +135,20 @@ def test_the_page_of_public_names_is_that_of_today():
         assert f"| `{name}` | " in page
     assert "| |" not in page.replace("| | |", "")  # each has a sentence
     assert not [line for line in page.splitlines() if line.endswith("|  |")]
+
+
+def test_the_page_of_corruptions_lists_each_as_it_is():
+    lines = (ROOT / "docs" / "corruptions.md").read_text().splitlines()
+    table = {
+        line.split("|")[1].strip(" `"): line.split("|")
+        for line in lines
+        if line.startswith("| `") and line.count("|") == 7
+    }
+    shelf = {name: kind for name, kind in REGISTRY.items() if kind.__module__.startswith("diffem.corruptions")}
+    assert set(table) == set(shelf)
+    for name, kind in shelf.items():
+        arguments = ", ".join(f"`{k}`" for k in inspect.signature(kind).parameters)
+        assert set(table[name][3].strip().split(", ")) == set(arguments.split(", ")), name
+        for file in (f"{k}.npy" for k in kind.parameters or () if k != "noise"):
+            assert file in table[name][4], name
+        assert (table[name][6].strip() == "yes") == (kind.thin is not Corruption.thin), name
