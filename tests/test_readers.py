@@ -244,7 +244,7 @@ def test_bombs_of_images(here, monkeypatch):
     Path("b.tif").write_bytes(content)
     stored = len(content)
     assert error("b.tif") == (
-        f"b.tif: declares (60000, 60000) of float64, 28,800,000,000 bytes, but stores {stored:,}; not read"
+        f"b.tif: declares (1, 1, 60000, 60000) of float64, 28,800,000,000 bytes, but stores {stored:,}; not read"
     )
 
 
@@ -330,6 +330,7 @@ def test_which_array(here):
     np.save("text.npy", np.array([["a"], ["b"]]))
     assert error("text.npy") == "text.npy: holds <U1; give numbers"
     zarr.save_array("root.zarr", numbers((4, 3)))
+    assert error("root.zarr:x") == "root.zarr: is an array, and has none called x"
     import_files("root.zarr", "root")
     np.testing.assert_array_equal(y("root"), numbers((4, 3)))
 
@@ -566,7 +567,7 @@ def test_what_nifti_cannot_be_read(here):
     header.set_data_shape((30000, 30000, 30000))
     Path("big.nii").write_bytes(header.binaryblock + b"\0" * 100)
     assert error("big.nii").startswith(
-        "big.nii: declares (30000, 30000, 30000) of float64, 216,000,000,000,000 bytes, but"
+        "big.nii: declares (1, 1, 30000, 30000, 30000) of float64, 216,000,000,000,000 bytes, but"
     )
     nibabel.save(nibabel.Nifti1Image(numbers((4, 5)), AFFINE), "flat.nii")
     assert error("flat.nii") == "flat.nii: has shape (4, 5); give volumes of three axes, or series of them"
