@@ -232,20 +232,18 @@ def test_bombs_of_images(here, monkeypatch):
         assert error("a.png") == f"a.png: has more than the {limit:,} pixels that Pillow trusts; cut it first"
     monkeypatch.undo()
     monkeypatch.chdir(here)
-    tifffile.imwrite("b.tif", np.zeros((64, 64), np.float64), metadata=None)
-    content = bytearray(Path("b.tif").read_bytes())
-    with tifffile.TiffFile("b.tif") as tiff:
-        tags = [tiff.pages[0].tags[name] for name in ("ImageWidth", "ImageLength", "RowsPerStrip")]
-    for tag in tags:
-        assert tag.dtype in (3, 4)
-        content[tag.valueoffset : tag.valueoffset + (2 if tag.dtype == 3 else 4)] = (60000).to_bytes(
-            2 if tag.dtype == 3 else 4, "little"
-        )
-    Path("b.tif").write_bytes(content)
-    stored = len(content)
-    assert error("b.tif") == (
-        f"b.tif: declares (60000, 60000) of float64, 28,800,000,000 bytes, but stores {stored:,}; not read"
-    )
+    for dtype, size in ((np.float64, 60000), (np.uint8, 9000)):  # for tifffile, and for Pillow
+        tifffile.imwrite("b.tif", np.zeros((64, 64), dtype), metadata=None)
+        content = bytearray(Path("b.tif").read_bytes())
+        with tifffile.TiffFile("b.tif") as tiff:
+            tags = [tiff.pages[0].tags[name] for name in ("ImageWidth", "ImageLength", "RowsPerStrip")]
+        for tag in tags:
+            length = {3: 2, 4: 4}[tag.dtype]
+            content[tag.valueoffset : tag.valueoffset + length] = size.to_bytes(length, "little")
+        Path("b.tif").write_bytes(content)
+        declared, stored = size**2 * np.dtype(dtype).itemsize, len(content)
+        what = f"(1, 1, {size}, {size}) of {np.dtype(dtype)}, {declared:,} bytes"
+        assert error("b.tif") == f"b.tif: declares {what}, but stores {stored:,}; not read"
 
 
 def test_folders(here):
@@ -330,6 +328,7 @@ def test_which_array(here):
     np.save("text.npy", np.array([["a"], ["b"]]))
     assert error("text.npy") == "text.npy: holds <U1; give numbers"
     zarr.save_array("root.zarr", numbers((4, 3)))
+    assert error("root.zarr:x") == "root.zarr: is an array, and has none called x"
     import_files("root.zarr", "root")
     np.testing.assert_array_equal(y("root"), numbers((4, 3)))
 
@@ -566,7 +565,7 @@ def test_what_nifti_cannot_be_read(here):
     header.set_data_shape((30000, 30000, 30000))
     Path("big.nii").write_bytes(header.binaryblock + b"\0" * 100)
     assert error("big.nii").startswith(
-        "big.nii: declares (30000, 30000, 30000) of float64, 216,000,000,000,000 bytes, but"
+        "big.nii: declares (1, 1, 30000, 30000, 30000) of float64, 216,000,000,000,000 bytes, but"
     )
     nibabel.save(nibabel.Nifti1Image(numbers((4, 5)), AFFINE), "flat.nii")
     assert error("flat.nii") == "flat.nii: has shape (4, 5); give volumes of three axes, or series of them"

@@ -128,9 +128,7 @@ def _hdf5(path: Path, name: str, inside: str | None) -> dict[str, Array]:
     h5py = optional("h5py", "mri")
     found: list[str] = []
     with h5py.File(path, "r") as file:
-        file.visititems(
-            lambda at, thing: found.append(at) if isinstance(thing, h5py.Dataset) else None
-        )  # hard links only
+        file.visititems(lambda at, thing: found.append(at) if isinstance(thing, h5py.Dataset) else None)  # no links
         if inside is not None:
             inside = _followed(file, name, inside.strip("/"))
         chosen = _chosen(name, found, inside)
@@ -191,13 +189,11 @@ def _zarr(path: Path, name: str, inside: str | None) -> dict[str, Array]:
     def opened(at: str) -> Any:
         return zarr.open_array(store=str(path / at), mode="r")
 
-    root = zarr.open(store=str(path), mode="r")
-    found = (
-        {}
-        if isinstance(root, zarr.Array)
-        else {at: "" for at, thing in root.members(None) if isinstance(thing, zarr.Array)}
-    )
-    chosen = {"y": ""} if isinstance(root, zarr.Array) and inside is None else _chosen(name, list(found), inside)
+    root, chosen = zarr.open(store=str(path), mode="r"), {"y": ""}
+    if isinstance(root, zarr.Group):
+        chosen = _chosen(name, [at for at, thing in root.members(None) if isinstance(thing, zarr.Array)], inside)
+    elif inside is not None:
+        raise DiffemError(f"{name}: is an array, and has none called {inside}")
     for at in chosen.values():
         array, called = opened(at), f"{name}: {at}" if at else name
         numbers(called, np.dtype(array.dtype))

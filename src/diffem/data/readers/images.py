@@ -17,7 +17,7 @@ from PIL import Image, UnidentifiedImageError
 
 from diffem.errors import DiffemError, optional
 
-from .source import Block, File, Options, Shape, numbers, plausible, same
+from .source import Block, File, Options, Shape, numbers, same
 
 FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF")
 CHANNELS = {"1": 1, "L": 1, "P": 3, "RGB": 3, "I": 1, "F": 1, "I;16": 1, "I;16B": 1, "I;16L": 1}  # of Pillow's modes
@@ -101,10 +101,9 @@ def _tiff_for_pillow(path: Path, name: str) -> bool:
 
 def _pages(path: Path, name: str) -> Iterator[tuple[Shape, np.dtype]]:
     for image in _opened(path, name):
-        alpha = image.mode not in CHANNELS or "transparency" in image.info
-        if alpha:
-            mode = f"{image.mode} with transparency" if "transparency" in image.info else image.mode
-            raise DiffemError(f"{name}: is an image of mode {mode}; convert it to grayscale or RGB")
+        if image.mode not in CHANNELS or "transparency" in image.info:
+            alpha = " with transparency" if "transparency" in image.info else ""
+            raise DiffemError(f"{name}: is an image of mode {image.mode}{alpha}; convert it to grayscale or RGB")
         if (dtype := _dtype(image, path)) is None:
             raise DiffemError(f"{name}: has 16 bits a colour, which cannot be read from PNG; convert it to TIFF")
         yield _upright_shape((CHANNELS[image.mode], image.height, image.width), _orientation(image)), dtype
@@ -139,7 +138,6 @@ def _upright_shape(shape: Shape, orientation: int) -> Shape:
 
 # --- tifffile ----------------------------------------------------------------------------------------
 
-
 AXES = {"YX": _channels_first, "YXS": _channels_first, "SYX": lambda pixels: pixels}  # of a page, to channels first
 
 
@@ -148,7 +146,6 @@ def _tiff(path: Path, name: str) -> Iterator[Any]:
     tifffile = optional("tifffile", "microscopy")
     with tifffile.TiffFile(path) as tiff:
         for page in tiff.pages:
-            plausible(name, page.shape, np.dtype(page.dtype or "V1"), path.stat().st_size)
             if page.axes not in AXES:
                 raise DiffemError(f"{name}: has a page of axes {page.axes}; give images of rows, columns and channels")
             if page.extrasamples:

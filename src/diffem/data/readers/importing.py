@@ -27,7 +27,7 @@ from diffem import files
 from diffem.corruptions import Corruption
 from diffem.errors import DiffemError
 
-from .source import Block, File, Options, Shape, corners, decoding, window
+from .source import Block, File, Options, Shape, corners, decoding, plausible, window
 
 SOURCE = "source.json"
 SUFFIXES = {
@@ -56,6 +56,7 @@ class Imported:
         count: The observations.
         shape, dtype: Of each, and of its values.
         missing: The share of entries that are missing.
+        limits: The least and the largest value of y, of whole numbers.
         left_out: Files of the folder that are of no format that is read.
     """
 
@@ -63,6 +64,7 @@ class Imported:
     shape: Shape
     dtype: np.dtype
     missing: float
+    limits: tuple[int, int] | None
     left_out: list[str]
 
     def __str__(self) -> str:
@@ -105,37 +107,41 @@ def import_files(
     options = replace(options, inside=inside)
     reader = importlib.import_module(f"{__package__}.{family}")
     work = out.resolve().parent / f".{out.name}.{secrets.token_hex(4)}"
-    with warnings.catch_warnings():  # a decoder's warnings are errors of ours, or of no use to a user
-        warnings.simplefilter("ignore")
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        read = []
-        for path, name in found:
-            with decoding(name):
-                read.append(reader.read(path, name, options))
-        shape = _shape(read, options.patch)
-        try:
-            work.mkdir(parents=True)
-            imported, seen = _write_arrays(work, read, shape, options.patch, left_out)
-        except BaseException:
-            shutil.rmtree(work, ignore_errors=True)
-            raise
     try:
-        written = sorted(file.name for file in work.iterdir())
-        (work / "corruption.yaml").write_text(_corruption(imported, seen, written, corruption, range, options.axes))
+        with warnings.catch_warnings():  # a decoder's warnings are errors of ours, or of no use to a user
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            read = [_read(reader, path, name, options) for path, name in found]
+            shape = _shape(read, options.patch)
+            work.mkdir(parents=True)
+            imported = _write_arrays(work, read, shape, options.patch, left_out)
+        arrays = sorted(file.name for file in work.iterdir())
+        (work / "corruption.yaml").write_text(_corruption(imported, arrays, corruption, range, options.axes))
         about = {
             "source": str(Path(source).resolve()),
             "family": family,
             "shape": list(shape),
             "dtype": str(imported.dtype),
             "patch": options.patch,
-            "written": written,
+            "arrays": arrays,
             "files": [{"name": file.name, "items": file.items, **file.about} for file in read],
         }
         (work / SOURCE).write_text(json.dumps(about))
-        _put(work, out, [*written, "corruption.yaml", SOURCE])
+        _put(work, out, [*arrays, "corruption.yaml", SOURCE])
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return imported
+
+
+def _read(reader: Any, path: Path, name: str, options: Options) -> File:
+    """What is in a file, as far as its header says."""
+    with decoding(name):
+        file: File = reader.read(path, name, options)
+    if path.is_file():
+        several = len(file.items) > 1
+        shape = (sum(n * math.prod(of) for n, of in file.items),) if several else (file.items[0][0], *file.items[0][1])
+        plausible(name, shape, file.dtype, path.stat().st_size)
+    return file
 
 
 # --- which files -------------------------------------------------------------------------------------
@@ -229,43 +235,40 @@ def _size(shape: Shape) -> str:
 # --- what is written ---------------------------------------------------------------------------------
 
 
-def _write_arrays(
-    work: Path, read: list[File], shape: Shape, patch: int | None, left_out: list[str]
-) -> tuple[Imported, tuple[float, float] | None]:
-    """Writes the arrays; returns also the least and the largest of whole numbers."""
+def _write_arrays(work: Path, read: list[File], shape: Shape, patch: int | None, left_out: list[str]) -> Imported:
     rows = sum(count * (1 if patch is None else len(corners(of, patch))) for file in read for count, of in file.items)
     if not rows or 0 in shape:
         raise DiffemError(f"{read[0].name}: holds no observations: shape {(rows, *shape)}")
     kinds = {"y": read[0].dtype, **read[0].planes}
     arrays = {name: files.make_array(work / f"{name}.npy", (rows, *shape), kind) for name, kind in kinds.items()}
-    at, missing, low, high = 0, 0, math.inf, -math.inf
+    at, missing, limits = 0, 0, None
     for file in read:
         for block in _decoded(file.name, file.read()):
             part = block if patch is None else _cut(block, patch)
-            count = len(part["y"])
-            if part["y"].shape[1:] != shape or at + count > rows:
+            y, count = part["y"], len(part["y"])
+            if y.shape[1:] != shape or at + count > rows:
                 raise DiffemError(f"{file.name}: is not what its header said; replace it or remove it")
             for name, array in arrays.items():
                 array[at : at + count] = part[name]
-            at, y = at + count, part["y"]
-            missing += int(
-                np.count_nonzero(~part["mask"] if "mask" in part else np.isnan(y) if y.dtype.kind in "fc" else 0)
-            )
-            if y.dtype.kind in "iu":
-                low, high = min(low, int(y.min())), max(high, int(y.max()))
+            at += count
+            if "mask" in part:
+                missing += np.count_nonzero(~part["mask"])
+            elif y.dtype.kind in "fc":
+                missing += np.count_nonzero(np.isnan(y))
+            elif y.dtype.kind in "iu":
+                low, high = limits or (y.min(), y.max())
+                limits = int(min(low, y.min())), int(max(high, y.max()))
     if at != rows:
         raise DiffemError(f"{read[-1].name}: is not what its header said; replace it or remove it")
-    total = rows * math.prod(shape)
+    share = float(missing / (rows * math.prod(shape)))
     for name, array in read[0].beside.items():
-        made, at = files.make_array(work / f"{name}.npy", array.shape, array.dtype), 0
-        gone = 0
+        made, at, zeros = files.make_array(work / f"{name}.npy", array.shape, array.dtype), 0, 0
         for block in _decoded(read[0].name, array.blocks()):
             made[at : at + len(block)] = block
-            at, gone = at + len(block), gone + int(np.count_nonzero(block == 0))
+            at, zeros = at + len(block), zeros + np.count_nonzero(block == 0)
         if name == "mask":
-            missing, total = gone, math.prod(array.shape)
-    imported = Imported(rows, shape, read[0].dtype, missing / total, left_out)
-    return imported, (low, high) if math.isfinite(low) else None
+            share = float(zeros / math.prod(array.shape))
+    return Imported(rows, shape, read[0].dtype, share, limits, left_out)
 
 
 def _decoded(name: str, blocks: Iterator[Any]) -> Iterator[Any]:
@@ -281,8 +284,7 @@ def _cut(block: Block, patch: int) -> Block:
 
 def _corruption(
     imported: Imported,
-    seen: tuple[float, float] | None,
-    written: list[str],
+    arrays: list[str],
     corruption: Corruption | None,
     range: Sequence[float] | None,
     axes: str | None,
@@ -294,7 +296,7 @@ def _corruption(
         lines += ["# How the observations came about: docs/your-data.md says what to write here.", f"# name: {name}"]
         noise = "noise.npy holds the standard deviation of the noise"
         lines.append(
-            f"# {noise}" if "noise.npy" in written else "# noise: 0.1  # its standard deviation, in the units of y"
+            f"# {noise}" if "noise.npy" in arrays else "# noise: 0.1  # its standard deviation, in the units of y"
         )
     else:
         known = dict(corruption.config)
@@ -302,8 +304,8 @@ def _corruption(
         range = (0, 1 if imported.dtype == bool else np.iinfo(imported.dtype).max)
     if range is not None:
         known["range"] = list(range)
-    elif seen is not None:
-        lines.append(f"# range: [{seen[0]}, {seen[1]}]  # of clean values; these are the least and the largest of y")
+    elif imported.limits is not None:
+        lines.append(f"# range: {list(imported.limits)}  # of clean values; these are the least and the largest of y")
     if axes is not None:
         known["axes"] = axes
     return "".join(f"{line}\n" for line in lines) + (yaml.safe_dump(known, sort_keys=False) if known else "")
@@ -324,7 +326,7 @@ def _refuse_to_overwrite(out: Path, overwrite: bool) -> None:
 def _put(work: Path, out: Path, names: list[str]) -> None:
     """Puts files in their place; those of an earlier import that are not made any more are removed."""
     out.mkdir(exist_ok=True)
-    before = described(out)["written"] if (out / SOURCE).exists() else []
+    before = described(out)["arrays"] if (out / SOURCE).exists() else []
     for name in names:
         os.replace(work / name, out / name)
     for name in before:

@@ -14,7 +14,7 @@ import numpy as np
 
 from diffem.errors import DiffemError, optional
 
-from .source import Block, File, Options, Shape, numbers, plausible, same
+from .source import Block, File, Options, Shape, numbers, same
 
 
 def read(path: Path, name: str, options: Options) -> File:
@@ -27,7 +27,6 @@ def read(path: Path, name: str, options: Options) -> File:
     if len(shape) not in (3, 4) or 0 in shape:
         raise DiffemError(f"{name}: has shape {shape}; give volumes of three axes, or series of them")
     stored = numbers(name, header.get_data_dtype())
-    plausible(name, shape, stored, path.stat().st_size)
     scaled = (image.dataobj.slope, image.dataobj.inter) != (1, 0)
     volumes = shape[3] if len(shape) == 4 else 1
     about = {"header": base64.b64encode(header.binaryblock).decode(), "slices": axis, "volumes": volumes}
