@@ -26,7 +26,19 @@ from compare import about
 from sklearn.datasets import load_digits
 
 from diffem import config as configuration
-from diffem.corruptions import Blur, Compose, GaussianBlur, GaussianNoise, LinearCorruption, Mask
+from diffem.corruptions import (
+    Blur,
+    Compose,
+    Corruption,
+    GaussianBlur,
+    GaussianNoise,
+    LinearCorruption,
+    Mask,
+    OneOf,
+    PoissonGaussian,
+    Quantise,
+    Saturate,
+)
 from diffem.data import Observations, evenly
 from diffem.diagnostics.diagnose import diagnose
 from diffem.em import DiffEM
@@ -71,7 +83,8 @@ def gaps(rng: np.random.Generator) -> Case:
     begin = rng.integers(0, length - gap + 1, (n, 1, 1))
     mask = (np.arange(length) < begin) | (np.arange(length) >= begin + gap)
     y = np.where(mask, clean + 0.05 * rng.normal(size=clean.shape), np.nan).astype(np.float32)
-    return Case(Observations(y, Mask(0.05)), clean, np.full_like(clean, np.nanmean(y)), "mean filling", ~mask)
+    observations, filled = Observations(y, Mask(0.05)), np.full_like(clean, np.nanmean(y))
+    return Case(observations, clean, filled, "mean filling", ~mask, settings={"em.iterations": "4"})
 
 
 def noise_by_item(rng: np.random.Generator) -> Case:
@@ -102,11 +115,52 @@ def blurred(rng: np.random.Generator, corruption: LinearCorruption, params: dict
     return Case(observations, clean, y, "the observation", settings={"preset": "demo"})
 
 
+def simulated(true: Corruption, rng: np.random.Generator, assumed: Corruption | None = None) -> Case:
+    """Digits through a corruption without files; the run may assume another one."""
+    clean, generator = digits(), torch.Generator().manual_seed(int(rng.integers(2**31)))
+    y = true.apply(torch.from_numpy(clean), {}, generator).numpy()
+    observations = Observations(y, assumed or true, range=(0, 16))
+    return Case(observations, clean, y, "the observation", settings={"preset": "demo"})
+
+
+def photons(rng: np.random.Generator) -> Case:
+    """Digits of at most five photons a pixel."""
+    return simulated(PoissonGaussian(16 / 5), rng)
+
+
+def levels(rng: np.random.Generator) -> Case:
+    """Digits of four grey levels."""
+    return simulated(Quantise(4, 0, 16), rng)
+
+
+def clipped(rng: np.random.Generator) -> Case:
+    """Digits on a sensor that saturates at 60 % of the range."""
+    return simulated(Saturate(0.6 * 16), rng)
+
+
+WIDTHS = [GaussianBlur(width, 0.5) for width in (0.4, 0.7, 1.0, 1.3)]
+
+
+def unknown_width(rng: np.random.Generator) -> Case:
+    """Digits through blurs of four widths; which one is not known."""
+    return simulated(OneOf(WIDTHS), rng)
+
+
+def wrong_width(rng: np.random.Generator) -> Case:
+    """The same, where the least width is assumed for all."""
+    return simulated(OneOf(WIDTHS), rng, WIDTHS[0])
+
+
 CASES: dict[str, Callable[[np.random.Generator], Case]] = {
     "gaps": gaps,
     "noise-by-item": noise_by_item,
     "box": box,
     "blur-and-mask": blur_and_mask,
+    "photons": photons,
+    "levels": levels,
+    "clipped": clipped,
+    "unknown-width": unknown_width,
+    "wrong-width": wrong_width,
 }
 
 
