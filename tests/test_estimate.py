@@ -201,6 +201,7 @@ def test_what_is_written():
     after = {"name": "PoissonGaussian", "gain": 3.0, "noise": 2.0, "range": [0, 9]}
     assert described({"range": [0, 9]}, line) == after
     assert described(after, number) == {"name": "GaussianNoise", "noise": 1.0, "range": [0, 9]}
+    assert described({"name": "Mask", "noise": 1}, line) == {"name": "PoissonGaussian", "gain": 3.0, "noise": 2.0}
     text = "name: RandomMask has noise that does not depend on the signal; only `name: PoissonGaussian` does"
     with pytest.raises(DiffemError) as error:
         described(before, line)
@@ -227,6 +228,11 @@ def test_check_finds_a_line():
     (finding,) = about_noise(eight)
     assert (finding.level, finding.name) == ("problem", "noise-not-uniform")
     assert "noise-not-uniform" in [f.name for f in quick(eight)]
+    blurred = Observations(y, GaussianBlur(1.0, 25.0), range=(0, 255))
+    end = (
+        "; GaussianBlur has one noise for all, so that error bars are too wide in the dark or too narrow in the bright"
+    )
+    assert about_noise(blurred)[0].text.endswith(end)
     offset = Observations(observed(cells(), 15.0, 2.0, False) + 50, GaussianNoise(17.6), range=(0, 255))
     assert "; subtract " in about_noise(offset)[0].text
 

@@ -355,7 +355,7 @@ def noise(observations: Observations, sample: Sample, spectrum: Spectrum | None)
     if not observations.corruption.linear or not len(values):
         return []
     told = _estimate_or_none(sample)
-    if told is not None and (found := _not_uniform(declared, told, values)):
+    if told is not None and (found := _not_uniform(observations, told, values)):
         return found
     end, count = max(((v, (values == v).sum()) for v in (values.min(), values.max())), key=lambda pair: pair[1])
     if declared and count > max(1, CLIPPED * len(values)):
@@ -392,17 +392,24 @@ def _estimate_or_none(sample: Sample) -> Noise | None:
         return None
 
 
-def _not_uniform(declared: float, told: Noise, values: np.ndarray) -> list[Finding]:
+def _not_uniform(observations: Observations, told: Noise, values: np.ndarray) -> list[Finding]:
     """Noise that grows with the signal, where that matters."""
     dark, bright = (told.std(signal) for signal in told.ends)
-    if bright < UNEQUAL * dark or told.std(float(values.mean(dtype=np.float64))) < DETAIL * float(
-        values.std(dtype=np.float64)
-    ):
+    mean, std = float(values.mean(dtype=np.float64)), float(values.std(dtype=np.float64))
+    if bright < UNEQUAL * dark or told.std(mean) < DETAIL * std:
         return []
     use = ", ".join(f"`{key}: {value:g}`" for key, value in told.arguments.items())
-    first = f"subtract {told.offset:.3g} from y, and " if told.offset else ""
-    text = f"declared noise {declared:g} everywhere, but {told.text}; {first}use `name: PoissonGaussian`, {use}"
-    return [Finding("problem" if bright > FAR_APART * dark else "warning", "noise-not-uniform", text)]
+    remedy = f"use `name: PoissonGaussian`, {use}"
+    if told.offset:
+        remedy = f"subtract {told.offset:.3g} from y, and {remedy}"
+    level, name = "problem" if bright > FAR_APART * dark else "warning", observations.corruption.config["name"]
+    if name not in ("GaussianNoise", "Mask", "RandomMask"):
+        level, remedy = (
+            "warning",
+            f"{name} has one noise for all, so that error bars are too wide in the dark or too narrow in the bright",
+        )
+    text = f"declared noise {_noise(observations):g} everywhere, but {told.text}; {remedy}"
+    return [Finding(level, "noise-not-uniform", text)]
 
 
 def _noise(observations: Observations) -> float:

@@ -113,7 +113,7 @@ def described(config: dict[str, Any], noise: Noise) -> dict[str, Any]:
         raise DiffemError(
             f"no corruption.yaml is right while zero photons are not at 0: subtract {noise.offset:.3g} from y.npy, and estimate again"
         )
-    if noise.gain and name not in ("GaussianNoise", "PoissonGaussian"):
+    if noise.gain and name not in ("GaussianNoise", "Mask", "PoissonGaussian"):
         raise DiffemError(
             f"name: {name} has noise that does not depend on the signal; only `name: PoissonGaussian` does"
         )
