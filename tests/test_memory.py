@@ -177,3 +177,41 @@ def test_the_batch_of_a_run_is_chosen_once(tmp_path, monkeypatch):
     again = DiffEM(config, Observations(y, GaussianNoise(0.3)), tmp_path)
     list(again.iterate())
     assert again.batch == 256
+
+
+def test_large_items_are_held_in_smaller_numbers():
+    assert memory.at_once(64, 256) == 256
+    assert memory.at_once(64**3, 256) == 128
+    assert memory.at_once(10**12, 256) == 1
+    assert memory.at_once(100, 256, limit=1000) == 10
+
+
+LARGE = """
+import resource, sys
+import numpy as np
+from diffem.corruptions import RandomMask
+from diffem.data import Dataset, Observations
+from diffem.posterior import Posterior
+from diffem.samplers import MixtureSampler, SamplerConfig
+from diffem.starts import StartConfig, fit
+from diffem import tiles
+
+generator = np.random.default_rng(0)
+y = generator.normal(size=(1, 1, 1024, 1024)).astype(np.float32)
+observations = Observations(y, RandomMask(0.0, 0.5), {"mask": np.ones((1, 1, 1024, 1024), bool)}, patch=64)
+train, _, _ = observations.split(0)
+data = Dataset(observations, observations.units(train), train)
+mixture, _ = fit(StartConfig(ranks=(2,), components=(1,), iterations=1, items=64), data, train, 0)
+sampler = tiles.untrained(MixtureSampler(data.corruption, data.shape, mixture))
+sampler.sampler = SamplerConfig(steps=1)
+posterior = Posterior(sampler, observations.corruption, data.units)
+draws = posterior.reconstruct(observations.images, np.array([0]))
+assert draws.shape == (1, 1, 1, 1024, 1024)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+"""
+
+
+def test_a_large_image_is_learned_and_drawn_within_two_gigabytes():
+    done = subprocess.run([sys.executable, "-c", LARGE], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 2

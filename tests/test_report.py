@@ -437,3 +437,27 @@ def test_in_a_browser(dark, width, ground, tmp_path):
     assert seen["verdict"] > 40
     assert seen["overflow"] <= 0
     assert seen["keyboard"]
+
+
+@pytest.mark.parametrize(
+    ("shape", "size", "said"),
+    [
+        ((3, 6, 6), (6, 6), ""),
+        ((2, 6, 5), (6, 10), "All 2 channels side by side."),
+        ((4, 6, 5), (12, 10), "All 4 channels side by side."),
+        ((7, 6, 5), (12, 10), "The first 4 of 7 channels side by side."),
+        ((1, 4, 6, 5), (6, 5), "The middle slice of each volume."),
+        ((2, 4, 6, 5), (6, 10), "The middle slice of each volume. All 2 channels side by side."),
+    ],
+)
+def test_what_is_shown_of_an_item(shape, size, said):
+    item = np.random.default_rng(0).random(shape)
+    plane = drawing._plane(item)
+    assert plane.shape[1:] == size
+    assert drawing.shown(shape) == said
+    middle = item[:, 2] if len(shape) > 3 else item
+    np.testing.assert_array_equal(plane[0, :6, :5], middle[0, :, :5])
+    if shape[0] in (2, 4, 7):
+        np.testing.assert_array_equal(plane[0, :6, 5:], middle[1])
+    if shape[0] in (4, 7):
+        np.testing.assert_array_equal(plane[0, 6:, 5:], middle[3])

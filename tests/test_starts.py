@@ -286,3 +286,36 @@ def test_a_candidate_without_a_criterion_is_never_kept(monkeypatch):
     config = StartConfig(components=(1,), ranks=(1, 2, 3, 4), iterations=3)
     _mixture, about = fit(config, Dataset(data, Units()), np.arange(60), 0)
     assert about["rank"] == 2
+
+
+def test_candidates_that_take_too_much_memory_are_left_out(monkeypatch):
+    assert starts.footprint(4, 32, 3 * 64 * 64) <= starts.LARGEST  # colour images of 64 x 64 have all of the default
+    n, d = 200, 6
+    y = np.random.default_rng(0).normal(size=(n, d)).astype(np.float32)
+    data = Dataset(Observations(y, RandomMask(0.0, 0.5), {"mask": np.ones((n, d), bool)}), Units())
+    config = StartConfig(kind="mixture", components=(1, 2, 4), ranks=(1, 3), iterations=1)
+
+    def candidates(largest: int) -> list[tuple[int, int]]:
+        monkeypatch.setattr(starts, "LARGEST", largest)
+        _, about = fit(config, data, np.arange(n), 0)
+        return [(row["components"], row["rank"]) for row in about["candidates"]]
+
+    assert starts.footprint(2, 3, d) == 2 * 4 * starts.footprint(1, 1, d)
+    assert candidates(starts.footprint(2, 3, d)) == [(1, 1), (2, 1), (4, 1), (1, 3), (2, 3)]
+    assert candidates(starts.footprint(2, 1, d)) == [(1, 1), (2, 1)]
+    assert candidates(0) == [(1, 0)]  # one component is always there
+
+
+def test_the_batch_of_a_fit_shrinks_with_the_items(monkeypatch):
+    n, d = 300, 6
+    y = np.random.default_rng(0).normal(size=(n, d)).astype(np.float32)
+    data = Dataset(Observations(y, RandomMask(0.0, 0.5), {"mask": np.ones((n, d), bool)}), Units())
+    config = StartConfig(kind="gaussian", ranks=(2,), iterations=2)
+    chunks, sizes = data.chunks, []
+    monkeypatch.setattr(data, "chunks", lambda rows, size: (sizes.append(size), chunks(rows, size))[1])
+    fit(config, data, np.arange(n), 0)
+    assert max(sizes) == 2048
+    monkeypatch.setattr(starts, "NUMBERS", 50 * d)
+    sizes.clear()
+    fit(config, data, np.arange(n), 0)
+    assert set(sizes) == {50}

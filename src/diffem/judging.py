@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
+from diffem import memory
 from diffem.data import evenly
 from diffem.diagnostics import PREDICTIONS, Score, final_splits, score
 from diffem.diagnostics.divergence import energy_items
@@ -29,7 +30,8 @@ def compared(em: DiffEM, sampler: Sampler) -> Score:
     config = em.config.em
     if em.data.corruption.predictable:
         return scored(em, sampler, evenly(em.validation, config.score_items), SPLITS)
-    rows, began = evenly(em.train, COMPARED), time.monotonic()
+    most = memory.at_once(math.prod(em.observations.y.shape[1:]), COMPARED)
+    rows, began = evenly(em.train, most), time.monotonic()
     found = energy_items(em.items("next")[rows], em.data, rows, em.seed, CORRUPTED)
     em.state.score_seconds += time.monotonic() - began
     return Score("energy_distance", found)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffem import seeding
+from diffem import memory, seeding
 from diffem.corruptions import Corruption
 from diffem.data import Dataset, evenly
 from diffem.denoiser import Denoiser
@@ -32,6 +32,8 @@ VALIDATION = 0.1
 RIDGE = 1.0  # pseudo-observations that regularise each component
 BATCH = 256  # observations at a time: larger ones leave the cache of a processor
 FIRST = 2048  # observations that make a first guess
+NUMBERS = 2**23  # in one array of both; fewer observations are taken where items are large
+LARGEST = 2 * 2**30  # bytes that the fit of a candidate may take
 SCORED, DRAWS, SPLITS = 512, 4, 4  # unfitted observations by which candidates are compared, and how closely
 SMALL = 32  # features of items that are fitted in double precision
 
@@ -45,7 +47,7 @@ class StartConfig:
             or `auto`: `mixture` where the corruption is linear-Gaussian, else `observation`.
         run: The earlier run's folder, for `run`.
         components: Candidates for the number of components; 1 is always tried.
-        ranks: Candidates for the rank of the low-rank part.
+        ranks: Candidates for the rank of the low-rank part. Candidates whose fit would take more than 2 GB are left out.
         items: At most this many training observations are used.
         iterations: A fit ends after the round that reaches this many EM steps.
         tolerance: A fit ends when the validation log likelihood has not risen by this for three rounds (each two or three EM
@@ -141,7 +143,11 @@ def fit(
     few = math.prod(data.shape) <= SMALL and torch.device(device).type != "mps"  # which knows no float64
     dtype = torch.float64 if few else torch.float32
 
-    def batches(indices: np.ndarray, size: int = BATCH) -> Batches:
+    features = math.prod(data.shape)
+    components = (1,) if config.resolve(data.corruption, data.shape) == "gaussian" else sorted({1, *config.components})
+    at_once = memory.at_once(features * max(components), BATCH, NUMBERS)
+
+    def batches(indices: np.ndarray, size: int = at_once) -> Batches:
         def generate() -> Iterator[Likelihood]:
             for chunk in data.chunks(np.sort(indices), size):
                 y, params = data.batch(chunk, device)
@@ -150,20 +156,21 @@ def fit(
         return generate
 
     fitting, validating = batches(order[cut:]), batches(order[:cut])
-    first = next(batches(order[cut:], FIRST)())
-    features = math.prod(data.shape)
+    first = next(batches(order[cut:], memory.at_once(features, FIRST, NUMBERS))())
     unfitted = evenly(np.sort(order[:cut]), SCORED)
 
     def criterion(mixture: Mixture) -> float:
         sampler = MixtureSampler(data.corruption, data.shape, mixture.copied(torch.float32))
-        return score(sampler, data, unfitted, seed, DRAWS, SPLITS).criterion
+        return score(sampler, data, unfitted, seed, DRAWS, SPLITS, at_once).criterion
 
     best: tuple[float, Mixture] | None = None
     record = []
-    components = (1,) if config.resolve(data.corruption, data.shape) == "gaussian" else sorted({1, *config.components})
-    for rank in sorted({min(r, features - 1) for r in config.ranks}):
+    ranks = {min(r, features - 1) for r in config.ranks}
+    for rank in sorted({r for r in ranks if footprint(1, r, features) <= LARGEST} or {0}):
         one: Mixture | None = None
         for count in components:
+            if count > 1 and footprint(count, rank, features) > LARGEST:
+                break
             progress(f"start: {count} component(s) of rank {rank}")
             guess = single(first, rank, features, generator) if one is None else spread(one, count, first, generator)
 
@@ -184,6 +191,11 @@ def fit(
     assert best is not None
     chosen = best[1].copied(torch.float32)
     return chosen, {"components": chosen.components, "rank": chosen.rank, "candidates": record}
+
+
+def footprint(components: int, rank: int, features: int) -> int:
+    """Bytes that exact EM takes, about: eight times the moments of (latent, 1) for every entry, see mixtures/fit.py."""
+    return 8 * 4 * components * features * (rank + 1) ** 2
 
 
 def take_weights(earlier: Denoiser, denoiser: Denoiser) -> None:

@@ -34,7 +34,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from diffem import files, seeding
+from diffem import files, memory, seeding
 from diffem.corruptions import Corruption
 from diffem.data import Observations
 from diffem.data.observations import CHUNK
@@ -141,8 +141,9 @@ def _simulate(data: CleanData, corruption: Corruption, seed: int, folder: Path) 
     """Observations 'y' and parameters of all items, memory-mapped in `folder`."""
     arrays: dict[str, np.ndarray] = {}
     n = len(data.items)
-    for number, start in enumerate(range(0, n, CHUNK)):
-        x = torch.from_numpy(np.array(data.items[start : start + CHUNK], dtype=np.float32))
+    size = memory.at_once(math.prod(data.items.shape[1:]), CHUNK, 2 * memory.NUMBERS)
+    for number, start in enumerate(range(0, n, size)):
+        x = torch.from_numpy(np.array(data.items[start : start + size], dtype=np.float32))
         generator = seeding.generator(seed, 0, "data", number)
         with torch.no_grad():
             y, params = corruption.observe(x, generator)

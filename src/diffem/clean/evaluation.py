@@ -28,7 +28,7 @@ def against(reference: np.ndarray, features: metrics.Features | None = None) -> 
     def hook(em: DiffEM, row: dict) -> dict:
         check_reference(reference, em.observations)
         truth = em.observations.cut(reference)
-        rows = evenly(np.arange(len(truth)), metrics.ITEMS)
+        rows = evenly(np.arange(len(truth)), metrics.most(truth.shape))
         x, clean = em.data.items(em.reconstructions)[rows], em.data.items(truth)[rows]
         return {"clean": metrics.compare(x, clean, features)}
 
@@ -78,7 +78,7 @@ def evaluate(
     if clean.shape != x.shape:
         raise DiffemError(f"{reference}: shape {clean.shape}, but the run has reconstructions of {x.shape}")
     seed = yaml.safe_load((run / "config.yaml").read_text())["em"]["seed"]
-    rows = evenly(np.arange(len(x)), metrics.ITEMS)
+    rows = evenly(np.arange(len(x)), metrics.most(x.shape))
     load = lambda name: from_pretrained(run / name, given, device=device, precision=precision)  # noqa: E731
     given = None if observations is None else observations.corruption
     posterior = load("posterior")

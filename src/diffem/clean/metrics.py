@@ -8,8 +8,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from diffem import memory
+
 Features = Callable[[Tensor], Tensor]  # of items (N, *): (N, f)
 ITEMS = 4096  # at most so many are compared: pairwise distances take the square of it
+NUMBERS = 2**26  # in them; fewer large ones are compared
+
+
+def most(shape: tuple[int, ...]) -> int:
+    """How many items of an array (N, *shape) are compared."""
+    return memory.at_once(math.prod(shape[1:]), ITEMS, NUMBERS)
 
 
 def compare(u: Tensor, v: Tensor, features: Features | None = None) -> dict[str, float]:

@@ -34,18 +34,20 @@ References:
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from scipy import stats
 from torch import Tensor
 
-from diffem import seeding
+from diffem import memory, seeding
 from diffem.corruptions import Corruption, LinearCorruption, Params
 from diffem.corruptions.linear import NOISE_FLOOR
 from diffem.errors import DiffemError
 from diffem.samplers import BATCH, Sampler, draw_from, prior_samples
 
+NUMBERS = 2**27
 PROJECTIONS = 4
 BINS = 8  # of a histogram of ranks: more of them see finer faults, and need more items
 LEVELS = 20  # of the coverage curve, 0.05 apart
@@ -224,10 +226,11 @@ def self_consistency(
         posterior: What is judged.
         prior: Whose posterior it should be.
         seed: Seed of the run.
-        n: Items.
+        n: Items, or fewer if they are so large that all draws would be more than :data:`NUMBERS` numbers.
         draws: Draws for each; it takes n * draws draws in all.
         batch: Items at a time.
     """
+    n = memory.at_once(draws * math.prod(posterior.shape), n, NUMBERS)
     return calibration(simulate(posterior, prior, n, draws, seed, batch), seed)
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffem import memory
 from diffem.corruptions.diagonal import LEAST_GAIN, DiagonalCorruption
 from diffem.data import Observations, evenly
 from diffem.data.layout import FEW as FEW_CHANNELS
@@ -266,7 +267,7 @@ def inverted(observations: Observations) -> list[Finding]:
     """Masks that show nothing but zeros and hide what is none: a problem, since a mask is true where y was observed."""
     if "mask" not in observations.params:
         return []
-    rows = evenly(np.arange(len(observations)), CHUNK)
+    rows = evenly(np.arange(len(observations)), memory.at_once(math.prod(observations.y.shape[1:]), CHUNK, NUMBERS))
     y = np.nan_to_num(np.asarray(observations.y[rows], dtype=np.float64))
     mask = np.broadcast_to(np.asarray(observations.params["mask"][rows], dtype=bool), y.shape)
     if y[mask].any() or not y[~mask].any():

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from pathlib import Path
 
 import numpy as np
 import yaml
 
-from diffem import seeding
+from diffem import memory, seeding
 from diffem.data import Dataset, Observations, evenly
 from diffem.diagnostics.calibration import self_consistency
 from diffem.diagnostics.collapse import collapse_watch
@@ -23,6 +24,7 @@ ITEMS = 256  # held-out observations that are reconstructed once, and as many pr
 COVERED = 64  # of them those whose hidden parts are predicted by DRAWS draws: most of the cost; twice as many in full
 DRAWS = 39
 FEWEST = 16  # held-out observations; fewer say nothing
+NUMBERS = 2**24  # in these, in model units; fewer large ones are compared
 TRAINING = 4096  # training reconstructions that prior samples are compared with
 LEVELS = (0.5, 0.8, 0.95)
 POINTS = 0.05  # by which coverage may miss its level
@@ -82,7 +84,9 @@ def diagnose(
     prior = None
     if (run / "prior" / "config.json").exists():
         prior = from_pretrained(run / "prior", observations.corruption, **place).sampler
-    rows, key = evenly(test, ITEMS), seeding.fold(seed, *b"diagnose")  # other draws than those that were trained on
+    features = math.prod(data.shape)
+    most = max(FEWEST, memory.at_once(features, ITEMS, NUMBERS))
+    rows, key = evenly(test, most), seeding.fold(seed, *b"diagnose")  # other draws than those that were trained on
     result: dict = {"iteration": final["iteration"], "items": len(rows)}
     if len(rows) < FEWEST:
         few = f"{len(rows)} test observations are too few to say whether all is well; it takes {FEWEST}"
@@ -92,7 +96,9 @@ def diagnose(
     x = draw_many(posterior, data, rows, 1, key, batch=batch)[0]
     samples = None if prior is None else prior_samples(prior, len(rows), key, batch)
     result["divergence"] = sample_divergence(x, samples, data, rows, key, PERMUTATIONS)
-    kept = data.items(np.load(run / "reconstructions.npy", mmap_mode="r"))[evenly(train, TRAINING)]
+    kept = data.items(np.load(run / "reconstructions.npy", mmap_mode="r"))[
+        evenly(train, memory.at_once(features, TRAINING))
+    ]
     ratio = None if final["ratio"] is None else (final["ratio"], final["ratio_se"])
     result["collapse"] = collapse_watch(x, samples, kept, data, rows, key, ratio)
     if full and prior is not None:

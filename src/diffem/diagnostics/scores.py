@@ -42,7 +42,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffem import seeding
+from diffem import memory, seeding
 from diffem.corruptions import LinearCorruption
 from diffem.data import Dataset
 from diffem.diagnostics.calibration import ranks
@@ -50,7 +50,7 @@ from diffem.diagnostics.divergence import energy_items
 from diffem.samplers import BATCH, Sampler, draw_from, draw_many
 
 PREDICTIONS, MOST_SPLITS = 1024, 8  # a final score is of some 1,024 predictions, at most 8 of each observation
-SPLIT = 256  # observations whose hidden parts are drawn at once; what is hidden depends on it
+SPLIT = 256  # observations whose hidden parts are drawn at once, or fewer large ones; what is hidden depends on it
 SMALLEST = 1e-12  # of a CRPS: few draws estimate it without bias, so that it may be 0
 
 OVER_CONFIDENT, UNDER_CONFIDENT = 0.75, 1.25  # calibration ratios beyond which draws are called so
@@ -288,10 +288,10 @@ def _hidden(
     batch: int,
 ) -> Iterator[tuple[slice, _Hidden]]:
     """Splits observations, and predicts what was hidden; yields which of the indices, and the predictions."""
-    corruption = data.corruption
-    for again, start in itertools.product(range(splits), range(0, len(indices), SPLIT)):
-        chunk = indices[start : start + SPLIT]
-        split = corruption.thin(*data.batch(chunk), seeding.generator(seed, start // SPLIT, "score", again))
+    corruption, size = data.corruption, memory.at_once(draws * math.prod(data.shape), SPLIT)
+    for again, start in itertools.product(range(splits), range(0, len(indices), size)):
+        chunk = indices[start : start + size]
+        split = corruption.thin(*data.batch(chunk), seeding.generator(seed, start // size, "score", again))
         assert split is not None
         (y, params), (hidden, hidden_params) = split
         target = corruption.compared(hidden)

@@ -103,10 +103,20 @@ def image_grid(
 
 
 def _plane(x: NDArray) -> NDArray:
-    """One item as (1 or 3, height, width): the first channel of many, the middle slice of a volume."""
+    """One item as (1 or 3, height, width): the middle slice of a volume; the first two or four channels side by side, if they are no
+    colours."""
     while x.ndim > 3:
         x = x[:, x.shape[1] // 2]
-    return x if len(x) in (1, 3) else x[:1]
+    return x if len(x) in (1, 3) else np.block([[*x[:2]], [*x[2:4]]] if len(x) > 3 else [[*x]])[None]
+
+
+def shown(shape: tuple[int, ...]) -> str:
+    """What the pictures show of items of a shape, in a sentence; nothing if they show all."""
+    parts = ["The middle slice of each volume."] if len(shape) > 3 else []
+    if shape[0] not in (1, 3):
+        some = f"All {shape[0]}" if shape[0] <= 4 else f"The first 4 of {shape[0]}"
+        parts.append(f"{some} channels side by side.")
+    return " ".join(parts)
 
 
 def _tile(x: NDArray, low: float, high: float) -> Tile:
@@ -115,7 +125,7 @@ def _tile(x: NDArray, low: float, high: float) -> Tile:
 
 
 def _observation_tile(y: NDArray, seen: NDArray, low: float, high: float) -> Tile:
-    seen = _plane(seen)
+    seen = _plane(np.broadcast_to(seen, y.shape))
     plane = np.where(seen, _plane(y), (low + high) / 2)
     tile = _tile(plane, low, high).copy()
     tile[~seen.any(axis=0)] = UNOBSERVED
@@ -296,7 +306,7 @@ def draw(folder: Path, pictures: Pictures) -> dict[str, list[bytes]]:
     clean = {"clean": pictures["clean"]} if "clean" in pictures else {}
     columns = _image_columns(pictures) if dimensions >= 3 else {}
     rows = list(zip(*columns.values(), strict=True))
-    across = 16 if max(mean.shape[1:][-2:]) <= 64 else 8
+    across = 16 if dimensions < 3 or max(_plane(mean[0]).shape) <= 64 else 8
     for theme in THEMES:
         first, second = io.BytesIO(), io.BytesIO()
         if dimensions >= 3:

@@ -332,8 +332,10 @@ def _captions(pictures: Pictures) -> tuple[str, str]:
     dimensions = pictures["mean"].ndim - 1
     if dimensions >= 3:
         blank = " Pale blue was not observed." if "y" in pictures and not seen_entries(pictures).all() else ""
+        part = drawing.shown(pictures["mean"].shape[1:])
+        part = f" {part}" if part else ""
         return (
-            f"One held-out observation per row, and what the models make of it.{blank}"
+            f"One held-out observation per row, and what the models make of it.{part}{blank}"
             f" The standard deviation of the draws runs from 0 (black) to {std_limit(pictures):.3g} (bright).",
             "New items that the final model draws from its prior, without any observation.",
         )

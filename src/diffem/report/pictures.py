@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import io
+import math
 from pathlib import Path
 
 import numpy as np
 
-from diffem import files
+from diffem import files, memory
 from diffem.data import Observations, evenly
 from diffem.posterior import from_pretrained
+
+NUMBERS = 2**21  # in all samples of the prior: fewer large ones are drawn
 
 
 def save(
@@ -25,6 +28,7 @@ def save(
     """Writes pictures.npz into the run folder; clean items, if there are any, are only shown."""
     image = len(observations.shape) > 1
     rows = evenly(held_out, 8 if image else 200)
+    samples = memory.at_once(math.prod(observations.shape), 64, NUMBERS) if image else 1000
     load = lambda name: from_pretrained(run / name, observations.corruption, device=device, precision=precision)  # noqa: E731
     seen = observations.item_layout.to_model
     draws = seen(load("posterior").reconstruct(observations, rows, 16, seed, batch))
@@ -43,7 +47,7 @@ def save(
     if clean is not None and clean.exists():
         arrays["clean"] = np.asarray(seen(observations.cut(np.load(clean, mmap_mode="r"))[rows]), dtype=np.float32)
     if (run / "prior" / "config.json").exists():
-        arrays["samples"] = seen(load("prior").generate(64 if image else 1000, seed, batch)).numpy()
+        arrays["samples"] = seen(load("prior").generate(samples, seed, batch)).numpy()
     stream = io.BytesIO()
     np.savez_compressed(stream, **arrays)
     files.replace(run / "pictures.npz", stream.getvalue())
