@@ -658,9 +658,9 @@ def _reconstruct(arguments: argparse.Namespace) -> None:
             for m in range(arguments.draws):
                 export.write(layout.to_model(draws[:, m]), temporary / f"draw-{m + 1}")
         for file in [file for file in temporary.rglob("*") if file.is_file()]:
-            place = out / file.relative_to(temporary)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            file.replace(place)
+            target = out / file.relative_to(temporary)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            file.replace(target)
     finally:
         shutil.rmtree(temporary)
     say(f"{n} observations, {arguments.draws} draws each, in {out}")
