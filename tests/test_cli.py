@@ -260,7 +260,7 @@ def test_corrupt_to_report(here, capsys):
 
     np.save("other.npy", clean()[:5])
     assert "other.npy: shape (5, 1, 4, 4)" in refused(here, capsys, "evaluate", "run", "--reference", "other.npy")
-    write(here / "wide", np.zeros((4, 1, 4, 5), np.float32), np.ones((4, 1, 4, 5), bool))
+    write(here / "wide", np.zeros((4, 1, 4, 3), np.float32), np.ones((4, 1, 4, 3), bool))
     for command in (
         "reconstruct run --observations wide --out rec",
         "reconstruct run --observations obs --draws 0 --out rec",
@@ -521,7 +521,7 @@ def test_reconstruct_refuses_observations_of_another_kind(here, capsys):
         (
             "blur",
             {"name": "GaussianBlur", "std": 1.0},
-            "mask.npy: GaussianBlur takes noise.npy; put other files elsewhere",
+            "mask.npy: GaussianBlur takes noise.npy; `name: Compose` takes it; put other files elsewhere",
         ),
     ):
         other = masked(here / name, **{"range": [-6, 6], **change})

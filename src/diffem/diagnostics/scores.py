@@ -47,6 +47,7 @@ from diffem.corruptions import LinearCorruption
 from diffem.data import Dataset
 from diffem.diagnostics.calibration import ranks
 from diffem.diagnostics.divergence import energy_items
+from diffem.errors import DiffemError
 from diffem.samplers import BATCH, Sampler, draw_from, draw_many
 
 PREDICTIONS, MOST_SPLITS = 1024, 8  # a final score is of some 1,024 predictions, at most 8 of each observation
@@ -292,7 +293,9 @@ def _hidden(
     for again, start in itertools.product(range(splits), range(0, len(indices), size)):
         chunk = indices[start : start + size]
         split = corruption.thin(*data.batch(chunk), seeding.generator(seed, start // size, "score", again))
-        assert split is not None
+        if split is None:
+            name = corruption.config["name"]
+            raise DiffemError(f"corruption {name}: thin() gave None; leave it out where observations cannot be split")
         (y, params), (hidden, hidden_params) = split
         target = corruption.compared(hidden)
         seen = corruption.seen(hidden, hidden_params).expand_as(target).float()
