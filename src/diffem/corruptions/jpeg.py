@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from diffem.errors import DiffemError
 
 from .base import Corruption, Params
+from .entrywise import CHECKED
 
 
 class JPEG(Corruption):
@@ -30,6 +31,13 @@ class JPEG(Corruption):
             raise DiffemError(f"JPEG: quality must be from 1 to 95, or [least, largest], got {quality}")
         self.low, self.high = (int(q) for q in ends)
         self.quality = self.low if self.low == self.high else (self.low, self.high)
+
+    def check(self, y: np.ndarray, params: Mapping[str, np.ndarray], shape: tuple[int, ...]) -> tuple[int, ...]:
+        some = np.asarray(y[:CHECKED], np.float64)
+        wrong = some[(some != np.rint(some)) | (some < 0) | (some > 255)]
+        if wrong.size:
+            raise DiffemError(f"y.npy: holds {wrong[0]:g}; JPEG makes whole numbers from 0 to 255")
+        return shape
 
     def apply(self, x: Tensor, params: Params, generator: torch.Generator) -> Tensor:
         if x.ndim != 4 or x.shape[1] not in (1, 3):
