@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import math
 
 import numpy as np
@@ -12,6 +13,8 @@ from PIL import Image
 from scipy import stats
 
 from diffem import config as configuration
+from diffem import seeding
+from diffem.cli import main
 from diffem.corruptions import (
     JPEG,
     EntrywiseCorruption,
@@ -26,12 +29,15 @@ from diffem.corruptions import (
     from_config,
 )
 from diffem.data import Dataset, Observations
+from diffem.denoiser import Denoiser, DenoiserConfig
 from diffem.diagnostics.check import check
 from diffem.diagnostics.scores import coverage, score
 from diffem.em import DiffEM
 from diffem.errors import DiffemError
+from diffem.networks import NetworkConfig
 from diffem.posterior import from_pretrained
-from diffem.samplers import Sampler
+from diffem.samplers import DiffusionSampler, Sampler, SamplerConfig
+from diffem.trainer import MStepConfig, Trainer
 from diffem.units import Units
 
 N = 200_000
@@ -118,6 +124,13 @@ def test_one_of_several_is_drawn_for_each_item():
     assert std[std > 2].mean().item() == pytest.approx(4.0, rel=0.05)
 
 
+def test_clipping_from_below_censors_what_was_not_detected():
+    x = torch.tensor([[-3.0, 0.2, 0.5, 7.0]])
+    assert Saturate(5.0, low=0.5).apply(x, {}, generator())[0].tolist() == [0.5, 0.5, 0.5, 5.0]
+    assert from_config({"name": "Saturate", "level": 5.0, "low": 0.5}).config == Saturate(5.0, low=0.5).config
+    assert "low" not in Saturate(5.0).config
+
+
 # --- scores by simulation ----------------------------------------------------------------------------
 
 
@@ -175,8 +188,6 @@ class Middle(Sampler):
     """Half of y, and noise."""
 
     def draw(self, y, params, seeds, withheld=None):
-        from diffem import seeding
-
         return 0.5 * y + 0.5 * seeding.normal(seeds, self.shape)
 
 
@@ -206,6 +217,49 @@ def test_thinning_splits_what_was_observed():
     assert torch.equal(kept + hidden, y)
 
 
+def test_kept_and_hidden_parts_are_independent_given_x():
+    x = torch.tensor([2.0, 6.0, 1.0, 9.0]).expand(N // 10, 4)
+    for corruption in (PoissonGaussian(1.0, 0.5), Speckle(0.3), SaltAndPepper(0.2, 0, 10), Saturate(5.0, 2.0)):
+        y = corruption.apply(x, {}, generator())
+        (kept, of_kept), (hidden, of_hidden) = corruption.thin(y, {}, generator(1))
+        a, b = ((part - y.mean(0) * of["mask"]).sum(1) for part, of in ((kept, of_kept), (hidden, of_hidden)))
+        assert abs(np.corrcoef(a, b)[0, 1]) < 4 / math.sqrt(N // 10)
+    one_of = OneOf([GaussianNoise(0.5), GaussianNoise(2.0)])  # its parts share a level that is not known
+    assert not one_of.thins
+    assert not one_of.predictable
+
+
+@pytest.mark.parametrize(
+    ("corruption", "y", "text"),
+    [
+        (Quantise(3, 0, 4), 1.5, "y.npy: holds 1.5, which Quantise never makes with levels 3, low 0, high 4"),
+        (Saturate(3.0), 3.5, "y.npy: holds 3.5, which Saturate never makes with level 3, noise 0"),
+        (
+            Saturate(3.0, 0.1, -1.0),
+            -1.5,
+            "y.npy: holds -1.5, which Saturate never makes with level 3, noise 0.1, low -1",
+        ),
+        (JPEG(20), 0.5, "y.npy: holds 0.5; JPEG makes whole numbers from 0 to 255"),
+        (JPEG(20), 256.0, "y.npy: holds 256; JPEG makes whole numbers from 0 to 255"),
+    ],
+)
+def test_values_that_it_never_makes_are_refused(corruption, y, text):
+    array = np.zeros((60, 1, 4, 4), np.float32)
+    array[3, 0, 1, 2] = y
+    with pytest.raises(DiffemError) as caught:
+        Observations(array, corruption, range=(0, 255))
+    assert str(caught.value) == f"observations: {text}"
+    if not isinstance(corruption, JPEG):  # what was not observed may be anything
+        Observations(array, corruption, {"mask": array != y}, range=(0, 4))
+
+
+def test_a_mask_that_does_not_fit_is_refused():
+    with pytest.raises(
+        DiffemError, match=r"mask.npy: shape \(60, 1, 3, 4\) does not broadcast against y's \(60, 1, 4, 4\)"
+    ):
+        Observations(np.zeros((60, 1, 4, 4)), Speckle(0.1), {"mask": np.ones((60, 1, 3, 4), bool)}, range=(0, 1))
+
+
 @pytest.mark.parametrize(
     ("make", "text"),
     [
@@ -216,6 +270,7 @@ def test_thinning_splits_what_was_observed():
         (lambda: SaltAndPepper(0.5, 1, 1), "SaltAndPepper: low must be below high, got 1 and 1"),
         (lambda: Quantise(1, 0, 1), "Quantise: levels must be a whole number of at least 2, got 1"),
         (lambda: Saturate(1.0, -0.1), "Saturate: noise must be a standard deviation >= 0, got -0.1"),
+        (lambda: Saturate(1.0, low=1.0), "Saturate: low must be below level, got 1.0 and 1.0"),
         (lambda: Gamma(0, 1), "Gamma: gamma must be > 0, got 0"),
         (lambda: JPEG(0), "JPEG: quality must be from 1 to 95, or [least, largest], got 0"),
         (lambda: JPEG([50, 20]), "JPEG: quality must be from 1 to 95, or [least, largest], got [50, 20]"),
@@ -234,7 +289,7 @@ CASES = {
     "speckle": (Speckle(0.2), (1, 8, 8)),
     "salt": (SaltAndPepper(0.1, 0.0, 16.0), (3, 8, 8)),
     "levels": (Quantise(4, 0.0, 16.0), (1, 8, 8)),
-    "clipped": (Saturate(9.0, 0.3), (1, 20)),
+    "clipped": (Saturate(9.0, 0.3, 1.0), (1, 20)),
     "curve": (Gamma(0.5, 16.0, 0.1), (6,)),
     "jpeg": (JPEG([10, 30]), (3, 8, 8)),
     "one of": (OneOf([GaussianNoise(0.5), GaussianNoise(2.0)]), (1, 8, 8)),
@@ -264,3 +319,56 @@ def test_each_trains_saves_and_loads(name, tmp_path):
     assert {row["score_name"] for row in rows} == {"energy_distance" if name in ("jpeg", "one of") else "crps"}
     loaded = from_pretrained(tmp_path / "run" / "posterior")
     assert loaded.sample(y[:3], n=2).shape == (2, 3, *shape)
+
+
+@pytest.mark.parametrize("name", ["curve", "jpeg"])
+def test_check_and_diagnose_run(name, tmp_path, capsys):
+    corruption, shape = CASES[name]
+    high = 255 if name == "jpeg" else 16
+    y = corruption.apply(high * torch.rand(330, *shape, generator=generator()), {}, generator(1)).numpy()
+    Observations(y, corruption, range=(0, high)).save(tmp_path / "data")
+    observations = Observations.load(tmp_path / "data")
+    list(DiffEM(configuration.from_dict(SETTINGS), observations, tmp_path / "run").iterate())
+    assert main(["check", str(tmp_path / "data")]) == 0
+    capsys.readouterr()
+    assert main(["diagnose", str(tmp_path / "run"), "--observations", str(tmp_path / "data"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert ("coverage" in found) == corruption.predictable
+    assert found["divergence"]
+
+
+# --- what is not known is integrated over ------------------------------------------------------------
+
+
+def test_the_posterior_integrates_over_a_noise_level_that_is_not_known():
+    # x ~ N(0, I) in four entries, y = x + s e, s = 0.5 or 1.5: E[x | y] = y sum_s p(s | y) / (1 + s^2)
+    levels, d = torch.tensor([0.5, 1.5]), 4
+    corruption = OneOf([GaussianNoise(float(s)) for s in levels]).scaled(Units())
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = NetworkConfig(kind="mlp", width=64, depth=2, embedding=32)
+        denoiser = Denoiser(corruption, (d,), DenoiserConfig("plain", 0.05, 10.0), network)
+    trainer, draws = Trainer(denoiser, MStepConfig()), generator(1)
+    for step in range(1000):
+        x = torch.randn(256, d, generator=draws)
+        y, params = corruption.observe(x, draws)
+        trainer.update([denoiser.loss(x, y, params, draws)], 2e-3 * max(0.05, 1 - step / 1000))
+    y, _ = corruption.observe(torch.randn(600, d, generator=draws), draws)
+    sampler = DiffusionSampler(trainer.averaged, SamplerConfig(steps=12))
+    keys = [seeding.item_seeds(0, j, "user", range(600)) for j in range(30)]
+    drawn = torch.stack([sampler.draw(y, {}, k) for k in keys])
+    evidence = torch.distributions.Normal(0, (1 + levels.square()).sqrt()).log_prob(y[..., None]).sum(1)
+    p = evidence.softmax(1)
+    gains = 1 / (1 + levels.square())
+    exact = p @ gains
+    spread = p @ (1 - gains) + (p @ gains.square() - exact.square()) * y.square().mean(
+        1
+    )  # an entry's variance, in the mean
+    order = y.square().sum(1).argsort()
+    for part in order.chunk(4):  # quiet observations are believed, loud ones are not
+        found = (drawn.mean(0)[part] * y[part]).sum() / y[part].square().sum()
+        wanted = (exact[part] * y[part].square().sum(1)).sum() / y[part].square().sum()
+        assert found.item() == pytest.approx(wanted.item(), abs=0.05)
+        assert drawn.var(0)[part].mean().item() == pytest.approx(spread[part].mean().item(), rel=0.15)
+    first, last = exact[order[:150]].mean(), exact[order[-150:]].mean()
+    assert first > 0.6 > 0.4 > last  # and so no single level would pass

@@ -6,6 +6,10 @@ observed and thinning follow.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,6 +18,8 @@ from diffem.units import Units
 
 from .base import Params
 from .thinning import Masked
+
+CHECKED = 1024  # observations whose values are looked at before training
 
 
 class EntrywiseCorruption(Masked):
@@ -25,6 +31,20 @@ class EntrywiseCorruption(Masked):
     def distort(self, x: Tensor, generator: torch.Generator) -> Tensor:
         """One draw of y for items x (B, *shape), in the units of the data."""
         raise NotImplementedError
+
+    def impossible(self, y: np.ndarray) -> np.ndarray | bool:
+        """Which values are never observed, whatever x is: boolean, broadcasts against y. None are, by default."""
+        return False
+
+    def check(self, y: np.ndarray, params: Mapping[str, np.ndarray], shape: tuple[int, ...]) -> tuple[int, ...]:
+        shape = super().check(y, params, shape)
+        some = np.asarray(y[:CHECKED], np.float64)
+        seen = np.asarray(params["mask"][:CHECKED], bool) if "mask" in params else True
+        wrong = some[np.broadcast_to(self.impossible(some) & np.isfinite(some) & seen, some.shape)]
+        if wrong.size:
+            told = ", ".join(f"{k} {v:g}" for k, v in self.config.items() if isinstance(v, int | float))
+            raise DiffemError(f"y.npy: holds {wrong[0]:g}, which {type(self).__name__} never makes with {told}")
+        return shape
 
     def apply(self, x: Tensor, params: Params, generator: torch.Generator) -> Tensor:
         return self.shown(self.distort(x, generator), params)
@@ -113,26 +133,37 @@ class Quantise(EntrywiseCorruption):
             raise DiffemError(f"Quantise: levels must be a whole number of at least 2, got {levels}")
         _ordered(self, low, high)
         self.levels, self.low, self.high = int(levels), float(low), float(high)
+        self.step = (self.high - self.low) / (self.levels - 1)
 
     def distort(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        step = (self.high - self.low) / (self.levels - 1)
-        return self.low + step * ((x - self.low) / step).round().clamp(0, self.levels - 1)
+        return self.low + self.step * ((x - self.low) / self.step).round().clamp(0, self.levels - 1)
+
+    def impossible(self, y: np.ndarray) -> np.ndarray:
+        nearest = self.low + self.step * np.rint((y - self.low) / self.step).clip(0, self.levels - 1)
+        return np.abs(y - nearest) > 1e-3 * self.step
 
 
 class Saturate(EntrywiseCorruption):
-    """A sensor that clips, after its noise: y = min(x + N(0, noise^2), level).
+    """A sensor that clips, after its noise: y = min(x + N(0, noise^2), level); or censored values, as those beyond a limit of detection.
 
     Arguments:
         level: The largest value that is recorded.
         noise: Standard deviation of the noise.
+        low: The least value that is recorded; no limit by default.
     """
 
-    def __init__(self, level: float, noise: float = 0.0) -> None:
+    def __init__(self, level: float, noise: float = 0.0, low: float | None = None) -> None:
         _not_negative(self, noise=noise)
-        self.level, self.noise = float(level), float(noise)
+        if low is not None and not low < level:
+            raise DiffemError(f"Saturate: low must be below level, got {low} and {level}")
+        self.level, self.noise, self.low = float(level), float(noise), low
 
     def distort(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        return (x + self.noise * _normal(x, generator)).clamp(max=self.level)
+        return (x + self.noise * _normal(x, generator)).clamp(self.low, self.level)
+
+    def impossible(self, y: np.ndarray) -> np.ndarray:
+        rounding = 1e-5 * np.abs(y)
+        return (y > self.level + rounding) | (y < (-math.inf if self.low is None else self.low) - rounding)
 
 
 class Gamma(EntrywiseCorruption):

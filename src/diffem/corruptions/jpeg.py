@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from diffem.errors import DiffemError
 
 from .base import Corruption, Params
+from .entrywise import CHECKED
 
 
 class JPEG(Corruption):
@@ -31,6 +31,13 @@ class JPEG(Corruption):
         self.low, self.high = (int(q) for q in ends)
         self.quality = self.low if self.low == self.high else (self.low, self.high)
 
+    def check(self, y: np.ndarray, params: Mapping[str, np.ndarray], shape: tuple[int, ...]) -> tuple[int, ...]:
+        some = np.asarray(y[:CHECKED], np.float64)
+        wrong = some[(some != np.rint(some)) | (some < 0) | (some > 255)]
+        if wrong.size:
+            raise DiffemError(f"y.npy: holds {wrong[0]:g}; JPEG makes whole numbers from 0 to 255")
+        return shape
+
     def apply(self, x: Tensor, params: Params, generator: torch.Generator) -> Tensor:
         if x.ndim != 4 or x.shape[1] not in (1, 3):
             raise DiffemError(f"JPEG: items must be images of 1 or 3 channels, got shape {tuple(x.shape[1:])}")
@@ -41,6 +48,8 @@ class JPEG(Corruption):
 
 
 def _compressed(image: np.ndarray, quality: int) -> np.ndarray:
+    from PIL import Image  # here, so that `import diffem` is quick
+
     stream = io.BytesIO()
     Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(stream, "JPEG", quality=quality)
     return np.asarray(Image.open(stream)).reshape(image.shape)

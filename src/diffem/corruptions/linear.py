@@ -28,7 +28,7 @@ from diffem.mixtures import Likelihood, Rows
 from diffem.units import Units
 
 from .base import Observed, Params
-from .thinning import Masked
+from .thinning import Masked, refuse_unless_it_broadcasts
 
 NOISE_FLOOR = 1e-3  # in model units: keeps likelihoods of noise-free data finite
 SPREAD = 0.5  # the assumed standard deviation of data in model units; noise well above it hides them
@@ -102,9 +102,7 @@ class LinearCorruption(Masked):
         return [] if self.noise is not None else [self.noise_std(y, params).expand_as(y)]
 
     def check(self, y: np.ndarray, params: Mapping[str, np.ndarray], shape: tuple[int, ...]) -> tuple[int, ...]:
-        name = type(self).__name__
-        if "mask" in params:
-            refuse_unless_it_broadcasts("mask", params["mask"], y)
+        name, shape = type(self).__name__, super().check(y, params, shape)
         if self.noise is None and "noise" not in params:
             raise DiffemError(f"noise: {name} needs it: a standard deviation, or noise.npy")
         if self.noise is not None and "noise" in params:
@@ -205,16 +203,6 @@ class LinearCorruption(Masked):
     def _of_centre(self, y: Tensor, params: Params, units: Units) -> Tensor:
         """A c, c the item that is 0 in model units."""
         return self.forward(units.restore(torch.zeros_like(self.adjoint(y, params))), params)
-
-
-def refuse_unless_it_broadcasts(name: str, value: np.ndarray, y: np.ndarray) -> None:
-    """Raises a DiffemError if a parameter does not broadcast against the observations."""
-    try:
-        fits = np.broadcast_shapes(value.shape, y.shape) == y.shape
-    except ValueError:
-        fits = False
-    if not fits:
-        raise DiffemError(f"{name}.npy: shape {value.shape} does not broadcast against y's {y.shape}")
 
 
 def solve(product: Callable[[Tensor], Tensor], b: Tensor, steps: int = STEPS) -> Tensor:

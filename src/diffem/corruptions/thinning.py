@@ -4,10 +4,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from diffem.errors import DiffemError
 
 from .base import Corruption, Observed, Params
 
@@ -66,6 +69,11 @@ class Masked(Corruption):
     parameters: tuple[str, ...] | None = ("mask",)
     gaps: Gaps | None = None
 
+    def check(self, y: np.ndarray, params: Mapping[str, np.ndarray], shape: tuple[int, ...]) -> tuple[int, ...]:
+        if "mask" in params:
+            refuse_unless_it_broadcasts("mask", params["mask"], y)
+        return shape
+
     def seen(self, y: Tensor, params: Params) -> Tensor:
         return params["mask"].bool() if "mask" in params else super().seen(y, params)
 
@@ -90,3 +98,13 @@ class Masked(Corruption):
         assert isinstance(other, Masked)
         other.gaps = Gaps.of(parameters)
         return other
+
+
+def refuse_unless_it_broadcasts(name: str, value: np.ndarray, y: np.ndarray) -> None:
+    """Raises a DiffemError if a parameter does not broadcast against the observations."""
+    try:
+        fits = np.broadcast_shapes(value.shape, y.shape) == y.shape
+    except ValueError:
+        fits = False
+    if not fits:
+        raise DiffemError(f"{name}.npy: shape {value.shape} does not broadcast against y's {y.shape}")

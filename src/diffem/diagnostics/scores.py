@@ -311,7 +311,7 @@ def _hidden(
                 predicted = linear.forward(x, {k: _tiled(v, n) for k, v in hidden_params.items()})
                 noise = _tiled(std, n) * seeding.normal(seeds, tuple(predicted.shape[1:]), stream=10_000)
             else:
-                keys = (seeding.generator(seeding.fold(seed, int(j)), start // SPLIT, "score") for j in some)
+                keys = (seeding.generator(seeding.fold(seed, int(j)), start // size, "score") for j in some)
                 parts = x.split(len(chunk))
                 predicted = torch.cat(
                     [corruption.apply(x, hidden_params, key) for x, key in zip(parts, keys, strict=True)]
