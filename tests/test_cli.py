@@ -16,9 +16,11 @@ import torch
 import yaml
 from safetensors import safe_open
 
+import diffem
 from diffem import samplers, seeding
 from diffem.clean.evaluation import as_text
 from diffem.cli import main
+from diffem.corruptions import REGISTRY
 from diffem.data import Observations
 from diffem.em import DiffEM
 from diffem.posterior import from_pretrained
@@ -325,6 +327,7 @@ def test_reference_that_is_no_array(command, here, capsys):
 LIMITED = """
 import resource, sys
 from diffem.cli import main
+from diffem.corruptions import REGISTRY
 resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))  # no file may grow beyond it, as on a full disk
 sys.exit(main({argv!r}))
 """
@@ -550,6 +553,7 @@ class Dim(diffem.Corruption):
 
 
 def test_a_class_of_the_users_own(here, capsys, monkeypatch):
+    monkeypatch.setitem(REGISTRY, "Dim", diffem.Corruption)  # so that it is not known to the tests that follow
     monkeypatch.setattr(sys, "path", [*sys.path])
     (here / "dimmed.py").write_text(OWN)
     folder = here / "data"
