@@ -36,7 +36,7 @@ from diffem.em import DiffEM
 from diffem.errors import DiffemError
 from diffem.networks import NetworkConfig
 from diffem.posterior import from_pretrained
-from diffem.samplers import DiffusionSampler, Sampler, SamplerConfig
+from diffem.samplers import DiffusionSampler, ObservationSampler, Sampler, SamplerConfig
 from diffem.trainer import MStepConfig, Trainer
 from diffem.units import Units
 
@@ -129,6 +129,43 @@ def test_clipping_from_below_censors_what_was_not_detected():
     assert Saturate(5.0, low=0.5).apply(x, {}, generator())[0].tolist() == [0.5, 0.5, 0.5, 5.0]
     assert from_config({"name": "Saturate", "level": 5.0, "low": 0.5}).config == Saturate(5.0, low=0.5).config
     assert "low" not in Saturate(5.0).config
+
+
+# --- the start ---------------------------------------------------------------------------------------
+
+
+def started(corruption, y: torch.Tensor, params: dict, units: Units) -> torch.Tensor:
+    """What the start `observation` draws, in the units of the data."""
+    keys = seeding.item_seeds(0, 0, "user", range(len(y)))
+    sampler = ObservationSampler(corruption.scaled(units), tuple(y.shape[1:]))
+    return units.restore(sampler.draw(corruption.scale_y(y, params, units), params, keys))
+
+
+@pytest.mark.parametrize(
+    ("corruption", "ends"),
+    [
+        (Quantise(3, 0.0, 16.0), {0.0: (0, 0), 8.0: (8, 8)}),
+        (Saturate(12.0, low=2.0), {2.0: (0, 2), 7.0: (7, 7), 12.0: (12, 16)}),
+        (Saturate(12.0), {-3.0: (-3, -3), 12.0: (12, 16)}),
+        (PoissonGaussian(1.0), {0.0: (0, 0), 19.0: (19, 19)}),
+        (Gamma(2.0, 16.0), {4.0: (8, 8)}),
+    ],
+)
+def test_a_start_lies_where_the_observation_says(corruption, ends):
+    units = Units(8.0, 8.0)
+    for value, (low, high) in ends.items():
+        y = torch.full((3000, 1), value)
+        x = started(corruption, y, {}, units)[:, 0].numpy()
+        if low == high:
+            assert x == pytest.approx(np.full(3000, low), abs=1e-5)
+        else:
+            assert stats.kstest(x, stats.uniform(low, high - low).cdf).pvalue > 0.001
+        if corruption.noise == 0 and not isinstance(corruption, PoissonGaussian):
+            again = corruption.apply(torch.from_numpy(x), {}, generator())
+            assert (again - value).abs().max() < 1e-4  # it makes the same observation
+    hidden = {"mask": torch.zeros(3000, 1, dtype=torch.bool)}
+    x = started(corruption, torch.zeros(3000, 1), hidden, units)[:, 0].numpy()
+    assert stats.kstest(x, stats.uniform(0, 16).cdf).pvalue > 0.001  # anything within the range
 
 
 # --- scores by simulation ----------------------------------------------------------------------------

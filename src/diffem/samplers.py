@@ -157,18 +157,18 @@ def trained_kind(config: SamplerConfig) -> type[DiffusionSampler]:
 @register_sampler
 class ObservationSampler(Sampler):
     """What the corruption makes of an observation by itself (:meth:`Corruption.initial`): the observation, as a rule, with the
-    middle of the range where nothing was observed."""
+    middle of the range where nothing was observed; or a draw from :meth:`Corruption.interval`, uniformly."""
 
     kind = "observation"
 
     def draw(self, y: Tensor, params: Params, seeds: Tensor, withheld: Tensor | None = None) -> Tensor:
-        x = self.corruption.initial(y, params)
+        x, end = self.corruption.interval(y, params)
         if tuple(x.shape[1:]) != self.shape:
             raise DiffemError(
                 f"start.kind: observation: y of shape {tuple(x.shape[1:])} cannot stand for items of shape {self.shape}; "
                 "give the corruption an initial(y, params)"
             )
-        return x
+        return x + (end - x) * seeding.uniform(seeds, self.shape)
 
 
 @register_sampler

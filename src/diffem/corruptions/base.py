@@ -184,6 +184,15 @@ class Corruption:
         """A first reconstruction of observations y (B, *y shape), in the units of y: shape (B, *shape). By default it is y."""
         return y
 
+    def interval(self, y: Tensor, params: Params) -> tuple[Tensor, Tensor]:
+        """The ends of where x lies, each (B, *shape), where y says no more than that: the start `observation` is drawn between them,
+        uniformly. They may be infinite. By default both are :meth:`initial`.
+
+        An item at the end of its interval makes the same observation again: EM that started there would stay there.
+        """
+        x = self.initial(y, params)
+        return x, x
+
     def seen(self, y: Tensor, params: Params) -> Tensor:
         """Which entries of y carry information: a boolean tensor that broadcasts against y."""
         return torch.ones((1,) * y.ndim, dtype=torch.bool, device=y.device)
@@ -262,6 +271,12 @@ class Scaled(Corruption):
 
     def initial(self, y: Tensor, params: Params) -> Tensor:
         return self.units.scale(self.inner.initial(self.inner.restore_y(y, params, self.units), params))
+
+    def interval(self, y: Tensor, params: Params) -> tuple[Tensor, Tensor]:
+        """Those of the corruption; those of the range of the data where they are infinite."""
+        ends = self.inner.interval(self.inner.restore_y(y, params, self.units), params)
+        low, high = (self.units.scale(end) for end in ends)
+        return torch.where(low.isinf(), high.clamp(max=-1), low), torch.where(high.isinf(), low.clamp(min=1), high)
 
     def seen(self, y: Tensor, params: Params) -> Tensor:
         return self.inner.seen(y, params)

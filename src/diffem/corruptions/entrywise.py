@@ -19,6 +19,7 @@ from diffem.units import Units
 from .base import Params
 from .thinning import Masked
 
+ROUNDING = 1e-5  # by which single precision may move a value, relative to large ones
 CHECKED = 1024  # observations whose values are looked at before training
 
 
@@ -48,6 +49,11 @@ class EntrywiseCorruption(Masked):
 
     def apply(self, x: Tensor, params: Params, generator: torch.Generator) -> Tensor:
         return self.shown(self.distort(x, generator), params)
+
+    def interval(self, y: Tensor, params: Params) -> tuple[Tensor, Tensor]:
+        """Where y was not observed, anything."""
+        x, seen = self.initial(y, params), self.seen(y, params)
+        return torch.where(seen, x, -torch.inf), torch.where(seen, x, torch.inf)
 
     def measured(self, x: Tensor, params: Params) -> Tensor:
         return self.shown(x, params)
@@ -159,11 +165,24 @@ class Saturate(EntrywiseCorruption):
         self.level, self.noise, self.low = float(level), float(noise), low
 
     def distort(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        return (x + self.noise * _normal(x, generator)).clamp(self.low, self.level)
+        return (x + self.noise * _normal(x, generator)).clamp(*self.limits)
+
+    @property
+    def limits(self) -> tuple[float, float]:
+        """Between which values are recorded."""
+        return -math.inf if self.low is None else self.low, self.level
 
     def impossible(self, y: np.ndarray) -> np.ndarray:
-        rounding = 1e-5 * np.abs(y)
-        return (y > self.level + rounding) | (y < (-math.inf if self.low is None else self.low) - rounding)
+        (low, high), rounding = self.limits, ROUNDING * np.abs(y)
+        return (y > high + rounding) | (y < low - rounding)
+
+    def interval(self, y: Tensor, params: Params) -> tuple[Tensor, Tensor]:
+        ends, (low, high) = super().interval(y, params), self.limits
+        rounding = ROUNDING * y.abs().amax(tuple(range(1, y.ndim)), keepdim=True)
+        return (
+            torch.where(y <= low + rounding, -torch.inf, ends[0]),
+            torch.where(y >= high - rounding, torch.inf, ends[1]),
+        )
 
 
 class Gamma(EntrywiseCorruption):
