@@ -375,7 +375,7 @@ def test_noise_of_features_is_bounded():
 def test_clipped_noise():
     clean = observe(digits(), GaussianNoise(0.0), GaussianNoise(1.0), range=(0, 16))
     share = 100 * (digits() == 0).mean()
-    text = f"{share:.3g} % of the values are exactly 0, which noise would not leave so; use `noise: 0` if there is none, or a black box that clips"
+    text = f"{share:.3g} % of the values are exactly 0, which noise would not leave so; use `noise: 0` if there is none, or `name: Saturate` if a sensor clips"
     assert found(clean)["clipped"] == Finding("warning", "clipped", text)
     noisy = HEALTHY["noise"]()
     noisy.y = noisy.y.clip(0, 16)

@@ -602,3 +602,26 @@ def test_sample_makes_the_folder_it_is_told(here):
     assert main(["train", "--observations", "data", "--out", "run", *TINY]) == 0
     assert main(["sample", "run", "--n", "2", "--out", "new/folder/samples.npy"]) == 0
     assert np.load("new/folder/samples.npy").shape == (2, *SHAPE)
+
+
+GAIN = "def gained(x, params):\n    return x * params['gain'].reshape(-1, 1, 1, 1)\n"
+
+
+def test_a_function_with_a_number_for_each_observation(here, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (here / "gained.py").write_text(GAIN)
+    folder, own = here / "data", ["--corruption", "gained:gained"]
+    folder.mkdir()
+    np.save(folder / "y.npy", clean())
+    np.save(folder / "gain.npy", np.linspace(0.5, 1.5, N))
+    assert main(["check", str(folder), *own]) == 0
+    assert main(["train", "--observations", str(folder), "--out", "run", *own, *TINY, "--em.iterations", "0"]) == 0
+    assert "no iteration was better than the start: the start is what this run gives, and it has no prior" in (
+        capsys.readouterr().out
+    )
+    assert (
+        main(["reconstruct", "run", "--observations", str(folder), "--out", "draws"]) == 0
+    )  # what was learned is saved
+    assert said(here, capsys, "sample", "run", "--out", "new.npy") == (
+        "run: has no prior: it is not finished, or no iteration was better than its start"
+    )

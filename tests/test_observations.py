@@ -404,14 +404,14 @@ def test_mask_with_more_channels_than_y():
 def test_lengths_that_differ():
     y = np.zeros((5, 4))
     assert error(Observations, y, RandomMask(0.5, 0.1), {"mask": np.ones((4, 4), bool)}, source="here") == (
-        "here: mask.npy: has 4 rows where y.npy has 5"
+        "here: mask.npy: has 4 rows where y.npy has 5; the first axis is that of the observations, of length 1 if it is one for all"
     )
     assert error(Observations, y, RandomMask(0.5, 0.1), {"mask": np.ones((2, 4), bool)}, source="here") == (
-        "here: mask.npy: has 2 rows where y.npy has 5"
+        "here: mask.npy: has 2 rows where y.npy has 5; the first axis is that of the observations, of length 1 if it is one for all"
     )
     matrix = np.ones((6, 4, 3))
     assert error(Observations, y, RandomProjection(4, 0.1), {"matrix": matrix}, source="here") == (
-        "here: matrix.npy: has 6 rows where y.npy has 5"
+        "here: matrix.npy: has 6 rows where y.npy has 5; the first axis is that of the observations, of length 1 if it is one for all"
     )
 
 

@@ -382,6 +382,8 @@ def _train(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
         say(
             f"iteration {row['iteration']:3d} {verdict:8s} {row['score_name']} {row['score']:.4f} +- {row['score_se']:.4f}{ratio} ({row['seconds']:.0f} s)"
         )
+    if not (out / "prior" / "config.json").exists():
+        say("no iteration was better than the start: the start is what this run gives, and it has no prior")
     pictures.save(out, observations, em.test, config.em.seed, folder / "clean.npy", **place)
     found = _write_diagnostics(out, observations, False, **place)
     written = page.write(out)
@@ -690,6 +692,12 @@ def _sample(arguments: argparse.Namespace) -> None:
     if arguments.n < 1:
         raise DiffemError(f"diffem sample: --n: must be at least 1, got {arguments.n}")
     _refuse_to_overwrite(Path(arguments.out), arguments)
+    if (Path(arguments.run) / "metrics.jsonl").exists() and not (
+        Path(arguments.run) / "prior" / "config.json"
+    ).exists():
+        raise DiffemError(
+            f"{arguments.run}: has no prior: it is not finished, or no iteration was better than its start"
+        )
     prior = _model(arguments, "prior")
     Path(arguments.out).resolve().parent.mkdir(parents=True, exist_ok=True)
     stream = io.BytesIO()

@@ -288,7 +288,7 @@ def from_pretrained(
 def _corruption(saved: dict, given: Corruption | None, shape: tuple[int, ...]) -> Corruption:
     """The corruption of a saved model: what the caller gave, or else the one on the shelf that it names."""
     if given is None and saved["name"] == "BlackBox":
-        return BlackBox(lambda x: x, saved.get("function"))  # draws only ask it how y is scaled
+        return BlackBox(lambda x, params: x, saved.get("function"))  # draws only ask it how y is scaled
     if given is None and saved["name"] not in REGISTRY:
         raise DiffemError(f"its corruption {saved['name']} is not one of diffem's; give it with corruption=")
     if given is None:

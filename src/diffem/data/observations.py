@@ -341,7 +341,9 @@ def _parameter(of: Observations, name: str, array: np.ndarray) -> np.ndarray:
         raise DiffemError(f"{of.source}: {name}.npy: holds {array.dtype}, not numbers")
     rows = len(array) if array.ndim else 0
     if rows != len(of):
-        raise DiffemError(f"{of.source}: {name}.npy: has {rows} rows where y.npy has {len(of)}")
+        raise DiffemError(
+            f"{of.source}: {name}.npy: has {rows} rows where y.npy has {len(of)}; the first axis is that of the observations, of length 1 if it is one for all"
+        )
     if name in LIKE_Y and array.ndim == 1:  # one number for each observation
         return array.reshape(-1, *(1,) * (of.y.ndim - 1))
     return _seen(array, of.layout) if of.layout.like_y(name, array) else array

@@ -166,7 +166,7 @@ class Sample:
 
 
 def _keys(tensors: list[Tensor]) -> np.ndarray:
-    rows = zip(*(tensor.flatten(1).contiguous().numpy() for tensor in tensors), strict=True)
+    rows = zip(*(tensor.reshape(len(tensor), -1).contiguous().numpy() for tensor in tensors), strict=True)
     digests = (hashlib.blake2b(b"".join(map(bytes, row)), digest_size=8).digest() for row in rows)
     return np.frombuffer(b"".join(digests), np.uint64)
 
@@ -355,12 +355,12 @@ def noise(observations: Observations, sample: Sample, spectrum: Spectrum | None)
     declared, values = _noise(observations), sample.values
     if not observations.corruption.linear or not len(values):
         return []
-    told = _estimate_or_none(sample)
+    told = _estimate_or_none(sample) if observations.corruption.same_units else None  # else y is no image
     if told is not None and (found := _not_uniform(observations, told, values)):
         return found
     end, count = max(((v, (values == v).sum()) for v in (values.min(), values.max())), key=lambda pair: pair[1])
     if declared and count > max(1, CLIPPED * len(values)):
-        text = f"{_percent(count / len(values))} of the values are exactly {end:g}, which noise would not leave so; use `noise: 0` if there is none, or a black box that clips"
+        text = f"{_percent(count / len(values))} of the values are exactly {end:g}, which noise would not leave so; use `noise: 0` if there is none, or `name: Saturate` if a sensor clips"
         return [Finding("warning", "clipped", text)]
     quiet = [*_quiet_coefficients(observations, sample), *_quiet_details(observations, sample, told)]
     if spectrum is not None:
