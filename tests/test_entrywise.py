@@ -13,7 +13,7 @@ from PIL import Image
 from scipy import stats
 
 from diffem import config as configuration
-from diffem import seeding
+from diffem import memory, seeding
 from diffem.cli import main
 from diffem.corruptions import (
     JPEG,
@@ -30,6 +30,7 @@ from diffem.corruptions import (
 )
 from diffem.data import Dataset, Observations
 from diffem.denoiser import Denoiser, DenoiserConfig
+from diffem.diagnostics import scores
 from diffem.diagnostics.check import check
 from diffem.diagnostics.scores import coverage, score
 from diffem.em import DiffEM
@@ -238,6 +239,19 @@ def test_simulated_scores_agree_with_those_of_the_formula():
     a, b = found
     assert b.mean == pytest.approx(a.mean, abs=4 * math.hypot(a.standard_error, b.standard_error))
     assert b.ratio == pytest.approx(a.ratio, rel=0.05)
+
+
+def test_simulated_noise_differs_between_chunks(monkeypatch):
+    """Large items are scored a few at a time: each few have noise of their own."""
+    y, at_once = np.zeros((10, 40), np.float32), 5
+    data = Dataset(Observations(y, Twin(1.0), {"mask": np.ones_like(y, bool)}, formula=True), Units())
+    monkeypatch.setattr(memory, "at_once", lambda *_: at_once)
+    sampler = Middle(data.corruption, (40,))
+    monkeypatch.setattr(sampler, "draw", lambda y, params, seeds, withheld=None: torch.zeros_like(y))
+    first, second = (part for _, part in scores._hidden(sampler, data, np.arange(10), 0, 2, 1, 256))
+    both = (first.seen * second.seen).bool().expand_as(first.noisy)
+    assert both.sum() > 10
+    assert (first.noisy[both] != second.noisy[both]).all()
 
 
 # --- masks, thinning, words --------------------------------------------------------------------------
