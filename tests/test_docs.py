@@ -14,7 +14,7 @@ import torch
 import diffem
 from diffem import samplers, tables
 from diffem.config import load_config
-from diffem.corruptions import REGISTRY, Corruption, registry
+from diffem.corruptions import REGISTRY, Corruption
 
 ROOT = Path(__file__).parents[1]
 SMALL = [
@@ -119,7 +119,7 @@ def test_tables(monkeypatch):
 
 
 def test_the_shelf_is_open(tmp_path, monkeypatch):
-    monkeypatch.setattr(registry, "REGISTRY", dict(registry.REGISTRY))
+    monkeypatch.setitem(REGISTRY, "Saturation", Corruption)  # so that it is not known to the tests that follow
     code = blocks("A corruption")[0].replace("class Saturation", "@diffem.register_corruption\nclass Saturation")
     names: dict = {}
     exec(code, names)

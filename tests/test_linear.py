@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from operators import assert_same_in_model_units
 from scipy import ndimage
 
 from diffem import config as configuration
@@ -370,12 +371,7 @@ def test_in_model_units_it_is_the_same_observation(corruption, shape, make, apar
         pytest.skip("its channels are not observed apart")
     each = (shape[0], *(1,) * (len(shape) - 1))
     units = Units(randn(*each, seed=2).numpy(), 0.5 + randn(*each).square().numpy()) if apart else Units(0.3, 2.0)
-    x, params = randn(N, *shape, seed=3), make(N)
-    y = corruption.apply(x, params, seeded(4))
-    scaled, of = corruption.scaled(units), corruption.scale_params(params, units)
-    there = scaled.apply(units.scale(x), of, seeded(4))
-    torch.testing.assert_close(corruption.scale_y(y, params, units), there, rtol=0, atol=1e-12)
-    torch.testing.assert_close(corruption.restore_y(there, params, units), y, rtol=0, atol=1e-12)
+    assert_same_in_model_units(corruption, randn(N, *shape, seed=3), make(N), units)
 
 
 @parametrised

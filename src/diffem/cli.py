@@ -668,10 +668,16 @@ def _reconstruct(arguments: argparse.Namespace) -> None:
     say(f"{n} observations, {arguments.draws} draws each, in {out}")
 
 
-def _refuse_other_range(run: Path, observations: Observations) -> None:
+def _facts(run: Path) -> dict:
+    """What a run says of the observations that it was trained on; nothing if it is not a run."""
     import yaml
 
-    trained = yaml.safe_load((run / "config.yaml").read_text()).get("facts", {}).get("range")
+    file = run / "config.yaml"
+    return (yaml.safe_load(file.read_text()).get("facts") if file.exists() else None) or {}
+
+
+def _refuse_other_range(run: Path, observations: Observations) -> None:
+    trained = _facts(run).get("range")
     stated = None if observations.range is None else list(observations.range)
     if stated and trained and stated != trained:
         raise DiffemError(f"{observations.source}: range: {stated}, but {run} was trained on {trained}")
@@ -718,13 +724,10 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 def _trained_on(arguments: argparse.Namespace) -> Path | None:
     """The folder of observations that is named, or else that of the run, if it is still where it was."""
-    import yaml
-
     if arguments.observations:
         return Path(arguments.observations)
-    file = Path(arguments.run) / "config.yaml"
-    facts = (yaml.safe_load(file.read_text()).get("facts") if file.exists() else None) or {}
-    places = Path(arguments.run) / "observations", Path(facts.get("source", ""))
+    run = Path(arguments.run)
+    places = run / "observations", Path(_facts(run).get("source", ""))
     return next((place for place in places if (place / "y.npy").exists()), None)
 
 

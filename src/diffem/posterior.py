@@ -93,7 +93,7 @@ class Posterior(nn.Module):
             y, given = self.layout.observed(y, given)
         y = y.float()
         given = {k: (v.bool() if k == "mask" else v.float()).to(y.device) for k, v in given.items()}
-        sampler, size = self._drawing(self._check(y, given), batch)
+        sampler, size = self._drawing(self._check(y, given), batch, "y: is of")
         if "mask" in given:
             y = torch.where(given["mask"], y, 0.0)
         if not y.isfinite().all():
@@ -116,15 +116,16 @@ class Posterior(nn.Module):
         x = self._restored(torch.cat(found, 1)).to(y.device)
         return x.numpy() if arrays else x
 
-    def _drawing(self, shape: tuple[int, ...], batch: int | None) -> tuple[Sampler, int]:
-        """What draws items of a shape, and how many observations at a time where `batch` items of the model are."""
+    def _drawing(self, shape: tuple[int, ...], batch: int | None, what: str) -> tuple[Sampler, int]:
+        """What draws items of a shape, and how many observations at a time where `batch` items of the model are; `what` begins the
+        error if nothing draws them."""
         batch = batch or self.batch
         if shape == self.shape:
             return self.sampler, batch
         try:
             return tiled(self.sampler, shape, batch), max(1, batch * math.prod(self.shape) // math.prod(shape))
         except DiffemError as error:
-            raise DiffemError(f"y: is of {error}") from None
+            raise DiffemError(f"{what} {error}") from None
 
     def _check(self, y: Tensor, params: dict[str, Tensor]) -> tuple[int, ...]:
         """The shape of the items that were observed."""
@@ -165,7 +166,7 @@ class Posterior(nn.Module):
         """
         self.refuse_others(observations)
         data = Dataset(observations, self.units)
-        sampler, size = self._drawing(observations.shape, batch)
+        sampler, size = self._drawing(observations.shape, batch, f"{observations.source}:")
         return self._restored(samplers.draw_many(sampler, data, rows, n, seed, batch=size))
 
     def generate(self, n: int, seed: int = 0, batch: int | None = None) -> Tensor:
@@ -175,11 +176,7 @@ class Posterior(nn.Module):
     def refuse_others(self, observations: Observations) -> None:
         """Raises a DiffemError if observations came about in another way than those that it was trained on."""
         where, ours, theirs = observations.source, self.corruption.law, observations.corruption.law
-        if observations.shape != self.shape:
-            try:
-                tiled(self.sampler, observations.shape, 1)
-            except DiffemError as error:
-                raise DiffemError(f"{where}: {error}") from None
+        self._drawing(observations.shape, 1, f"{where}:")
         for name in {**ours, **theirs}:
             if ours.get(name) != theirs.get(name):
                 said = "noise.npy" if name == "noise" else "none"

@@ -1,15 +1,16 @@
 """How clean data become observations: the channel Q(. | x), simulated.
 
-- base.py: what a corruption is, and what more it may offer; blackbox.py: any function
+- base.py: what a corruption is, and what more it may offer; :func:`register_corruption` adds your own; blackbox.py: any function
 - linear.py: all that follows from A and its adjoint; thinning.py: what is hidden to be predicted; compose.py: chains
 - diagonal.py: masks, noise and Gaussian blurs; blur.py: other kernels; resolution.py: binning and grayscale; fourier.py: k-space;
   radon.py: tomography; projection.py: random projections
-- registry.py: from a name to a corruption; :func:`register_corruption` adds your own
+- entrywise.py: photons, clipping, levels and other corruptions of single entries; jpeg.py: the codec; unknown.py: one of several
+- registry.py: from a name in a file to a corruption
 """
 
 from __future__ import annotations
 
-from .base import Corruption, Observed, Params
+from .base import REGISTRY, Corruption, Observed, Params, register_corruption
 from .blackbox import BlackBox
 from .blur import Blur
 from .compose import Compose
@@ -20,7 +21,7 @@ from .jpeg import JPEG
 from .linear import LinearCorruption
 from .projection import RandomProjection
 from .radon import Radon
-from .registry import REGISTRY, from_config, from_path, register_corruption
+from .registry import from_config, from_path
 from .resolution import Downsample, Grayscale
 from .unknown import OneOf
 

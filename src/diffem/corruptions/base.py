@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -227,6 +228,16 @@ class Corruption:
     def restore_y(self, y: Tensor, params: Params, units: Units) -> Tensor:
         """What :meth:`scale_y` was given."""
         return units.restore(y)
+
+
+REGISTRY: dict[str, type[Corruption]] = {}
+Kind = TypeVar("Kind", bound=type[Corruption])
+
+
+def register_corruption(kind: Kind) -> Kind:
+    """Registers a class under its name: folders and saved models may name it. A decorator."""
+    REGISTRY[kind.__name__] = kind
+    return kind
 
 
 class Scaled(Corruption):

@@ -10,12 +10,13 @@ from torch import Tensor
 
 from diffem.errors import DiffemError
 
-from .base import Params
+from .base import Params, register_corruption
 from .linear import LinearCorruption
 
 BORDERS = ("reflect", "zero", "circular")
 
 
+@register_corruption
 class Blur(LinearCorruption):
     """y = k * x + noise: every channel is convolved with the kernel of its observation.
 

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from diffem.errors import DiffemError
 
-from .base import Corruption, Params
+from .base import Corruption, Params, register_corruption
 from .diagonal import Mask
 from .linear import LinearCorruption
 
 
+@register_corruption
 class Compose(LinearCorruption):
     """y = M (A_k ... A_1 x + noise): what the first one of a chain makes is given to the next.
 

@@ -21,8 +21,9 @@ from torch import Tensor
 from diffem.errors import DiffemError
 from diffem.mixtures import Basis, Diagonal
 
-from .base import Params
+from .base import Params, register_corruption
 from .linear import NOISE_FLOOR, SPREAD, LinearCorruption
+from .thinning import Masked
 
 LEAST_GAIN = 1e-3  # a coefficient that the blur weakens more than this counts as unseen
 
@@ -94,10 +95,10 @@ class DiagonalCorruption(LinearCorruption):
         return y if basis is None else basis.analyse(y.flatten(1)).view_as(y)
 
     def condition(self, y: Tensor, params: Params) -> list[Tensor]:
-        mask = params["mask"].to(y).expand_as(y) if "mask" in params else torch.ones_like(y)
-        return [y, mask, *self.noise_of(y, params)]
+        return [*Masked.condition(self, y, params), *self.noise_of(y, params)]
 
 
+@register_corruption
 class Mask(DiagonalCorruption):
     """Deletes entries, and adds white noise to the others. Which ones is observed.
 
@@ -117,6 +118,7 @@ class Mask(DiagonalCorruption):
         return {"name": "Mask", **({"noise": self.config["noise"]} if "noise" in self.config else {})}
 
 
+@register_corruption
 class RandomMask(Mask):
     """A mask that deletes pixels at random, in all their channels. Measured masks are used where there are any.
 
@@ -143,6 +145,7 @@ class RandomMask(Mask):
         return {"mask": mask if len(shape) == 1 else mask[:, None]}
 
 
+@register_corruption
 class GaussianNoise(DiagonalCorruption):
     """Adds white noise.
 
@@ -151,6 +154,7 @@ class GaussianNoise(DiagonalCorruption):
     """
 
 
+@register_corruption
 class GaussianBlur(DiagonalCorruption):
     """Blurs every spatial axis with a Gaussian kernel (borders reflect), then adds white noise.
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from diffem.errors import DiffemError
 from diffem.units import Units
 
-from .base import Params
+from .base import Params, register_corruption
 from .thinning import Masked
 
 ROUNDING = 1e-5  # by which single precision may move a value, relative to large ones
@@ -58,9 +58,6 @@ class EntrywiseCorruption(Masked):
     def measured(self, x: Tensor, params: Params) -> Tensor:
         return self.shown(x, params)
 
-    def condition(self, y: Tensor, params: Params) -> list[Tensor]:
-        return [y, self.seen(y, params).to(y).expand_as(y)]
-
     def apart(self, shape: tuple[int, ...]) -> bool:
         return True
 
@@ -71,6 +68,7 @@ class EntrywiseCorruption(Masked):
         return self.shown(units.restore(y), params)
 
 
+@register_corruption
 class PoissonGaussian(EntrywiseCorruption):
     """Photon noise and read noise: y = gain Poisson(x / gain) + N(0, noise^2). Draws of x below 0 count as 0.
 
@@ -89,6 +87,7 @@ class PoissonGaussian(EntrywiseCorruption):
         return (self.gain * torch.poisson(rate, generator) + self.noise * _normal(rate, generator)).to(x)
 
 
+@register_corruption
 class Speckle(EntrywiseCorruption):
     """Multiplicative noise: y = x (1 + N(0, std^2)).
 
@@ -104,6 +103,7 @@ class Speckle(EntrywiseCorruption):
         return x * (1 + self.std * _normal(x, generator))
 
 
+@register_corruption
 class SaltAndPepper(EntrywiseCorruption):
     """Some entries are replaced, half of them by the least value, half by the largest. Which ones is not observed.
 
@@ -125,6 +125,7 @@ class SaltAndPepper(EntrywiseCorruption):
         return torch.where(u >= 1 - self.rate / 2, self.high, y)
 
 
+@register_corruption
 class Quantise(EntrywiseCorruption):
     """The nearest of equidistant levels.
 
@@ -149,6 +150,7 @@ class Quantise(EntrywiseCorruption):
         return np.abs(y - nearest) > 1e-3 * self.step
 
 
+@register_corruption
 class Saturate(EntrywiseCorruption):
     """A sensor that clips, after its noise: y = min(x + N(0, noise^2), level); or censored values, as those beyond a limit of detection.
 
@@ -185,6 +187,7 @@ class Saturate(EntrywiseCorruption):
         )
 
 
+@register_corruption
 class Gamma(EntrywiseCorruption):
     """A display or camera curve: y = high (x / high)^gamma + N(0, noise^2), for x in [0, high].
 

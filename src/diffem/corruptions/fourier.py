@@ -10,10 +10,11 @@ from torch import Tensor
 
 from diffem.errors import DiffemError
 
-from .base import Params
+from .base import Params, register_corruption
 from .linear import LinearCorruption
 
 
+@register_corruption
 class Fourier(LinearCorruption):
     """The orthonormal Fourier transform of every coil's image, with the zero frequency in the middle, plus noise.
 

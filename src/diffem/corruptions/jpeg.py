@@ -11,10 +11,11 @@ from torch import Tensor
 
 from diffem.errors import DiffemError
 
-from .base import Corruption, Params
+from .base import Corruption, Params, register_corruption
 from .entrywise import CHECKED
 
 
+@register_corruption
 class JPEG(Corruption):
     """Images of 1 or 3 channels, with values from 0 to 255, that JPEG has compressed and decompressed.
 

@@ -163,7 +163,7 @@ class LinearCorruption(Masked):
             point[(slice(None), slice(None), *(n // 2 for n in x.shape[2:]))[: x.ndim]] = 1.0
             inputs.append(self.adjoint(weight * self.forward(point, params), params))
         if y.ndim == 2 or (self.aligned and y.shape[2:] == x.shape[2:]):
-            inputs += [y, self.seen(y, params).to(y).expand_as(y), *self.noise_of(y, params)]
+            inputs += [*super().condition(y, params), *self.noise_of(y, params)]
         return inputs
 
     # --- thinning ------------------------------------------------------------------------------------

@@ -11,10 +11,11 @@ from torch import Tensor
 from diffem.errors import DiffemError
 from diffem.mixtures import Rows
 
-from .base import Observed, Params
+from .base import Observed, Params, register_corruption
 from .linear import NOISE_FLOOR, LinearCorruption
 
 
+@register_corruption
 class RandomProjection(LinearCorruption):
     """y = A x + noise with A (rows, features), its rows drawn anew for each item, uniform on the unit sphere.
 

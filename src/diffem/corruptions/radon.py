@@ -9,10 +9,11 @@ from torch import Tensor
 
 from diffem.errors import DiffemError
 
-from .base import Params
+from .base import Params, register_corruption
 from .linear import LinearCorruption
 
 
+@register_corruption
 class Radon(LinearCorruption):
     """The Radon transform of every channel (parallel beams), plus noise: y is (N, channels, angles, n) of images (N, channels, n, n).
 

@@ -10,50 +10,8 @@ import sys
 
 from diffem.errors import DiffemError, suggest
 
-from .base import Corruption
+from .base import REGISTRY, Corruption, register_corruption
 from .blackbox import BlackBox
-from .blur import Blur
-from .compose import Compose
-from .diagonal import GaussianBlur, GaussianNoise, Mask, RandomMask
-from .entrywise import Gamma, PoissonGaussian, Quantise, SaltAndPepper, Saturate, Speckle
-from .fourier import Fourier
-from .jpeg import JPEG
-from .projection import RandomProjection
-from .radon import Radon
-from .resolution import Downsample, Grayscale
-from .unknown import OneOf
-
-REGISTRY: dict[str, type[Corruption]] = {}
-
-
-def register_corruption(kind: type[Corruption]) -> type[Corruption]:
-    """Registers a class under its name: folders and saved models may name it. A decorator."""
-    REGISTRY[kind.__name__] = kind
-    return kind
-
-
-for _kind in (
-    JPEG,
-    Blur,
-    Compose,
-    Downsample,
-    Fourier,
-    Gamma,
-    GaussianBlur,
-    GaussianNoise,
-    Grayscale,
-    Mask,
-    OneOf,
-    PoissonGaussian,
-    Quantise,
-    Radon,
-    RandomMask,
-    RandomProjection,
-    SaltAndPepper,
-    Saturate,
-    Speckle,
-):
-    register_corruption(_kind)
 
 
 def from_config(config: dict, source: str = "corruption") -> Corruption:

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from diffem.errors import DiffemError
 
-from .base import Params
+from .base import Params, register_corruption
 from .linear import LinearCorruption
 
 
+@register_corruption
 class Downsample(LinearCorruption):
     """Binning: every entry of y is the mean of a block of x, plus noise.
 
@@ -59,6 +60,7 @@ class Downsample(LinearCorruption):
         return y
 
 
+@register_corruption
 class Grayscale(LinearCorruption):
     """One channel in the place of several: their weighted sum, plus noise.
 

@@ -81,6 +81,10 @@ class Masked(Corruption):
         """M y."""
         return y * self.seen(y, params)
 
+    def condition(self, y: Tensor, params: Params) -> list[Tensor]:
+        """y, and 1 where it was observed, else 0."""
+        return [y, self.seen(y, params).to(y).expand_as(y)]
+
     def thin(self, y: Tensor, params: Params, generator: torch.Generator) -> tuple[Observed, Observed] | None:
         everything = y if y.ndim == 2 else y[:, :1]  # a mask of its own for every feature, one for all channels
         mask = params["mask"].bool() if "mask" in params else torch.ones_like(everything, dtype=torch.bool)

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from diffem.errors import DiffemError
 
-from .base import Corruption, Params
+from .base import Corruption, Params, register_corruption
 
 
+@register_corruption
 class OneOf(Corruption):
     """Each observation went through one of several corruptions, each as likely, and which one is not observed.
 

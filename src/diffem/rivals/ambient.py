@@ -23,15 +23,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from diffem.corruptions import Corruption, Params, RandomMask, RandomProjection
-from diffem.corruptions.linear import NOISE_FLOOR
+from diffem.corruptions import Params, RandomMask, RandomProjection
 from diffem.data import Items
 from diffem.denoiser import Denoiser
 from diffem.em import STEPS, DiffEM, finish
 from diffem.errors import DiffemError
 from diffem.mixtures import Diagonal, ExactPosterior, Rows
 from diffem.mixtures.model import RowsPosterior
-from diffem.rivals.guidance import DPSSampler
+from diffem.rivals.guidance import DPSSampler, noise_std
 from diffem.samplers import Query, register_sampler
 
 
@@ -48,7 +47,7 @@ class AmbientDenoiser(Denoiser):
             return self.reference.posterior(Rows((solve @ x_t[..., None])[..., 0], solve, sigma[:, None]))
         likelihood = self.corruption.likelihood(self.corruption.forward(x_t, params), params)
         assert isinstance(likelihood, Diagonal)
-        scale = (_noise(self.corruption) / sigma).square()[:, None]
+        scale = (noise_std(self.corruption) / sigma).square()[:, None]
         return self.reference.posterior(replace(likelihood, precision=likelihood.precision * scale))
 
     def _inputs(
@@ -83,7 +82,7 @@ class AmbientDenoiser(Denoiser):
             variance = (posterior.chol.mT @ params["matrix"].to(posterior.chol).mT).square().sum(1)
         else:
             variance = posterior.variance.view(y.shape)
-        return (error / (variance.detach() + _noise(corruption) ** 2))[seen].mean()
+        return (error / (variance.detach() + noise_std(corruption) ** 2))[seen].mean()
 
     def _lift(self, y: Tensor, params: Params) -> Tensor:
         """The least x with A~ x = y."""
@@ -125,11 +124,6 @@ class AmbientSampler(DPSSampler):
             assert split is not None
             parts.append(split[0][1])
         return {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
-
-
-def _noise(corruption: Corruption) -> float:
-    assert isinstance(corruption.noise, float)
-    return max(corruption.noise, NOISE_FLOOR)
 
 
 def _generator(seed: Tensor) -> torch.Generator:

@@ -75,8 +75,7 @@ def mmps(
     Returns:
         Shape (B, *shape).
     """
-    assert isinstance(corruption.noise, float)
-    noise = IsotropicCovariance(max(corruption.noise, NOISE_FLOOR) ** 2)
+    noise = IsotropicCovariance(noise_std(corruption) ** 2)
 
     def forward(x: Tensor) -> Tensor:
         return corruption.forward(x, params).flatten(1)
@@ -116,6 +115,12 @@ def dps(
         # an item at a time: azula's takes one norm of the whole batch, so that a draw would depend on its neighbours
         distance = (y - corruption.forward(x, params)).flatten(1).norm(dim=1).sum()
     return x.detach() - strength / tau * torch.autograd.grad(distance, x_t)[0]
+
+
+def noise_std(corruption: Corruption) -> float:
+    """The standard deviation of noise that is the same everywhere, kept away from 0."""
+    assert isinstance(corruption.noise, float)
+    return max(corruption.noise, NOISE_FLOOR)
 
 
 class GuidedSampler(DiffusionSampler):
