@@ -108,6 +108,24 @@ def test_words():
         " uncertainty"
     ]
     assert warnings({"coverage": {**coverage, "errors": [0.1] * 3}}) == []  # so few entries do not say so
+    wide = {**coverage, "shares": [0.59, 0.81, 0.94], "errors": [0.01, 0.01, 0.01]}
+    assert warnings({"coverage": wide}) == [
+        "under-confident: 50% intervals hold 59% of the hidden entries; take the spread of the draws for an upper bound of the"
+        " uncertainty"
+    ]
+    narrow = {"spread": {"value": 0.8, "error": 0.05, "warning": None}}
+    assert warnings({"coverage": wide, "collapse": narrow}) == [
+        "the distribution of the draws has the wrong shape: of the hidden entries 50% intervals hold 59%, 80% intervals hold 81%,"
+        " 95% intervals hold 94%, and the calibration ratio is 0.80; choose the level of an interval by the coverage that the"
+        " report shows, not by its name"
+    ]
+    unsure = {"spread": {"value": 0.8, "error": 0.2, "warning": None}}
+    assert warnings({"coverage": wide, "collapse": unsure}) == warnings({"coverage": wide})
+    tails = {**wide, "shares": [0.59, 0.78, 0.9]}
+    assert warnings({"coverage": tails}) == [
+        "the distribution of the draws has the wrong shape: of the hidden entries 50% intervals hold 59%, 80% intervals hold 78%,"
+        " 95% intervals hold 90%; choose the level of an interval by the coverage that the report shows, not by its name"
+    ]
     table = {"energy_distance": 0.02, "entries": 0.045, "pairs": 9.0, "p_value": 0.003}
     table |= {"energy_distance_p_value": 0.2, "entries_p_value": 0.001, "pairs_p_value": 0.001}
     assert warnings({"divergence": {"reconstructions": table}}) == [

@@ -110,15 +110,7 @@ def warnings(result: dict) -> list[str]:
     """What is wrong with a run, one sentence each, from what :func:`diagnose` found."""
     found = []
     if table := result.get("coverage"):
-        off = [s - level for s, level in zip(table["shares"], table["levels"], strict=True)]
-        wrong = [k for k, by in enumerate(off) if abs(by) > max(POINTS, 2 * table["errors"][k])]
-        if wrong:
-            k = max(wrong, key=lambda k: abs(off[k]))
-            name, bound = ("over-confident", "lower") if off[k] < 0 else ("under-confident", "upper")
-            found.append(
-                f"{name}: {table['levels'][k]:.0%} intervals hold {table['shares'][k]:.0%} of the hidden entries; take the spread"
-                f" of the draws for {'a' if bound == 'lower' else 'an'} {bound} bound of the uncertainty"
-            )
+        found += _intervals(table, result.get("collapse", {}).get("spread"))
     for name, table in result.get("divergence", {}).items():
         sizes = {k: table[k] / least for k, least in SIZES.items() if table[f"{k}_p_value"] < SIGNIFICANT}
         if sizes and (largest := max(sizes, key=lambda k: sizes[k])) and sizes[largest] > 1:
@@ -136,6 +128,34 @@ def warnings(result: dict) -> list[str]:
                 " posterior and prior do not fit each other, so do not use both for one conclusion"
             )
     return found
+
+
+def _intervals(table: dict, ratio: dict | None) -> list[str]:
+    """The warning about central intervals, if there is one; `ratio` is the calibration ratio of the collapse watch.
+
+    Intervals that hold too much may still be too short for the largest errors. Then the draws are neither too wide nor too narrow.
+    """
+    levels, shares, errors = table["levels"], table["shares"], table["errors"]
+    off = [share - level for share, level in zip(shares, levels, strict=True)]
+    wrong = [k for k, by in enumerate(off) if abs(by) > max(POINTS, 2 * errors[k])]
+    if not wrong:
+        return []
+    k = max(wrong, key=lambda k: abs(off[k]))
+    contradicted = any(by * off[k] < 0 and abs(by) > 2 * error for by, error in zip(off, errors, strict=True))
+    held = ", ".join(f"{level:.0%} intervals hold {share:.0%}" for level, share in zip(levels, shares, strict=True))
+    if ratio is not None and abs(ratio["value"] - 1) > 2 * ratio["error"] and (ratio["value"] - 1) * off[k] < 0:
+        contradicted = True
+        held += f", and the calibration ratio is {ratio['value']:.2f}"
+    if contradicted:
+        return [
+            f"the distribution of the draws has the wrong shape: of the hidden entries {held}; choose the level of an interval"
+            " by the coverage that the report shows, not by its name"
+        ]
+    name, bound = ("over-confident", "a lower") if off[k] < 0 else ("under-confident", "an upper")
+    return [
+        f"{name}: {levels[k]:.0%} intervals hold {shares[k]:.0%} of the hidden entries; take the spread of the draws for {bound}"
+        " bound of the uncertainty"
+    ]
 
 
 def p_words(value: float) -> str:
