@@ -568,3 +568,27 @@ def test_errors(make, text):
     with pytest.raises(DiffemError) as caught:
         make()
     assert str(caught.value) == text
+
+
+def test_a_wrong_adjoint_is_refused_before_training():
+    class Wrong(LinearCorruption):
+        def A(self, x, params):
+            return 2 * x
+
+        def A_adjoint(self, y, params):
+            return y + y.flip(-1)
+
+    class Short(Wrong):
+        def A_adjoint(self, y, params):
+            return y[:, 1:]
+
+    y = np.random.default_rng(0).normal(size=(20, 8))
+    for kind, said in (
+        (
+            Wrong,
+            r"Wrong: A_adjoint is not the adjoint of A: \|A x\|\^2 is \d+\.?\d*, but x \(A\^T A x\) is -?\d+\.?\d*$",
+        ),
+        (Short, r"Short: A_adjoint makes \(2, 7\) of y, where items are \(2, 8\)$"),
+    ):
+        with pytest.raises(DiffemError, match=said):
+            DiffEM(configuration.from_dict(TINY), Observations(y, kind(0.1)), "never")

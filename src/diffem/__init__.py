@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         SaltAndPepper,
         Saturate,
         Speckle,
+        from_deepinv,
         register_corruption,
     )
     from diffem.data import Observations
@@ -71,6 +72,7 @@ __all__ = [
     "SaltAndPepper",
     "Saturate",
     "Speckle",
+    "from_deepinv",
     "from_pretrained",
     "load_config",
     "register_corruption",

@@ -206,7 +206,7 @@ def _add_corruption(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--corruption",
         metavar="MODULE:NAME",
-        help="a function x -> y of yours, or a class of corruptions whose arguments are in corruption.yaml",
+        help="yours: a function x -> y, a corruption, its class (arguments in corruption.yaml), or an operator of deepinv",
     )
 
 
@@ -602,8 +602,9 @@ def _model(arguments: argparse.Namespace, name: str) -> Posterior:
 
     if not (Path(arguments.run) / "config.yaml").exists():
         raise DiffemError(f"{arguments.run}: is not a run folder (no config.yaml)")
-    _own(arguments)  # a class is known from now on
-    return from_pretrained(Path(arguments.run) / name, device=arguments.device, precision=arguments.precision)
+    own = _own(arguments)  # a class is known from now on
+    given = None if isinstance(own, type) else own
+    return from_pretrained(Path(arguments.run) / name, given, device=arguments.device, precision=arguments.precision)
 
 
 def _observations(folder: str | Path, posterior: Posterior, arguments: argparse.Namespace) -> Observations:

@@ -5,6 +5,7 @@
 - diagonal.py: masks, noise and Gaussian blurs; blur.py: other kernels; resolution.py: binning and grayscale; fourier.py: k-space;
   radon.py: tomography; projection.py: random projections
 - entrywise.py: photons, clipping, levels and other corruptions of single entries; jpeg.py: the codec; unknown.py: one of several
+- physics.py: operators of deepinv
 - registry.py: from a name in a file to a corruption
 """
 
@@ -19,6 +20,7 @@ from .entrywise import EntrywiseCorruption, Gamma, PoissonGaussian, Quantise, Sa
 from .fourier import Fourier
 from .jpeg import JPEG
 from .linear import LinearCorruption
+from .physics import from_deepinv
 from .projection import RandomProjection
 from .radon import Radon
 from .registry import from_config, from_path
@@ -53,6 +55,7 @@ __all__ = [
     "Saturate",
     "Speckle",
     "from_config",
+    "from_deepinv",
     "from_path",
     "register_corruption",
 ]

@@ -33,6 +33,7 @@ from .thinning import Masked, refuse_unless_it_broadcasts
 NOISE_FLOOR = 1e-3  # in model units: keeps likelihoods of noise-free data finite
 SPREAD = 0.5  # the assumed standard deviation of data in model units; noise well above it hides them
 DENSE = 64  # features up to which A is written as a matrix: an update of a hundred items takes a tenth of a second, of 256 features nine
+ADJOINT = 1e-2  # the relative error of an adjoint that is taken for a mistake; rounding stays far below
 STEPS = 200  # of conjugate gradients at most
 FEW_STEPS = 8  # for what the network is shown at every evaluation: it can do the rest
 
@@ -116,6 +117,26 @@ class LinearCorruption(Masked):
         if item is not None and shape not in (item, observed):
             raise DiffemError(f"shape: {name} makes y of shape {observed} of items of shape {item}, not {shape}")
         return item or shape
+
+    def rehearse(self, observations: tuple[int, ...], x: Tensor, params: Params) -> None:
+        super().rehearse(observations, x, params)
+        if type(self).A is LinearCorruption.A:
+            return
+        generator = torch.Generator().manual_seed(1)
+        drawn = params or self.draw(len(x), tuple(x.shape[1:]), generator)
+        x = torch.randn(x.shape, generator=generator)
+        image = self.forward(x, drawn)
+        back = self.adjoint(image, drawn)
+        name = self.config["name"]
+        if back.shape != x.shape:
+            raise DiffemError(
+                f"corruption {name}: A_adjoint makes {tuple(back.shape)} of y, where items are {tuple(x.shape)}"
+            )
+        norm, again = float(image.square().sum()), float((x * back).sum())
+        if abs(again - norm) > ADJOINT * norm:
+            raise DiffemError(
+                f"corruption {name}: A_adjoint is not the adjoint of A: |A x|^2 is {norm:.4g}, but x (A^T A x) is {again:.4g}"
+            )
 
     # --- what was measured ---------------------------------------------------------------------------
 

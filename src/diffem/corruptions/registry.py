@@ -12,6 +12,7 @@ from diffem.errors import DiffemError, suggest
 
 from .base import REGISTRY, Corruption, register_corruption
 from .blackbox import BlackBox
+from .physics import from_deepinv
 
 
 def from_config(config: dict, source: str = "corruption") -> Corruption:
@@ -57,9 +58,9 @@ def from_config(config: dict, source: str = "corruption") -> Corruption:
     return kind(**arguments)
 
 
-def from_path(path: str) -> BlackBox | type[Corruption]:
-    """What 'package.module:name' names, looked up from the current directory too: a function, as a black box, or a class of
-    corruptions, which is registered."""
+def from_path(path: str) -> Corruption | type[Corruption]:
+    """What 'package.module:name' names, looked up from the current directory too: a corruption; a class of corruptions, which is
+    registered; an operator of deepinv; or a function, as a black box."""
     module_name, _, name = path.partition(":")
     if not module_name or not name:
         raise DiffemError(f"--corruption {path}: write it as package.module:function")
@@ -71,6 +72,10 @@ def from_path(path: str) -> BlackBox | type[Corruption]:
         raise DiffemError(f"--corruption {path}: cannot be imported: {error}") from None
     if isinstance(function, type) and issubclass(function, Corruption):
         return register_corruption(function)
+    if isinstance(function, Corruption):
+        return function
+    if "deepinv.physics" in sys.modules and isinstance(function, sys.modules["deepinv.physics"].Physics):
+        return from_deepinv(function)
     if not callable(function):
         raise DiffemError(f"--corruption {path}: is not callable")
     return BlackBox(function, path)
