@@ -2,7 +2,7 @@
 
 On disk they are a folder that can be written with numpy:
 
-    y.npy            observations, (N, *y shape); NaN means unobserved: where the mask is false, or without a mask
+    y.npy            observations, (N, *y shape); NaN only where the mask is false; without a mask, NaN = unobserved
     mask.npy ...     one file per operator parameter, batch first (mask: true = observed, broadcasts against y), or of
                      length 1 for all; new observations take their parameters from its rows. No other .npy may lie here
     corruption.yaml  flat: `name: RandomMask`, `rate: 0.75`, `noise: 0.01`, and optionally
@@ -247,8 +247,8 @@ class Observations:
         """Indices of the training, the validation and the test observations, each ascending.
 
         Validation and test are halves of the held-out observations: a fraction :data:`HELD_OUT` of all, drawn by the
-        seed, or those the user named, cut in the middle so that neighbours (one patient, one night) stay together. Of
-        :data:`WHOLE` or more images, whole ones are held out; of fewer, patches, and those that overlap are left out.
+        seed, or those the user named, cut in the middle so that neighbours (one patient, one night) stay together. With
+        :data:`WHOLE` or more images, patches are held out by image; else one by one, leaving out those that overlap.
         """
         return _split(self, seed)
 
