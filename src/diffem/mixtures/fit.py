@@ -121,8 +121,8 @@ class _Statistics:
         return Mixture(log_weights, mean[:, 0], factor, variance[:, None].expand(-1, features))
 
     def _maximise_diagonal(self, log_weights: Tensor, floor: float, ridge: float) -> Mixture:
-        # Two conditional maximisations (ECM). First mu and V: for every entry a weighted regression of observed values on
-        # (latent, 1), with weights 1 / (psi + 1 / lambda) = gain / psi. Then psi, by one EM step of
+        # Two conditional maximisations (ECM). First mu and V: for every entry a weighted regression of observed values
+        # on (latent, 1), with weights 1 / (psi + 1 / lambda) = gain / psi. Then psi, by one EM step of
         # z = (mu + V u) + e + noise, where e has posterior mean gain * (z - mu - V u) and variance psi (1 - gain).
         _, seen, gram, cross, _, gram2, cross2, square2 = self.sums
         K, d, p = cross.shape
