@@ -49,11 +49,12 @@ class StartConfig:
             `observation`.
         run: The earlier run's folder, for `run`.
         components: Candidates for the number of components; 1 is always tried.
-        ranks: Candidates for the rank of the low-rank part. Candidates whose fit would take more than 2 GB are left out.
+        ranks: Candidates for the rank of the low-rank part. Candidates whose fit would take more than 2 GB are left
+            out.
         items: At most this many training observations are used.
         iterations: A fit ends after the round that reaches this many EM steps.
-        tolerance: A fit ends when the validation log likelihood has not risen by this for three rounds (of two or three
-            EM steps each).
+        tolerance: A fit ends after three rounds in a row (of two or three EM steps each) that raise the validation log
+            likelihood by no more than this.
     """
 
     kind: str = "auto"

@@ -108,7 +108,7 @@ class Column:
         return features
 
     def decode(self, features: np.ndarray) -> np.ndarray:
-        """Values (n,) of features (n, width): the most probable level, or a number."""
+        """Values (n,) of features (n, width): the level with the largest feature, or a number."""
         if self.levels is not None:
             best = features.argmax(1).tolist() if self.width else [0] * len(features)
             found = np.empty(len(best), object)

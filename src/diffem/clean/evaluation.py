@@ -54,7 +54,8 @@ def evaluate(
 
     Arguments:
         run: The run folder.
-        reference: A .npy of clean items, row i for observation i (or for image i, where observations are patches of images).
+        reference: A .npy of clean items, row i for observation i (or for image i, where observations are patches of
+            images).
         observations: The observations of the run; needed for the start's reconstructions and the residuals.
         device: Where networks run; see :func:`diffem.devices.choose`.
         precision: The precision of networks; see :func:`diffem.devices.choose`.

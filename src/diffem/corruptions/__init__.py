@@ -2,8 +2,8 @@
 
 - base.py: the interface, and :func:`register_corruption`, which adds your own; blackbox.py: any function
 - linear.py: all that follows from A and its adjoint; thinning.py: hides parts to be predicted; compose.py: chains
-- diagonal.py: masks, noise and Gaussian blurs; blur.py: other kernels; resolution.py: binning and grayscale; fourier.py: k-space;
-  radon.py: tomography; projection.py: random projections
+- diagonal.py: masks, noise and Gaussian blurs; blur.py: other kernels; resolution.py: binning and grayscale;
+  fourier.py: k-space; radon.py: tomography; projection.py: random projections
 - entrywise.py: photons, clipping, levels and other corruptions of single entries; jpeg.py: the codec; unknown.py: one
   of several
 - registry.py: from a name in a file to a corruption

@@ -52,7 +52,7 @@ class Corruption:
     instead: Mapping[str, str] = {}
     measured_parameters: Callable[[int, torch.Generator], Params] | None = None
 
-    # --- what it is ----------------------------------------------------------------------------------
+    # --- definition ----------------------------------------------------------------------------------
 
     def draw(self, n: int, shape: tuple[int, ...], generator: torch.Generator) -> Params:
         """Parameters of n observations of items of `shape`, drawn by a formula; by default there are none."""
@@ -184,7 +184,7 @@ class Corruption:
         return [y, *fitting]
 
     def initial(self, y: Tensor, params: Params) -> Tensor:
-        """A first reconstruction of observations y (B, *y shape), in the units of y: shape (B, *shape). By default it is y."""
+        """A first reconstruction of y (B, *y shape), in the units of y, shape (B, *shape); by default y itself."""
         return y
 
     def interval(self, y: Tensor, params: Params) -> tuple[Tensor, Tensor]:

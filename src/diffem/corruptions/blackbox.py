@@ -19,8 +19,8 @@ class BlackBox(Corruption):
     """Any function x -> y; it only has to be callable.
 
     Arguments:
-        function: f(x), f(x, params) or f(x, params, generator): takes a batch x (B, *shape) in the units of the data, on the
-            CPU, and the parameters of its observations by name, and returns B observations. It may draw from the
+        function: f(x), f(x, params) or f(x, params, generator): takes a batch x (B, *shape) in the units of the data,
+            on the CPU, and the parameters of its observations by name, and returns B observations. It may draw from the
             generator, or from the global generators of torch, numpy and random, which are seeded for the call.
         name: Where the function is found: 'package.module:function'; by default the function's own name.
         clip: Items are clamped to (low, high) before the function is called, e.g. if it expects counts.

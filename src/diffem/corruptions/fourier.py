@@ -18,9 +18,9 @@ from .linear import LinearCorruption
 class Fourier(LinearCorruption):
     """The orthonormal Fourier transform of every coil's image, with the zero frequency in the middle, plus noise.
 
-    y is complex, (N, coils, *spatial), or has real and imaginary parts as pairs of channels, (N, 2 coils, *spatial). The mask
-    broadcasts against y: for Cartesian lines it is (N, 1, 1, width). With several coils, their sensitivity maps are a
-    parameter, coils.npy, in the shape of y, or (1, ...) if they are the same for all observations.
+    y is complex, (N, coils, *spatial), or has real and imaginary parts as pairs of channels, (N, 2 coils, *spatial).
+    The mask broadcasts against y: for Cartesian lines it is (N, 1, 1, width). With several coils, their sensitivity
+    maps are a parameter, coils.npy, in the shape of y, or (1, ...) if they are the same for all observations.
 
     Arguments:
         items: Whether images are `complex` (2 channels) or `real` (1 channel).

@@ -64,7 +64,7 @@ class LinearCorruption(Masked):
         else:
             self.noise = None
 
-    # --- what it is ----------------------------------------------------------------------------------
+    # --- definition ----------------------------------------------------------------------------------
 
     def A(self, x: Tensor, params: Params) -> Tensor:
         """A x without the mask, for x (B, *shape): shape (B, *y shape), of the same dtype."""
@@ -120,7 +120,7 @@ class LinearCorruption(Masked):
             raise DiffemError(f"shape: {name} makes y of shape {observed} of items of shape {item}, not {shape}")
         return item or shape
 
-    # --- what was measured ---------------------------------------------------------------------------
+    # --- the measured part ---------------------------------------------------------------------------
 
     def measured(self, x: Tensor, params: Params) -> Tensor:
         return Symmetric.apply(x, lambda x: self._pull(self.forward(x, params), params))
@@ -153,12 +153,12 @@ class LinearCorruption(Masked):
         columns = self.forward(units, {k: v.repeat_interleave(d, 0) for k, v in own.items()})
         return columns.reshape(n, d, -1).mT
 
-    # --- what the network is shown -------------------------------------------------------------------
+    # --- inputs of the network -----------------------------------------------------------------------
 
     def condition(self, y: Tensor, params: Params) -> list[Tensor]:
         """An approximate first reconstruction; A^T w, with w = 1 / (1 + (s / c)^2) where y was observed and 0
         elsewhere, a measure of how well each entry of x was observed; if A has parameters, A^T w A applied to a point
-        in the middle; and, if x and y are aligned, y, its mask and its noise."""
+        in the middle; and, for vectors or if x and y are aligned, y, its mask and its noise."""
         x, noise = self._pull(y, params, FEW_STEPS), self.noise_std(y, params) / SPREAD
         weight = self.shown(torch.ones_like(y), params) / (1 + noise.square())
         inputs = [x, self.adjoint(weight, params)]

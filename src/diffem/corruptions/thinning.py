@@ -37,7 +37,7 @@ class Gaps:
 
     @classmethod
     def of(cls, parameters: Callable[[int, torch.Generator], Params]) -> Gaps | None:
-        """Gaps that hide about :data:`HIDDEN` of the observed entries; None if no number of masks does."""
+        """Gaps that hide about :data:`HIDDEN` of the observed entries; None if the masks cannot do so."""
         generator = torch.Generator().manual_seed(0)
         masks = parameters(MASKS, generator).get("mask")
         if masks is None:

@@ -60,7 +60,8 @@ class Grid:
         return (items[:, None] * len(self.places) + np.arange(len(self.places))).ravel()
 
     def touched(self, rows: np.ndarray, items: int) -> np.ndarray:
-        """Which patches of `items` items overlap the patches `rows`, including these: bool, one for each patch."""
+        """Which patches of `items` items overlap the patches `rows`, including these: bool, one for each patch. For
+        `step` equal to `patch`."""
         found = np.zeros((items, *(len(starts) for starts in self.starts)), dtype=bool)
         found.reshape(-1)[rows] = True
         for axis, (starts, patch) in enumerate(zip(self.starts, self.patch, strict=True), start=1):

@@ -1,8 +1,8 @@
 r"""Exact EM for mixtures on observations, accelerated by SQUAREM.
 
 Exact EM is slow if much is missing. From the parameters :math:`\theta_0` and two EM steps :math:`\theta_1, \theta_2`,
-with :math:`r = \theta_1 - \theta_0`, :math:`v = \theta_2 - \theta_1 - r` and :math:`a = |r| / |v|`, a third EM step starts
-from
+with :math:`r = \theta_1 - \theta_0`, :math:`v = \theta_2 - \theta_1 - r` and :math:`a = |r| / |v|`, a third EM step
+starts from
 
 .. math:: \theta_0 + 2 a r + a^2 v \, .
 
@@ -29,7 +29,7 @@ MOST = 0.25  # upper bound of the initial variance, in model units: EM does not 
 LEAST = 1e-3  # lower bound of an initial variance: EM cannot leave 0
 SURE = 5.0  # a variance is significant if it exceeds 0 by this many standard errors
 REACH = 4.0  # the initial limit of the step length of SQUAREM; it grows fourfold whenever it is reached
-ROUNDS = 3  # a fit stops after this many rounds in a row without a larger validation likelihood
+ROUNDS = 3  # a fit stops after this many rounds in a row that hardly raise the validation likelihood
 
 Batches = Callable[[], Iterator[Likelihood]]
 
@@ -163,7 +163,8 @@ def converge(
         fitting: Each call yields the likelihoods that are fitted.
         validating: Each call yields the likelihoods by which the fit is stopped.
         iterations: The fit ends after the round that reaches this many EM steps.
-        tolerance: It ends when the validation likelihood has not risen by more than this for :data:`ROUNDS` rounds.
+        tolerance: It ends after :data:`ROUNDS` rounds in a row that raise the validation likelihood by no more than
+            this.
         ridge: As in :func:`em_step`.
     """
     value = _mean_log_likelihood(mixture, validating)

@@ -13,8 +13,8 @@ Its posterior is exact under the likelihoods of :mod:`diffem.mixtures.likelihood
   with the outer products of the rows of :math:`V`, of which one triangle suffices.
 * :class:`Rows`, for small :math:`d`: one Kalman update per row of :math:`A`.
 
-With a second observation :math:`x_t = x + \sigma_t z` the mixture is a denoiser in closed form: :meth:`Mixture.posterior`
-then returns the moments of :math:`p(x \mid x_t, y)`.
+With a second observation :math:`x_t = x + \sigma_t z` the mixture is a denoiser in closed form:
+:meth:`Mixture.posterior` then returns the moments of :math:`p(x \mid x_t, y)`.
 
 References:
     | The EM Algorithm for Mixtures of Factor Analyzers (Ghahramani & Hinton, 1996)

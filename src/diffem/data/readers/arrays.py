@@ -160,7 +160,7 @@ def _followed(file: Any, name: str, inside: str) -> str:
             at = posixpath.join(at, part)
             try:
                 kind = group.links.get_info(part.encode()).type
-            except (KeyError, RuntimeError, AttributeError):  # nothing of that name, or in what is no group
+            except (KeyError, RuntimeError, AttributeError):  # no such name, or the parent is not a group
                 return inside
             if kind == links.TYPE_EXTERNAL:
                 other = group.links.get_val(part.encode())[0].decode()

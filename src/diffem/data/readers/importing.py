@@ -194,7 +194,7 @@ def _walk(root: Path) -> Iterator[Path]:
             yield path
 
 
-# --- what fits ---------------------------------------------------------------------------------------
+# --- checks ------------------------------------------------------------------------------------------
 
 
 def _shape(read: list[File], patch: int | None) -> Shape:
@@ -232,7 +232,7 @@ def _size(shape: Shape) -> str:
     return "x".join(str(size) for size in shape[1:]) + channels
 
 
-# --- what is written ---------------------------------------------------------------------------------
+# --- writing -----------------------------------------------------------------------------------------
 
 
 def _write_arrays(work: Path, read: list[File], shape: Shape, patch: int | None, left_out: list[str]) -> Imported:
@@ -311,7 +311,7 @@ def _corruption(
     return "".join(f"{line}\n" for line in lines) + (yaml.safe_dump(known, sort_keys=False) if known else "")
 
 
-# --- where it is written -----------------------------------------------------------------------------
+# --- the output folder -------------------------------------------------------------------------------
 
 
 def _refuse_to_overwrite(out: Path, overwrite: bool) -> None:
