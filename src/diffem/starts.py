@@ -1,9 +1,10 @@
 r"""Where EM starts: from the observation itself, from a mixture fitted to the observations, or from an earlier run.
 
-A mixture is fitted to nine tenths of the *training* observations; the rest ends each fit (:mod:`diffem.mixtures.fit`). How many
-components and which rank is decided by how well the exact posterior predicts hidden parts of that rest: by the criterion of
-:mod:`diffem.diagnostics.scores`, which compares iterations, too. The likelihood would choose too large a rank, because
-entries that hardly vary dominate it. One component is always among the candidates.
+A mixture is fitted to nine tenths of the *training* observations; the remaining tenth is for early stopping
+(:mod:`diffem.mixtures.fit`) and selects the number of components and the rank. The selected mixture is the one whose
+exact posterior best predicts hidden parts of that tenth, by the criterion of :mod:`diffem.diagnostics.scores` that also
+compares iterations. The likelihood would select too large a rank, because entries that hardly vary dominate it. One
+component is always among the candidates.
 """
 
 from __future__ import annotations
@@ -30,28 +31,30 @@ from diffem.samplers import MixtureSampler, ObservationSampler, Sampler
 Once = Callable[[str, Callable[[], dict[str, Tensor]]], dict[str, Tensor]]
 VALIDATION = 0.1
 RIDGE = 1.0  # pseudo-observations that regularise each component
-BATCH = 256  # observations at a time: larger ones leave the cache of a processor
-FIRST = 2048  # observations that make a first guess
-NUMBERS = 2**23  # in one array of both; fewer observations are taken where items are large
+BATCH = 256  # observations at a time: larger batches do not fit into the cache of a processor
+FIRST = 2048  # observations from which the first guess is made
+NUMBERS = 2**23  # limit on the values in one array, for both: fewer observations are taken if items are large
 LARGEST = 2 * 2**30  # bytes that the fit of a candidate may take
-SCORED, DRAWS, SPLITS = 512, 4, 4  # unfitted observations by which candidates are compared, and how closely
-SMALL = 32  # features of items that are fitted in double precision
+SCORED, DRAWS, SPLITS = 512, 4, 4  # held-back observations that compare candidates; draws and splits of each
+SMALL = 32  # items with at most this many features are fitted in double precision
 
 
 @dataclass(frozen=True)
 class StartConfig:
-    """The initial prior.
+    """The start of EM.
 
     Attributes:
-        kind: `mixture`, `gaussian`, `observation`, `run` (the posterior of an earlier run, with its weights),
-            or `auto`: `mixture` where the corruption is linear-Gaussian, else `observation`.
+        kind: `mixture`, `gaussian`, `observation`, `run` (the posterior of an earlier run, with its weights), or
+            `auto`: `mixture` if the exact posterior is available (linear-Gaussian, and A simple or items small), else
+            `observation`.
         run: The earlier run's folder, for `run`.
         components: Candidates for the number of components; 1 is always tried.
-        ranks: Candidates for the rank of the low-rank part. Candidates whose fit would take more than 2 GB are left out.
+        ranks: Candidates for the rank of the low-rank part. Candidates whose fit would take more than 2 GB are left
+            out.
         items: At most this many training observations are used.
         iterations: A fit ends after the round that reaches this many EM steps.
-        tolerance: A fit ends when the validation log likelihood has not risen by this for three rounds (each two or three EM
-            steps).
+        tolerance: A fit ends after three rounds in a row (of two or three EM steps each) that raise the validation log
+            likelihood by no more than this.
     """
 
     kind: str = "auto"
@@ -73,7 +76,7 @@ class StartConfig:
             raise DiffemError("start.ranks: give at least one rank >= 0")
 
     def resolve(self, corruption: Corruption, shape: tuple[int, ...]) -> str:
-        """The kind for this corruption of items of `shape`."""
+        """The kind of start for this corruption and items of `shape`; resolves `auto`."""
         exact = corruption.exact(shape)
         if self.kind == "auto":
             return "mixture" if exact else "observation"
@@ -91,16 +94,16 @@ def make(
     device: torch.device | str = "cpu",
     once: Once = lambda name, make: make(),
 ) -> tuple[Sampler, dict]:
-    """The sampler that a run starts from, and what it is made of.
+    """The sampler that a run starts from, and a record of how it was made.
 
     Arguments:
-        config: See :class:`StartConfig`; not of kind `run`.
+        config: See :class:`StartConfig`; of any kind but `run`.
         data: The observations.
         train: The training rows; no others are read.
         seed: Seed of the run.
-        progress: Told in words what is being fitted.
-        device: Where it is fitted.
-        once: Gives what was made before under a name, or else makes it; see :meth:`diffem.run.Run.once`.
+        progress: Called with a text that says what is being fitted.
+        device: The device of the fit.
+        once: Returns the stored result of a name, or computes and stores it; see :meth:`diffem.run.Run.once`.
     """
     kind = config.resolve(data.corruption, data.shape)
     if kind == "observation":
@@ -115,8 +118,8 @@ def refuse(start: Posterior | None, shape: tuple[int, ...], trained_on: dict, na
     Arguments:
         start: The posterior.
         shape: The shape of an item.
-        trained_on: The digest of the observations, and the seed that says which of them are held out.
-        name: What the posterior is called in errors.
+        trained_on: The digest of the observations, and the seed that determines which of them are held out.
+        name: The name of the posterior in error messages.
     """
     if start is None:
         return
@@ -140,7 +143,7 @@ def fit(
     generator = seeding.generator(seed, 0, "start")
     order = train[torch.randperm(len(train), generator=generator).numpy()[: config.items]]
     cut = max(1, round(VALIDATION * len(order)))
-    few = math.prod(data.shape) <= SMALL and torch.device(device).type != "mps"  # which knows no float64
+    few = math.prod(data.shape) <= SMALL and torch.device(device).type != "mps"  # mps has no float64
     dtype = torch.float64 if few else torch.float32
 
     features = math.prod(data.shape)
@@ -194,12 +197,13 @@ def fit(
 
 
 def footprint(components: int, rank: int, features: int) -> int:
-    """Bytes that exact EM takes, about: eight times the moments of (latent, 1) for every entry, see mixtures/fit.py."""
+    """Approximate bytes used by exact EM: eight times the moments of (latent, 1) of every entry, see
+    mixtures/fit.py."""
     return 8 * 4 * components * features * (rank + 1) ** 2
 
 
 def take_weights(earlier: Denoiser, denoiser: Denoiser) -> None:
-    """Warm start: the weights of an earlier run, where the networks are of one form."""
+    """Warm start: loads the weights of an earlier run; refuses a network of another shape."""
     theirs, ours = earlier.network.state_dict(), denoiser.network.state_dict()
     if earlier.precondition != denoiser.precondition:
         raise DiffemError(

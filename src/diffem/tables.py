@@ -1,8 +1,8 @@
 """Tables with missing cells: DiffEM as an imputer of scikit-learn.
 
-A column of numbers is one feature of an item, in units of its own spread; a category is a group of features, one for each level,
-1 at the level and 0 elsewhere, that are missing together. What is missing is a mask (:class:`diffem.Mask`): a row is an
-observation, and what the rows lack says which cells are hidden in training.
+A row is an observation. A numeric column is one feature, scaled by its spread. A categorical column is one-hot encoded:
+a group of features, one for each level, that are missing together. Missing cells are a mask (:class:`diffem.Mask`); the
+masks of the rows determine which cells are hidden in training.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from diffem.errors import DiffemError
 from diffem.posterior import Posterior, from_pretrained
 from diffem.samplers import DiffusionSampler, MixtureSampler
 
-FIT = 100  # rows for each component of the mixture that a run starts from
-NORMAL = 1.349  # interquartile range of a normal distribution of standard deviation 1
+FIT = 100  # the least number of rows per component of the mixture that a run starts from
+NORMAL = 1.349  # interquartile range of the standard normal distribution
 
 
 class Cells(Mask):
@@ -40,7 +40,7 @@ class Cells(Mask):
 
     Arguments:
         noise: Standard deviation of the noise.
-        widths: How many features each cell of a row has.
+        widths: The number of features of each cell of a row.
     """
 
     def __init__(self, noise: float, widths: Sequence[int]) -> None:
@@ -54,16 +54,16 @@ class Cells(Mask):
 
 @dataclass(frozen=True)
 class Column:
-    """How a column of a table becomes features, and back.
+    """Converts a column of a table to features, and back.
 
     Attributes:
-        label: What errors call it.
-        levels: The levels of a category; None for numbers.
-        whole: Whether the numbers are whole.
-        low: The least observed number.
-        high: The largest one.
+        label: Its name in error messages.
+        levels: The levels of a categorical column; None for numbers.
+        whole: Whether the numbers are integers.
+        low: The smallest observed number.
+        high: The largest observed number.
         centre: The median.
-        spread: The unit of the feature: a standard deviation that a few values far out do not widen.
+        spread: The unit of the feature: a standard deviation that is robust to a few outliers.
     """
 
     label: str
@@ -76,7 +76,7 @@ class Column:
 
     @classmethod
     def learn(cls, label: str, values: np.ndarray, categorical: bool, whole: bool) -> Column:
-        """From what was observed of a column, at least one value."""
+        """The column with these observed values, of which there must be at least one."""
         if categorical:
             return cls(label, sorted(set(values.tolist()), key=str))
         first, middle, third = np.quantile(values, [0.25, 0.5, 0.75]).tolist()
@@ -85,7 +85,7 @@ class Column:
 
     @property
     def width(self) -> int:
-        """The number of features; 0 for a constant, which needs no model."""
+        """The number of features; 0 for a constant column, which needs no model."""
         if self.levels is not None:
             return len(self.levels) if len(self.levels) > 1 else 0
         return int(self.low < self.high)
@@ -108,7 +108,7 @@ class Column:
         return features
 
     def decode(self, features: np.ndarray) -> np.ndarray:
-        """Values (n,) of features (n, width): the most probable level, or a number."""
+        """Values (n,) of features (n, width): the level with the largest feature, or a number."""
         if self.levels is not None:
             best = features.argmax(1).tolist() if self.width else [0] * len(features)
             found = np.empty(len(best), object)
@@ -119,23 +119,23 @@ class Column:
 
 
 class DiffEMImputer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
-    """Fills the missing cells of a table, by DiffEM; an imputer of scikit-learn.
+    """Imputes the missing cells of a table by DiffEM; an imputer of scikit-learn.
 
-    A table is an array or a pandas DataFrame, of at least 8 rows. NaN, None and pandas.NA are missing. Text, booleans and pandas'
-    categories are categories; integers stay whole numbers within the range that was observed. What is given comes back in the
-    same form: columns, dtypes, index. Observed cells are not changed.
+    A table is an array or a pandas DataFrame, with at least 8 rows to fit. NaN, None and pandas.NA are missing. Text,
+    booleans and pandas' categories are categorical; imputed integers are whole numbers within the observed range. The
+    result has the form of the input: columns, dtypes, index. Observed cells are not changed.
 
     Arguments:
-        categorical: Columns of numbers that are categories: names, or positions.
-        integer: Columns of floats that are whole numbers: integers with missing cells are floats in numpy and pandas.
+        categorical: Numeric columns to treat as categorical: names, or positions.
+        integer: Float columns that hold integers: with missing cells, numpy and pandas store integers as floats.
         noise: Standard deviation of the measurement noise, in units of each column's spread.
-        settings: Settings of the run, {"section.field": value}, beside those of the preset `table`.
-        random_state: A seed, a numpy RandomState, or None: another seed at each fit.
-        run_folder: Where the run is kept; it goes on there if it was interrupted. A temporary folder by default.
+        settings: Settings of the run, {"section.field": value}, that override the preset `table`.
+        random_state: A seed, a numpy RandomState, or None for a new seed at each fit.
+        run_folder: Where the run is kept, and resumed if it was interrupted. A temporary folder by default.
 
     Attributes:
         posterior_: The :class:`diffem.Posterior` of features; None if all columns are constant.
-        columns_: What is known of each column.
+        columns_: The :class:`Column` learned for each column.
         n_features_in_, feature_names_in_: As in scikit-learn.
     """
 
@@ -162,19 +162,19 @@ class DiffEMImputer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         """Learns from a table X, shape (rows, columns).
 
         Raises:
-            DiffemError: If a column is not understood, or no row shows it; the line names the column.
+            DiffemError: If a column cannot be read, or has no observed cell; the message names the column.
         """
         table = _Table(self, X, fit=True)
         categorical, integer = (self._positions(name, table) for name in ("categorical", "integer"))
         self.columns_ = [table.learn(j, j in categorical, j in integer) for j in range(table.width)]
         self.seed_ = int(check_random_state(self.random_state).randint(2**31 - 1))
         features, observed = self._encode(table)
-        some = observed.any(1)  # a row without any observed cell says nothing
+        some = observed.any(1)  # a row without observed cells carries no information
         self.posterior_ = self._learn(features[some], observed[some]) if features.shape[1] else None
         return self
 
     def transform(self, X: Any) -> Any:
-        """X with its missing cells filled by their posterior means, or the most probable level of a category."""
+        """X with missing cells imputed by the posterior mean, or by the most probable level of a categorical column."""
         check_is_fitted(self)
         table = _Table(self, X)
         features, observed = self._encode(table)
@@ -184,9 +184,9 @@ class DiffEMImputer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         return self._fill(table, features)
 
     def sample(self, X: Any, n: int = 10) -> list:
-        """Multiple imputation: n copies of X whose missing cells are filled by draws from the posterior.
+        """Multiple imputation: n copies of X whose missing cells are imputed by draws from the posterior.
 
-        A row without any observed cell becomes a new row. Equal X gives equal draws, and more of them begin with the same ones.
+        A row without any observed cell becomes a new row. The same X gives the same draws; a larger n only adds draws.
         """
         check_is_fitted(self)
         if n < 1:
@@ -204,7 +204,7 @@ class DiffEMImputer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         return [self._fill(table, each) for each in drawn]
 
     def _positions(self, name: str, table: _Table) -> set[int]:
-        """The positions of the columns that an argument names."""
+        """The positions of the columns named by the argument `name`."""
         found = set()
         for column in getattr(self, name) or ():
             if column in table.names:
@@ -222,7 +222,7 @@ class DiffEMImputer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         return features, ~np.isnan(features)
 
     def _fill(self, table: _Table, features: np.ndarray) -> Any:
-        """The table, its missing cells decoded from the features."""
+        """The table with missing cells decoded from the features."""
         parts = np.split(features, np.cumsum([c.width for c in self.columns_])[:-1], 1)
         return table.filled([column.decode(part) for column, part in zip(self.columns_, parts, strict=True)])
 
@@ -239,12 +239,12 @@ class DiffEMImputer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
 
 
 def mean(posterior: Posterior, y: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """E[x | y], in one evaluation: at the largest noise level x_t says nothing of x, and the denoiser's E[x | x_t, y] is that.
+    """E[x | y] in one evaluation: E[x | x_t, y] at the largest noise level, where x_t carries no information.
 
     Arguments:
-        posterior: Trained on masks.
+        posterior: A posterior that was trained on masks.
         y: Observations (B, d), in their units.
-        mask: True where they were observed (B, d).
+        mask: True where y was observed, (B, d).
     """
     sampler, found = posterior.sampler, []
     assert isinstance(sampler, DiffusionSampler | MixtureSampler)
@@ -262,12 +262,12 @@ def mean(posterior: Posterior, y: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 
 class _Table:
-    """An array or a pandas DataFrame, read by columns, and filled in the same form.
+    """An array or a pandas DataFrame, read column by column, and returned in the same form.
 
     Arguments:
-        imputer: What it is for; as scikit-learn wants, it remembers the names of the columns in fit, and compares them later.
+        imputer: The imputer; it stores the column names in fit, and checks them later, as scikit-learn requires.
         X: The array or DataFrame.
-        fit: Whether this is fit.
+        fit: Whether it is called by fit.
 
     Attributes:
         seen: Which cells were observed, (rows, columns).
@@ -284,15 +284,15 @@ class _Table:
 
     @property
     def incomplete(self) -> np.ndarray:
-        """The rows that miss a cell."""
+        """The rows with missing cells."""
         return np.flatnonzero(~self.seen.all(1))
 
     def label(self, j: int) -> str:
-        """What errors call column j."""
+        """The name of column j in error messages."""
         return f"column {self.names[j]!r}"
 
     def learn(self, j: int, categorical: bool, whole: bool) -> Column:
-        """What there is to know of column j; the arguments are what the user says of it."""
+        """Learns column j; `categorical` and `whole` are what the user stated."""
         label, kind = self.label(j), self.columns[j].dtype.kind
         if not self.seen[:, j].any():
             raise DiffemError(f"{label}: no row shows it, so it cannot be learned; remove it")
@@ -328,7 +328,7 @@ class _Table:
         return column.to_numpy(object) if hasattr(column, "iloc") else column.astype(object)
 
     def filled(self, values: list[np.ndarray]) -> Any:
-        """A copy, its missing cells taken from `values`, (rows,) for each column."""
+        """A copy whose missing cells are taken from `values`, (rows,) for each column."""
         out = self.whole.copy()
         for j, column in enumerate(self.columns):
             rows = np.flatnonzero(~self.seen[:, j])

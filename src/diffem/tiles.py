@@ -1,19 +1,19 @@
-r"""Draws of items that are larger than those a sampler was trained on, as of whole images after training on patches.
+r"""Draws items larger than those a sampler was trained on, e.g. whole images after training on patches.
 
-The whole item is one noisy array :math:`x_t`, with one noise, in the reverse diffusion of :mod:`diffem.samplers`. Only the
-estimate of a step is made tile by tile. On each tile :math:`k` of a grid that overlaps by half, the sampler gives the mean
-:math:`\mu_k` and a draw :math:`\rho_k` of what the mean leaves of the variance. They are blended with smooth windows
+In the reverse diffusion of :mod:`diffem.samplers` the whole item is one noisy array :math:`x_t` with one noise. Only
+the estimate of a step is made tile by tile. On each tile :math:`k` of a grid with half overlap, the sampler gives the
+mean :math:`\mu_k` and a zero-mean draw :math:`\rho_k` with the remaining variance. They are blended with smooth windows
 :math:`w_k`, which sum to one at every entry:
 
 .. math:: \hat x = \sum_k w_k \, \mu_k + \sum_k \sqrt{w_k} \, \rho_k \, .
 
-The :math:`\rho_k` are independent of each other, so that the roots keep the variance. At the next step all tiles look at the
-same :math:`x_s`: they agree where they overlap.
+The :math:`\rho_k` are independent of each other, so that the square roots preserve the variance. At the next step all
+tiles see the same :math:`x_s`, so that they agree where they overlap.
 
-It is an approximation. A tile does not see what lies beyond it, and what the mean leaves is correlated within a tile only.
-Both matter little where entries that are half a tile apart have little to do with each other.
+This is an approximation: a tile does not see entries outside of it, and the :math:`\rho_k` are correlated within a tile
+only. Both matter little if entries half a tile apart are nearly independent.
 
-Noise is keyed by item and place, the draws of a tile by item and tile, so that nothing depends on the batch.
+Noise is keyed by item and place, the draws of a tile by item and tile, so that results do not depend on the batch.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from diffem.errors import DiffemError
 from diffem.networks import Given
 from diffem.samplers import DiffusionSampler, MixtureSampler, Query, Sampler, SamplerConfig
 
-KEYS = 2**32  # keys of tiles begin here; below are those of the draws of an item
+KEYS = 2**32  # keys of tiles begin here; smaller keys belong to the draws of an item
 
 
 class Tiled(DiffusionSampler):
-    """Reverse diffusion of large items; see the module.
+    """Reverse diffusion of large items; see the module docstring.
 
     Arguments:
-        tile: Draws items of the size of a tile.
-        shape: The shape of a large item, (channels, *spatial): as many channels, and no axis smaller than a tile's.
-        batch: Tiles at a time.
+        tile: The sampler for items of the size of a tile.
+        shape: The shape of a large item, (channels, *spatial): as many channels, and no axis shorter than a tile's.
+        batch: The number of tiles at a time.
     """
 
     kind = "tiled"
@@ -78,10 +78,10 @@ class Tiled(DiffusionSampler):
 
 
 def tiled(sampler: Sampler, shape: tuple[int, ...], batch: int) -> Tiled:
-    """What draws items of a larger shape by tiles of a sampler; arguments as for :class:`Tiled`.
+    """A sampler of larger items, from a sampler of tiles; arguments as for :class:`Tiled`.
 
     Raises:
-        DiffemError: If that cannot be done, in words that say why.
+        DiffemError: If the sampler cannot draw items of that shape; the message says why.
     """
     ours = sampler.shape
     larger = len(shape) == len(ours) > 1 and shape[0] == ours[0] and all(map(int.__ge__, shape, ours))
@@ -99,14 +99,14 @@ def tiled(sampler: Sampler, shape: tuple[int, ...], batch: int) -> Tiled:
 
 
 def untrained(sampler: MixtureSampler) -> DiffusionSampler:
-    """Reverse diffusion whose every step is the exact posterior of a mixture."""
+    """Reverse diffusion in which every step uses the exact posterior of a mixture."""
     nothing = Given(lambda channels, shape: _Nothing(shape))
     denoiser = Denoiser(sampler.corruption, sampler.shape, DenoiserConfig(), nothing, sampler.mixture.copied("cpu"))
     return DiffusionSampler(denoiser.to(sampler.device), SamplerConfig())
 
 
 class _Nothing(nn.Module):
-    """A network that corrects nothing."""
+    """A network that makes no correction."""
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         super().__init__()
@@ -117,7 +117,7 @@ class _Nothing(nn.Module):
 
 
 def _windows(starts: list[int], patch: int, size: int) -> dict[int, Tensor]:
-    """The windows of the places of one axis, (patch,) each, by where they begin; at every entry they sum to one."""
+    """The windows (patch,) of the places along one axis, {start: window}; at every entry they sum to one."""
     hill = torch.sin(math.pi * (torch.arange(patch, dtype=torch.float64) + 0.5) / patch).square()
     total = torch.zeros(size, dtype=torch.float64)
     for start in starts:

@@ -1,7 +1,7 @@
-"""The units of models, in which data span about [-1, 1]. Everything a user gives or gets is in the units of y instead.
+"""Model units, in which data span about [-1, 1]. Everything a user gives or gets is in the units of y instead.
 
-Units change where observations are read (:class:`diffem.data.Dataset`), where reconstructions are written, and in
-:class:`diffem.posterior.Posterior`. A corruption that is not linear is simulated in the units of the data at every call
+Units are converted where observations are read (:class:`diffem.data.Dataset`), where reconstructions are written, and
+in :class:`diffem.posterior.Posterior`. A nonlinear corruption is simulated in the units of the data: each call converts
 (:class:`diffem.corruptions.base.Scaled`).
 """
 
@@ -15,11 +15,11 @@ from torch import Tensor
 
 
 class Units:
-    """x in the units of the data is (x - centre) / half in those of models.
+    """Converts x in the units of the data to (x - centre) / half in model units, and back.
 
     Arguments:
         centre: A number, or one for each channel or column: an array that broadcasts against an item.
-        half: Likewise; > 0.
+        half: A number or an array as for `centre`, > 0.
     """
 
     def __init__(self, centre: Any = 0.0, half: Any = 1.0) -> None:
@@ -34,24 +34,24 @@ class Units:
     __hash__ = None  # type: ignore[assignment]
 
     def scale(self, x: Any) -> Any:
-        """From the units of the data to those of models: a tensor, an array, or a number."""
+        """Converts a tensor, array or number from the units of the data to model units."""
         return (x - _like(self.centre, x)) / _like(self.half, x)
 
     def restore(self, x: Any) -> Any:
-        """Back again."""
+        """The inverse of :meth:`scale`."""
         return x * _like(self.half, x) + _like(self.centre, x)
 
     def scale_spread(self, std: Any) -> Any:
-        """The same of a standard deviation."""
+        """Converts a standard deviation to model units."""
         return std / _like(self.half, std)
 
     def restore_spread(self, std: Any) -> Any:
-        """Back again."""
+        """The inverse of :meth:`scale_spread`."""
         return std * _like(self.half, std)
 
     @property
     def config(self) -> list:
-        """What rebuilds it, ready for JSON."""
+        """The arguments that rebuild it, ready for JSON."""
         return [self.centre.tolist(), self.half.tolist()]
 
 

@@ -1,5 +1,5 @@
-"""What needs clean data: data sets to corrupt, and distances to the truth. No run of a user's own needs it.
+"""Tools for clean data: data sets to corrupt, and distances to the truth. Not needed for runs on a user's own data.
 
-- datasets.py: clean data sets, and observations made of them
-- metrics.py: distances; evaluation.py: a run against clean data
+- datasets.py: clean data sets, and observations simulated from them
+- metrics.py: distances; evaluation.py: compares a run with clean data
 """

@@ -1,10 +1,10 @@
 """Clean data sets, for benchmarks and for simulating observations of one's own clean data.
 
-The one convention: a data set is an array (N, *shape) with shape = (features,) or (channels, *spatial), in the
-units in which it is stored, with the (low, high) range of its values. Nothing is normalised here: uint8 images
-have range (0, 255), and models take their scaling from the range.
+A data set is an array (N, *shape) with shape = (features,) or (channels, *spatial), in the units in which it is
+stored, with the (low, high) range of its values. Nothing is normalised here: uint8 images have range (0, 255), and
+models take their scaling from the range.
 
-Registered names, and what they expect under `root` (nothing is ever downloaded):
+Registered names, and the files they need under `root` (nothing is ever downloaded):
 
     manifold        a random smooth curve in five dimensions, from the seed; float32 (65536, 5), range (-2, 2)
     digits          scikit-learn's digits; float32 (1797, 1, 8, 8), range (0, 16)
@@ -48,7 +48,7 @@ BYTE_RANGE = (0.0, 255.0)
 
 @dataclass(frozen=True)
 class CleanData:
-    """Clean items (N, *shape) in stored units, the (low, high) range of their values, and labels (N,) if there are any."""
+    """Clean items (N, *shape) in stored units, the (low, high) range of their values, and labels (N,) or None."""
 
     items: np.ndarray
     range: tuple[float, float]
@@ -56,18 +56,18 @@ class CleanData:
 
 
 def load(source: str, root: str | Path | None = None, limit: int | None = None, seed: int = 0) -> CleanData:
-    """The data set of a registered name or of a path.
+    """Loads a data set by its registered name or its path.
 
     Arguments:
-        source: A registered name (see the module); or a .npy array (N, *shape), which is memory-mapped (uint8 has
-            range 0 to 255, anything else the minimum and maximum of what is loaded); or a folder of 8-bit RGB or
-            greyscale images of one size, taken in the order of their names. A name wins: write ./digits for a folder.
+        source: A registered name (see the module docstring); or a .npy array (N, *shape), which is memory-mapped (its
+            range is 0 to 255 for uint8, else the minimum and maximum of the loaded items); or a folder of 8-bit RGB or
+            greyscale images of one size, sorted by name. Registered names take precedence: write ./digits for a folder.
         root: The folder that holds a registered data set.
-        limit: Only the first so many items.
-        seed: Which curve `manifold` is; of no effect on the others.
+        limit: Load only the first `limit` items.
+        seed: Selects the curve of `manifold`; no effect on the others.
 
     Raises:
-        DiffemError: If the source is unknown, or a file is missing or not what it should be.
+        DiffemError: If the source is unknown, or a file is missing or invalid.
     """
     if limit is not None and limit < 1:
         raise DiffemError(f"limit: must be at least 1, got {limit}")
@@ -95,9 +95,9 @@ def corrupt(
     """Simulates observations of a clean data set and writes them as an observation folder.
 
     Arguments:
-        source: As in :func:`load`, like `root` and `limit`.
-        corruption: Draws the parameters and the observations, in chunks with a generator each.
-        out: The folder to write; must not exist or be empty, and appears only once it is complete.
+        source: As in :func:`load`, and so are `root` and `limit`.
+        corruption: Draws the parameters and the observations, in chunks with one generator each.
+        out: The folder to write. It must be empty or not exist; it appears only when it is complete.
         seed: The same seed gives the same bytes.
         keep_clean: Also writes clean.npy (as stored) and labels.npy, for evaluation.
 
@@ -110,7 +110,7 @@ def corrupt(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DiffemError(f"{out}: is in the way; give a folder that does not exist yet or is empty")
     data = load(source, root, limit, seed)
-    work = out.parent / f".{out.name}.{secrets.token_hex(4)}"  # beside it, so that renaming does not copy
+    work = out.parent / f".{out.name}.{secrets.token_hex(4)}"  # next to it, so that renaming does not copy
     try:
         with _writing(out):
             (work / "parts").mkdir(parents=True)
@@ -138,7 +138,7 @@ def _writing(out: Path) -> Iterator[None]:
 
 
 def _simulate(data: CleanData, corruption: Corruption, seed: int, folder: Path) -> dict[str, np.ndarray]:
-    """Observations 'y' and parameters of all items, memory-mapped in `folder`."""
+    """Simulates the observations 'y' and the parameters of all items, memory-mapped in `folder`."""
     arrays: dict[str, np.ndarray] = {}
     n = len(data.items)
     size = memory.at_once(math.prod(data.items.shape[1:]), CHUNK, 2 * memory.NUMBERS)
@@ -163,12 +163,12 @@ def _simulate(data: CleanData, corruption: Corruption, seed: int, folder: Path) 
 
 
 def manifold_curve(seed: int, points: int = MANIFOLD_POINTS) -> np.ndarray:
-    """Points along the curve that `manifold` draws from, in the same units: float32 (points, 5), t on a grid over [0, 1]."""
+    """Points along the curve of `manifold`, in the same units: float32 (points, 5), for t on a grid over [0, 1]."""
     return _manifold_points(seed, points)[1]
 
 
 def _manifold_points(seed: int, points: int) -> tuple[np.ndarray, np.ndarray]:
-    r"""The random points of the data set, and evenly spaced ones.
+    r"""The random points of the data set, and points evenly spaced in t.
 
     .. math:: x_i(t) = \sum_{k=1}^{10} \frac{a_{ik}}{k^3} \sin(2 \pi (k b_{ik} t + c_{ik})) \, ,
         \qquad a, b, c, t \sim \mathcal{U}(0, 1) \, ,
@@ -217,7 +217,7 @@ def _npy(file: Path, limit: int | None) -> CleanData:
 
 
 def _image(file: str | Path | BinaryIO, name: str | Path) -> Image.Image:
-    """An image, decoded as L or RGB; `name` is for error messages."""
+    """Decodes an image as L or RGB; `name` is for error messages."""
     try:
         with Image.open(file) as image:
             mode = {"1": "L", "L": "L", "P": "RGB", "RGB": "RGB"}.get(image.mode)
@@ -226,7 +226,7 @@ def _image(file: str | Path | BinaryIO, name: str | Path) -> Image.Image:
             return image.convert(mode)
     except DiffemError:
         raise
-    except Exception as error:  # decoders raise whatever they stumble over in a broken file
+    except Exception as error:  # decoders raise all kinds of exceptions on broken files
         reason = (error.strerror if isinstance(error, OSError) else None) or "not a complete image"
         raise DiffemError(f"{name}: cannot be read as an image ({reason}); replace it or remove it") from None
 
@@ -353,7 +353,7 @@ def _cifar_batch(file: Path) -> tuple[np.ndarray, np.ndarray]:
         raise DiffemError(f"{file}: missing") from None
     except DiffemError:
         raise
-    except Exception as error:  # a broken pickle can fail in any way
+    except Exception as error:  # a broken pickle can raise any exception
         raise DiffemError(f"{file}: is not a complete batch of CIFAR-10 ({_line(error)}); fetch it again") from None
     content = {k.decode("latin1") if isinstance(k, bytes) else k: v for k, v in _mapping(content).items()}
     data, labels = content.get("data"), content.get("labels")
@@ -370,7 +370,7 @@ def _mapping(value: object) -> Mapping[Any, Any]:
 
 
 class _StandIn:
-    # A pickle may call what it names and hand a state to it: so it gets these, and nothing of numpy itself.
+    # A pickle can call the objects that it names, and set their state: so it gets these stand-ins, never numpy's own.
     def __setstate__(self, state: Any) -> None:
         pass
 
@@ -384,7 +384,7 @@ class _Dtype(_StandIn):
 
 
 class _Array(_StandIn):
-    """Stands in for numpy.ndarray and for the function that makes an empty one, which its state then fills."""
+    """Stands in for numpy.ndarray, and for the function that creates an empty array, later filled by its state."""
 
     value: np.ndarray | None = None
 
@@ -406,14 +406,14 @@ class _Buffer(_Array):
 
 
 class _Latin1(_StandIn):
-    """Stands in for _codecs.encode, through which old protocols write bytes."""
+    """Stands in for _codecs.encode, which old pickle protocols use for bytes."""
 
     def __new__(cls, text: str, encoding: object = "latin1") -> Any:
         return text.encode("latin1")
 
 
 class _Unpickler(pickle.Unpickler):
-    """Reads pickles of dictionaries, lists, numbers, strings and arrays of bytes; refuses whatever names anything else."""
+    """Reads pickles of dictionaries, lists, numbers, strings and arrays of bytes; refuses any other object."""
 
     def __init__(self, stream: BinaryIO, file: Path) -> None:
         super().__init__(stream, encoding="bytes")

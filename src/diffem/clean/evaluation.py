@@ -1,4 +1,4 @@
-"""A run against clean data: the start, the reconstructions and the prior, in the columns of one table."""
+"""Compares a run with clean data: the start, the reconstructions and the prior, in the columns of one table."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def against(reference: np.ndarray, features: metrics.Features | None = None) -> 
 
     Arguments:
         reference: The clean items, row i for observation i, in the units of y.
-        features: A map of items in model units to (N, f), where a Frechet distance is recorded too.
+        features: A map from items in model units to features (N, f), whose Frechet distance is recorded too.
     """
 
     def hook(em: DiffEM, row: dict) -> dict:
@@ -36,7 +36,7 @@ def against(reference: np.ndarray, features: metrics.Features | None = None) -> 
 
 
 def check_reference(reference: np.ndarray, observations: Observations) -> None:
-    """Raises a DiffemError if there is not one clean item for each observation."""
+    """Raises a DiffemError unless there is one clean item for each observation."""
     shape = (len(observations), *observations.item_layout.users(observations.shape))
     if tuple(observations.cut(reference).shape) != shape:
         raise DiffemError(f"reference: shape {tuple(reference.shape)}, but the reconstructions have {shape}")
@@ -54,17 +54,18 @@ def evaluate(
 
     Arguments:
         run: The run folder.
-        reference: A .npy of clean items, row i for observation i (or for image i, where observations are patches of images).
-        observations: What the run was trained on; for the start's reconstructions and the residuals.
+        reference: A .npy of clean items, row i for observation i (or for image i, where observations are patches of
+            images).
+        observations: The observations of the run; needed for the start's reconstructions and the residuals.
         device: Where networks run; see :func:`diffem.devices.choose`.
-        precision: How precisely; likewise.
-        batch: Observations at a time; as many as fit by default.
+        precision: The precision of networks; see :func:`diffem.devices.choose`.
+        batch: Observations at a time; by default as many as fit.
 
     Returns:
-        For `start` (only with observations), `reconstructions` and `prior`: the metrics by name, in model
-        units (half the range of the data is 1), over at most 4,096 items. `residual` is the root mean
-        square of (A x - y) over the noise's standard deviation; `nearest_clean` the mean distance of an item to the
-        nearest clean one, `nearest_item` that of a clean one to the nearest item.
+        For `start` (only with observations), `reconstructions` and `prior`: the metrics by name, in model units (half
+        the range of the data is 1), over at most 4,096 items. `residual` is the root mean square of A x - y, divided by
+        the standard deviation of the noise. `nearest_clean` is the mean distance of an item to the nearest clean item,
+        `nearest_item` the mean distance of a clean item to the nearest item.
     """
     run, reference = Path(run), Path(reference)
     if not (run / "config.yaml").exists():
@@ -109,7 +110,7 @@ def _paired(x: Tensor, truth: Tensor, data: Dataset | None, rows: np.ndarray) ->
 
 
 def as_text(table: dict[str, dict]) -> str:
-    """The table as aligned text, one metric a line."""
+    """The table as aligned text, one metric per line."""
     names = list(dict.fromkeys(name for column in table.values() for name in column))
     lines = [f"{'':18s}" + "".join(f"{head:>17s}" for head in table)]
     for name in names:

@@ -1,4 +1,4 @@
-"""What can be known with clean data: distances of reconstructions and prior samples to a clean reference."""
+"""Distances of reconstructions and prior samples to clean data."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import Tensor
 
 from diffem import memory
 
-Features = Callable[[Tensor], Tensor]  # of items (N, *): (N, f)
-ITEMS = 4096  # at most so many are compared: pairwise distances take the square of it
-NUMBERS = 2**26  # in them; fewer large ones are compared
+Features = Callable[[Tensor], Tensor]  # items (N, *) to features (N, f)
+ITEMS = 4096  # the most items that are compared: the cost of pairwise distances is quadratic
+NUMBERS = 2**26  # the most values in these items: fewer are compared if they are large
 
 
 def most(shape: tuple[int, ...]) -> int:
@@ -21,8 +21,8 @@ def most(shape: tuple[int, ...]) -> int:
 
 
 def compare(u: Tensor, v: Tensor, features: Features | None = None) -> dict[str, float]:
-    """Distances of items u (N, *) to clean ones v of the same rows, in model units; with `features`, which maps such items to
-    (N, f), a Frechet distance there."""
+    """Distances between items u (N, *) and the clean items v of the same rows, in model units; with `features`, also
+    the Frechet distance between their features (N, f)."""
     found = {"psnr": psnr(u, v, 2.0), "energy_distance": energy_distance(u, v, of_one_row=True)}
     if features is not None:
         found["frechet"] = frechet_distance(features(u), features(v))
@@ -30,7 +30,7 @@ def compare(u: Tensor, v: Tensor, features: Features | None = None) -> dict[str,
 
 
 def apart(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Every other row of u, and the rows between of v: what is estimated from row i is not independent of row i."""
+    """Even rows of u and odd rows of v: row i of u may be an estimate of row i of v, and so not independent of it."""
     return u[::2], v[1::2]
 
 
@@ -40,8 +40,8 @@ def psnr(x: Tensor, clean: Tensor, width: float) -> float:
 
 
 def energy_distance(u: Tensor, v: Tensor, of_one_row: bool = False) -> float:
-    """2 E|u - v| - E|u - u'| - E|v - v'| without bias, of two samples (N, *) and (M, *); 0 if equal in law. `of_one_row`:
-    row i of u is an estimate of row i of v, and what is expected does not count their distance."""
+    """Unbiased estimate of 2 E|u - v| - E|u - u'| - E|v - v'| from samples (N, *) and (M, *); 0 if their distributions
+    are equal. `of_one_row`: row i of u is an estimate of row i of v, and the distance within such pairs is left out."""
     u, v = u.flatten(1), v.flatten(1)
     n, m = len(u), len(v)
     within = torch.cdist(u, u).sum() / (n * (n - 1)) + torch.cdist(v, v).sum() / (m * (m - 1))
@@ -51,7 +51,7 @@ def energy_distance(u: Tensor, v: Tensor, of_one_row: bool = False) -> float:
 
 
 def frechet_distance(u: Tensor, v: Tensor) -> float:
-    """Frechet distance of the Gaussians with the moments of two samples of features (N, f) and (M, f)."""
+    """Frechet distance between Gaussians fitted to two samples of features (N, f) and (M, f)."""
     u, v = u.double(), v.double()
     a, b = torch.cov(u.T), torch.cov(v.T)
     values, vectors = torch.linalg.eigh(a)
@@ -63,8 +63,8 @@ def frechet_distance(u: Tensor, v: Tensor) -> float:
 def sinkhorn_divergence(u: Tensor, v: Tensor, regularisation: float = 1e-3) -> float:
     """Debiased entropic transport cost of two samples (N, d) and (M, d) with squared distances, as in the paper.
 
-    S(u, v) = T(u, v) - T(u, u) / 2 - T(v, v) / 2, where T is the dual value of optimal transport with entropy
-    `regularisation`, found by Sinkhorn iterations in the log domain with a falling entropy (Feydy et al.,
+    S(u, v) = T(u, v) - T(u, u) / 2 - T(v, v) / 2, where T is the dual value of optimal transport with entropic
+    `regularisation`, found by Sinkhorn iterations in the log domain with decreasing regularisation (Feydy et al.,
     2019, arXiv 1810.08278).
     """
 
@@ -87,13 +87,13 @@ def sinkhorn_divergence(u: Tensor, v: Tensor, regularisation: float = 1e-3) -> f
 def manifold_overlap(u: Tensor, v: Tensor, neighbours: int = 5) -> dict[str, float]:
     """Precision, recall, density and coverage of generated features u (N, f) against clean ones v (M, f).
 
-    Balls around every point reach to its `neighbours`-th neighbour in its own sample. `precision`: the share of u
-    in a ball of v; `recall`: of v in a ball of u (Kynkaanniemi et al., 2019, arXiv 1904.06991); `density`: the mean
-    number of balls of v around a point of u, over `neighbours`; `coverage`: the share of balls of v that hold a point
-    of u (Naeem et al., 2020, arXiv 2002.09797). Precision and density say how real items look, recall and coverage
-    how many kinds of them there are.
+    The ball around a point reaches to its `neighbours`-th neighbour in its own sample. `precision`: the fraction of u
+    in a ball of v; `recall`: the fraction of v in a ball of u (Kynkaanniemi et al., 2019, arXiv 1904.06991); `density`:
+    the mean number of balls of v that contain a point of u, divided by `neighbours`; `coverage`: the fraction of balls
+    of v that contain a point of u (Naeem et al., 2020, arXiv 2002.09797). Precision and density measure fidelity,
+    recall and coverage diversity.
     """
-    u, v = u.flatten(1).double(), v.flatten(1).double()  # distances of near neighbours cancel in single precision
+    u, v = u.flatten(1).double(), v.flatten(1).double()  # near distances suffer from cancellation in single precision
     if min(len(u), len(v)) <= neighbours:
         return dict.fromkeys(("precision", "recall", "density", "coverage"), math.nan)
     radius = lambda a: torch.cdist(a, a).kthvalue(neighbours + 1, dim=1).values  # noqa: E731 - itself is the first

@@ -1,10 +1,11 @@
 """How clean data become observations: the channel Q(. | x), simulated.
 
-- base.py: what a corruption is, and what more it may offer; :func:`register_corruption` adds your own; blackbox.py: any function
-- linear.py: all that follows from A and its adjoint; thinning.py: what is hidden to be predicted; compose.py: chains
-- diagonal.py: masks, noise and Gaussian blurs; blur.py: other kernels; resolution.py: binning and grayscale; fourier.py: k-space;
-  radon.py: tomography; projection.py: random projections
-- entrywise.py: photons, clipping, levels and other corruptions of single entries; jpeg.py: the codec; unknown.py: one of several
+- base.py: the interface, and :func:`register_corruption`, which adds your own; blackbox.py: any function
+- linear.py: all that follows from A and its adjoint; thinning.py: hides parts to be predicted; compose.py: chains
+- diagonal.py: masks, noise and Gaussian blurs; blur.py: other kernels; resolution.py: binning and grayscale;
+  fourier.py: k-space; radon.py: tomography; projection.py: random projections
+- entrywise.py: photons, clipping, levels and other corruptions of single entries; jpeg.py: the codec; unknown.py: one
+  of several
 - physics.py: operators of deepinv
 - registry.py: from a name in a file to a corruption
 """

@@ -1,9 +1,9 @@
-"""What a corruption is, and what more it may offer.
+"""The interface of corruptions: one required method, and optional ones.
 
-A corruption needs one method: :meth:`Corruption.apply` draws observations of clean items. The others are capabilities, each used
-where it is there. Shapes: x is (B, *shape) with shape = (features,) or (channels, *spatial). Parameters are a dictionary of
-tensors with the batch first, under the names of the files of an observation folder (mask, matrix, ...). Noise is a standard
-deviation in the units of y.
+A corruption needs one method: :meth:`Corruption.apply` draws observations of clean items. The others are capabilities,
+each used if it is implemented. Shapes: x is (B, *shape) with shape = (features,) or (channels, *spatial). Parameters
+are a dictionary of tensors with the batch first, named like the files of an observation folder (mask, matrix, ...).
+Noise is given as a standard deviation in the units of y.
 """
 
 from __future__ import annotations
@@ -26,19 +26,20 @@ Observed = tuple[Tensor, Params]  # observations (B, *y shape), and their parame
 
 
 class Corruption:
-    """How clean becomes observed.
+    """How clean items become observations.
 
     Attributes:
-        noise: The standard deviation of the noise, where it is Gaussian: a number, one for each channel or column, or None if
-            it is a parameter, noise.npy.
-        linear: Whether y = A x + N(0, noise^2): then :meth:`forward` and :meth:`adjoint` are there.
+        noise: The standard deviation of Gaussian noise: a number, one for each channel or column, or None if it is a
+            parameter (noise.npy).
+        linear: Whether y = A x + N(0, noise^2): then :meth:`forward` and :meth:`adjoint` are implemented.
         diagonal: Whether A is diagonal in an orthonormal basis that is the same for all observations.
         by_entry: Whether an entry of y depends on the same entry of x only.
-        same_units: Whether y is in the units of x, as weighted means of its entries are.
-        parameters: The names of its parameters, which stand beside y.npy as NAME.npy; None for any names.
-        complex_items: Whether items are complex numbers where the observations are.
+        same_units: Whether y has the units of x, as weighted means of entries of x have.
+        parameters: The names of its parameters, stored as NAME.npy next to y.npy; None allows any names.
+        complex_items: Whether items are complex if the observations are.
         instead: For parameters that it does not take, the name of a corruption that does.
-        measured_parameters: Gives the parameters of new observations (:meth:`with_measured`); None for the formula :meth:`draw`.
+        measured_parameters: Draws parameters of new observations from measured ones (:meth:`with_measured`); None: they
+            come from the formula :meth:`draw`.
     """
 
     noise: float | tuple[float, ...] | Tensor | None = 0.0
@@ -51,20 +52,20 @@ class Corruption:
     instead: Mapping[str, str] = {}
     measured_parameters: Callable[[int, torch.Generator], Params] | None = None
 
-    # --- what it is ----------------------------------------------------------------------------------
+    # --- definition ----------------------------------------------------------------------------------
 
     def draw(self, n: int, shape: tuple[int, ...], generator: torch.Generator) -> Params:
-        """Parameters of n observations of items of `shape`, by a formula; by default there are none."""
+        """Parameters of n observations of items of `shape`, drawn by a formula; by default there are none."""
         return {}
 
     def new_parameters(self, n: int, shape: tuple[int, ...], generator: torch.Generator) -> Params:
-        """Parameters of n new observations: those of measured ones where they are known, else by the formula."""
+        """Parameters of n new observations: from measured observations if available, else by the formula."""
         if self.measured_parameters is None:
             return self.draw(n, shape, generator)
         return self.measured_parameters(n, generator)
 
     def with_measured(self, parameters: Callable[[int, torch.Generator], Params]) -> Corruption:
-        """The same corruption, whose new observations take their parameters from `parameters(n, generator)`."""
+        """A copy whose new observations take their parameters from `parameters(n, generator)`."""
         other = copy.copy(self)
         other.measured_parameters = parameters
         return other
@@ -74,13 +75,13 @@ class Corruption:
         raise NotImplementedError
 
     def observe(self, x: Tensor, generator: torch.Generator) -> Observed:
-        """Observations of items x (B, *shape) with parameters of their own, and those."""
+        """Observations of items x (B, *shape) with newly drawn parameters, and these parameters."""
         params = self.new_parameters(len(x), tuple(x.shape[1:]), generator)
         return self.apply(x, params, generator), params
 
     @property
     def config(self) -> dict[str, object]:
-        """What rebuilds it: its name, and its arguments, which are attributes of the same names."""
+        """Its name and its arguments, which are read from the attributes of the same names; they rebuild it."""
         name, arguments = type(self).__name__, inspect.signature(type(self)).parameters
         lost = [k for k in arguments if k not in vars(self)]
         if lost:
@@ -93,14 +94,14 @@ class Corruption:
 
     @property
     def law(self) -> dict[str, object]:
-        """What a posterior is trained for: the config, but for what only says how parameters are drawn."""
+        """What a posterior is trained for: the config without arguments that only say how parameters are drawn."""
         return self.config
 
     def check(self, y: np.ndarray, params: Mapping[str, np.ndarray], shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape of an item; `shape` is what the user said, or that of y.
+        """Checks the parameters and returns the shape of an item; `shape` is that given by the user, or that of y.
 
         Raises:
-            DiffemError: If the parameters are not those that it needs, naming the file.
+            DiffemError: If parameters are missing or do not fit; the message names the file.
         """
         return shape
 
@@ -108,7 +109,7 @@ class Corruption:
         """Tries it on items x (B, *shape), with parameters of measured observations, before anything is trained.
 
         Raises:
-            DiffemError: In one line, if it fails, or makes something else than `observations`, the shape of y without the batch.
+            DiffemError: In one line, if it fails, or makes y of another shape than `observations` (without the batch).
         """
         name = self.config["name"] if self.config["name"] != "BlackBox" else self.config["function"]
         try:
@@ -127,7 +128,7 @@ class Corruption:
         if y.is_complex() or not y.isfinite().all():
             raise DiffemError(f"corruption {name}: gave values that are not finite real numbers")
 
-    # --- what it may offer ---------------------------------------------------------------------------
+    # --- optional capabilities -----------------------------------------------------------------------
 
     def forward(self, x: Tensor, params: Params) -> Tensor:
         """A x."""
@@ -138,24 +139,24 @@ class Corruption:
         raise NotImplementedError
 
     def likelihood(self, y: Tensor, params: Params) -> Likelihood:
-        """p(y | x) of flattened items, for exact posteriors under Gaussian mixtures."""
+        """p(y | x) as a function of flattened items, for exact posteriors under Gaussian mixtures."""
         raise NotImplementedError
 
     def exact(self, shape: tuple[int, ...]) -> bool:
-        """Whether :meth:`likelihood` is there, for items of `shape`."""
+        """Whether :meth:`likelihood` can be used for items of `shape`."""
         return type(self).likelihood is not Corruption.likelihood
 
     def basis(self, shape: tuple[int, ...]) -> Basis | None:
-        """The basis in which mixtures for items of `shape` are written; None for the entries."""
+        """The basis in which mixtures for items of `shape` are written; None: the entries themselves."""
         return None
 
     def thin(self, y: Tensor, params: Params, generator: torch.Generator) -> tuple[Observed, Observed] | None:
-        """Splits observations into two that are independent given x, or None where that cannot be done."""
+        """Splits each observation into two that are independent given x; None if that cannot be done."""
         return None
 
     @property
     def thins(self) -> bool:
-        """Whether :meth:`thin` is there."""
+        """Whether :meth:`thin` is implemented."""
         return type(self).thin is not Corruption.thin
 
     @property
@@ -164,32 +165,33 @@ class Corruption:
         return self.thins
 
     def measured(self, x: Tensor, params: Params) -> Tensor:
-        """P x: of every item the part that its observation measured, shape (B, *shape).
+        """P x: the part of every item that its observation measured, shape (B, *shape).
 
-        With y = A x + N(0, s^2), and c the spread of the data, P = A^T (A A^T + (s / c)^2 I)^-1 A: the mask of a mask, the row
-        space of a projection, h^2 / (h^2 + (s / c)^2) at each frequency of a blur with gains h. The M-step trusts this part of
-        a reconstruction most. Where nothing is known of A, as here, everything counts as measured: P = I.
+        With y = A x + N(0, s^2), and c the spread of the data, P = A^T (A A^T + (s / c)^2 I)^-1 A. Without noise it is
+        the mask of a mask, and the projector onto the row space of a projection; for a blur with gains h it is
+        h^2 / (h^2 + (s / c)^2) at each frequency. The M-step trusts this part of a reconstruction most. By default A is
+        unknown, and everything counts as measured: P = I.
 
         Arguments:
             x: Items in model units, shape (B, *shape).
-            params: Parameters of the observations that were made of them.
+            params: Parameters of the observations of these items.
         """
         return x
 
     def condition(self, y: Tensor, params: Params) -> list[Tensor]:
-        """What the network sees of an observation: y, and every parameter that fits its shape."""
+        """The inputs of the network that describe an observation: y, and every parameter that fits its shape."""
         fitting = [p.to(y) for p in params.values() if p.shape[0] == y.shape[0] and p.shape[2:] == y.shape[2:]]
         return [y, *fitting]
 
     def initial(self, y: Tensor, params: Params) -> Tensor:
-        """A first reconstruction of observations y (B, *y shape), in the units of y: shape (B, *shape). By default it is y."""
+        """A first reconstruction of y (B, *y shape), in the units of y, shape (B, *shape); by default y itself."""
         return y
 
     def interval(self, y: Tensor, params: Params) -> tuple[Tensor, Tensor]:
-        """The ends of where x lies, each (B, *shape), where y says no more than that: the start `observation` is drawn between them,
-        uniformly. They may be infinite. By default both are :meth:`initial`.
+        """Lower and upper bounds of x, each (B, *shape), for entries of which y tells no more than these bounds.
 
-        An item at the end of its interval makes the same observation again: EM that started there would stay there.
+        The start `observation` is drawn uniformly between them. They may be infinite. By default both are
+        :meth:`initial`. An item at a bound gives the same observation again: EM that started there would stay there.
         """
         x = self.initial(y, params)
         return x, x
@@ -199,22 +201,22 @@ class Corruption:
         return torch.ones((1,) * y.ndim, dtype=torch.bool, device=y.device)
 
     def compared(self, y: Tensor) -> Tensor:
-        """y in the orthonormal basis in which its coefficients are independent, in the shape of y; y itself by default."""
+        """The coefficients of y in an orthonormal basis in which they are independent, shaped like y; y by default."""
         return y
 
     def entries(self, y: Tensor, params: Params) -> tuple[Tensor, Tensor]:
-        """Numbers by which observations with other parameters can be compared, and which of them were seen, both (B, d)."""
+        """Values comparable across observations with different parameters, and which of them were seen, both (B, d)."""
         return self.compared(y).flatten(1), self.seen(y, params).expand(y.shape).flatten(1)
 
     # --- units ---------------------------------------------------------------------------------------
 
     def apart(self, shape: tuple[int, ...]) -> bool:
-        """Whether the channels of an item of `shape` (its columns, if it is a vector) are observed apart from each other, so
-        that each may have units of its own."""
+        """Whether the channels of an item of `shape` (columns, if it is a vector) are observed separately from each
+        other, so that each may have units of its own."""
         return False
 
     def scaled(self, units: Units) -> Corruption:
-        """The same corruption of items in model units, whose observations are those of :meth:`scale_y`."""
+        """The same corruption for items in model units; its observations are scaled by :meth:`scale_y`."""
         return Scaled(self, units)
 
     def scale_params(self, params: Params, units: Units) -> Params:
@@ -222,11 +224,11 @@ class Corruption:
         return params
 
     def scale_y(self, y: Tensor, params: Params, units: Units) -> Tensor:
-        """An observation in the units in which its item is in model units; its parameters are in those of the data."""
+        """Observations scaled to match items in model units; y and its parameters are in the units of the data."""
         return units.scale(y)
 
     def restore_y(self, y: Tensor, params: Params, units: Units) -> Tensor:
-        """What :meth:`scale_y` was given."""
+        """The inverse of :meth:`scale_y`."""
         return units.restore(y)
 
 
@@ -235,13 +237,13 @@ Kind = TypeVar("Kind", bound=type[Corruption])
 
 
 def register_corruption(kind: Kind) -> Kind:
-    """Registers a class under its name: folders and saved models may name it. A decorator."""
+    """A decorator that registers a class under its name, so that observation folders and saved models may name it."""
     REGISTRY[kind.__name__] = kind
     return kind
 
 
 class Scaled(Corruption):
-    """A corruption in model units. What it is asked for is done in the units of the data."""
+    """A corruption in model units, computed by the inner corruption in the units of the data."""
 
     def __init__(self, inner: Corruption, units: Units) -> None:
         self.inner, self.units, self.by_entry = inner, units, inner.by_entry
@@ -284,7 +286,7 @@ class Scaled(Corruption):
         return self.units.scale(self.inner.initial(self.inner.restore_y(y, params, self.units), params))
 
     def interval(self, y: Tensor, params: Params) -> tuple[Tensor, Tensor]:
-        """Those of the corruption; those of the range of the data where they are infinite."""
+        """The bounds of the inner corruption; infinite ones are replaced by the ends of the range of the data."""
         ends = self.inner.interval(self.inner.restore_y(y, params, self.units), params)
         low, high = (self.units.scale(end) for end in ends)
         return torch.where(low.isinf(), high.clamp(max=-1), low), torch.where(high.isinf(), low.clamp(min=1), high)

@@ -16,18 +16,18 @@ from .base import Corruption, Params
 
 
 class BlackBox(Corruption):
-    """Any function x -> y: nothing is asked of it but that it can be called.
+    """Any function x -> y; it only has to be callable.
 
     Arguments:
-        function: f(x), f(x, params) or f(x, params, generator): takes a batch x (B, *shape) in the units of the data, on the
-            CPU, and the parameters of its observations by name, and returns as many observations. It may draw from the generator,
-            or from the global ones of torch, numpy and random, which are seeded for the call.
-        name: How the function is found again: 'package.module:function'; its own name by default.
-        clip: Draws are clamped to (low, high) before the function sees them, e.g. one that takes counts.
+        function: f(x), f(x, params) or f(x, params, generator): takes a batch x (B, *shape) in the units of the data,
+            on the CPU, and the parameters of its observations by name, and returns B observations. It may draw from the
+            generator, or from the global generators of torch, numpy and random, which are seeded for the call.
+        name: Where the function is found: 'package.module:function'; by default the function's own name.
+        clip: Items are clamped to (low, high) before the function is called, e.g. if it expects counts.
 
     Raises:
-        DiffemError: On :meth:`apply`, in one line that names the function, if it raises, or returns what are not as many
-            finite real numbers.
+        DiffemError: From :meth:`apply`, in one line that names the function, if it raises, or does not return B
+            observations of finite real numbers.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class BlackBox(Corruption):
 
 
 def _arguments(function: Callable) -> int:
-    """How many positional arguments a function needs; 1 where it does not say."""
+    """The number of positional arguments a function requires; 1 if it has no signature."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):  # some builtins

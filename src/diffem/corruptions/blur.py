@@ -1,4 +1,4 @@
-"""Blur by a kernel that was measured, or that is known for each observation."""
+"""Blur by known kernels: one for all observations, or one for each."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ BORDERS = ("reflect", "zero", "circular")
 class Blur(LinearCorruption):
     """y = k * x + noise: every channel is convolved with the kernel of its observation.
 
-    The kernel is a parameter, kernel.npy, of shape (N, height, width) for images, (N, length) for series, vectors, and
-    (N, depth, height, width) for volumes; with N = 1 it is the same for all. Its centre is entry size // 2 of each axis, and
-    it is used as it is: let it sum to 1 if the blur keeps means.
+    The kernel is a parameter, kernel.npy, of shape (N, height, width) for images, (N, length) for series and vectors,
+    and (N, depth, height, width) for volumes; with N = 1 it is the same for all. Its centre is entry size // 2 of each
+    axis. It is not normalised: let it sum to 1 if the blur preserves means.
 
     Arguments:
-        border: What lies beyond the border: `reflect` (the edge again, then backwards), `zero`, or `circular`.
+        border: Values beyond the border: `reflect` (mirrored, with the edge entry repeated), `zero`, or `circular`.
         noise: Standard deviation of the noise; see :class:`diffem.LinearCorruption`.
     """
 
@@ -54,7 +54,7 @@ class Blur(LinearCorruption):
         return len(shape) > 1
 
     def A(self, x: Tensor, params: Params) -> Tensor:
-        if "kernel" not in params:  # nothing was observed, as when the prior is sampled
+        if "kernel" not in params:  # there is no observation, as when the prior is sampled
             return x
         padded, kernel = x if x.ndim > 2 else x[:, None], params["kernel"].to(x)
         for axis, size in enumerate(kernel.shape[1:], start=2):
@@ -80,7 +80,7 @@ class Blur(LinearCorruption):
         return x.reshape(y.shape)
 
     def _source(self, n: int, size: int, device: torch.device) -> Tensor:
-        """Which of n entries stands at each of the n + size - 1 that a kernel of `size` entries reaches."""
+        """For each of the n + size - 1 places that a kernel of `size` entries reaches, the index of the entry there."""
         place = torch.arange(n + size - 1, device=device) - (size - 1 - size // 2)
         if self.border == "circular":
             return place % n

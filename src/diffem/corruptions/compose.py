@@ -18,10 +18,10 @@ from .linear import LinearCorruption
 
 @register_corruption
 class Compose(LinearCorruption):
-    """y = M (A_k ... A_1 x + noise): what the first one of a chain makes is given to the next.
+    """y = M (A_k ... A_1 x + noise): each corruption of a chain is applied to the output of the one before it.
 
-    Each takes its parameters from the files beside y, e.g. kernel.npy. The mask, mask.npy, is that of y, and there is noise on y
-    only. In corruption.yaml:
+    Each takes its parameters from the files next to y.npy, e.g. kernel.npy. mask.npy is the mask of y, and noise is
+    added to y only. In corruption.yaml:
 
         name: Compose
         chain:
@@ -30,11 +30,12 @@ class Compose(LinearCorruption):
         noise: 0.1
 
     Arguments:
-        chain: Linear corruptions without noise, the first one first. A mask can only be the last.
+        chain: Linear corruptions without noise, in the order in which they are applied. A mask must be the last.
         noise: Standard deviation of the noise; see :class:`diffem.LinearCorruption`.
 
     Raises:
-        DiffemError: If one of them is not linear, has noise, hides what others need, or shares a parameter with another.
+        DiffemError: If one of them is not linear, has noise, is a mask that is not the last, or shares a parameter with
+            another.
     """
 
     def __init__(self, chain: Sequence[Corruption], noise: float | Sequence[float] | None = None) -> None:
@@ -69,7 +70,7 @@ class Compose(LinearCorruption):
 
     @staticmethod
     def _own(link: LinearCorruption) -> list[str]:
-        """The parameters of a corruption, but for those of the whole chain."""
+        """The parameters of one corruption, without mask and noise, which belong to the whole chain."""
         return [name for name in link.parameters or () if name not in ("mask", "noise")]
 
     def _of(self, link: LinearCorruption, params: Mapping) -> dict:

@@ -4,9 +4,9 @@ r"""Corruptions that are diagonal in an orthonormal basis :math:`B`.
 
 with gains :math:`h` and a mask :math:`m` (true = observed). Masks and noise act on the entries
 (:math:`B = I, h = 1`). A blur with reflecting borders acts on cosines: the matrix of each axis is
-symmetric, so one eigendecomposition an axis serves all items.
+symmetric, so one eigendecomposition per axis serves all items.
 
-They are thinned by hiding a further part of the observed coefficients; what is measured of them, and their posteriors, are closed forms.
+Thinning hides a further part of the observed coefficients. The measured part and the posteriors are in closed form.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ LEAST_GAIN = 1e-3  # a coefficient that the blur weakens more than this counts a
 
 
 class DiagonalCorruption(LinearCorruption):
-    """See the module; subclasses say what the gains, the basis and the masks are."""
+    """See the module docstring; subclasses define the gains, the basis and the masks."""
 
     diagonal = True
     by_entry = True
@@ -60,7 +60,7 @@ class DiagonalCorruption(LinearCorruption):
         return self._weigh(y, params, torch.ones_like) if "mask" in params else y
 
     def _weigh(self, x: Tensor, params: Params, weight: Callable[[Tensor], Tensor]) -> Tensor:
-        """B^T diag(m w) B x, with weights w (shape of an item, or of a batch) that are a function of the gains."""
+        """B^T diag(m w) B x, with weights w = weight(gains) in the shape of an item or of a batch."""
         basis, gain = self.gains(tuple(x.shape[1:]))
         factor = weight(torch.as_tensor(gain).to(x))
         if "mask" in params:
@@ -100,11 +100,11 @@ class DiagonalCorruption(LinearCorruption):
 
 @register_corruption
 class Mask(DiagonalCorruption):
-    """Deletes entries, and adds white noise to the others. Which ones is observed.
+    """Deletes entries, and adds white noise to the others. The mask is known.
 
     Arguments:
-        noise: Standard deviation of the noise on what is left: a number, one for each channel or column, or None: then it is
-            a parameter, noise.npy.
+        noise: Standard deviation of the noise on the remaining entries: a number, one for each channel or column, or
+            None: then it is a parameter, noise.npy.
     """
 
     def check(self, y: np.ndarray, params: Mapping[str, np.ndarray], shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -120,12 +120,12 @@ class Mask(DiagonalCorruption):
 
 @register_corruption
 class RandomMask(Mask):
-    """A mask that deletes pixels at random, in all their channels. Measured masks are used where there are any.
+    """A mask that deletes pixels at random, in all their channels. If the data have masks, those are used instead.
 
     Arguments:
         rate: The fraction of the pixels that is deleted, in [0, 1).
-        noise: Standard deviation of the noise on what is left; see :class:`Mask`.
-        block: Edge length of the square blocks that are deleted together; 1 for single pixels.
+        noise: Standard deviation of the noise on the remaining entries; see :class:`Mask`.
+        block: Edge length of the square blocks that are deleted as a whole; 1 for single pixels.
     """
 
     def __init__(self, rate: float, noise: float | Sequence[float] | None = None, block: int = 1) -> None:
@@ -160,12 +160,12 @@ class GaussianBlur(DiagonalCorruption):
 
     Arguments:
         std: Standard deviation of the kernel, in pixels.
-        noise: Standard deviation of the noise: a number, one for each channel, or None: then it is a parameter, noise.npy, one
-            number for each observation.
+        noise: Standard deviation of the noise: a number, one for each channel, or None: then it is a parameter,
+            noise.npy, with one number for each observation, or for each of its channels.
     """
 
     by_entry = False
-    parameters = ("noise",)  # the masks of a blur, which thinning makes, are of cosines
+    parameters = ("noise",)  # no mask.npy: the masks that thinning makes for a blur are masks of cosine coefficients
     instead = {"kernel": "Blur", "mask": "Compose"}  # noqa: RUF012
 
     def __init__(self, std: float, noise: float | Sequence[float] | None = None) -> None:
@@ -193,7 +193,7 @@ class GaussianBlur(DiagonalCorruption):
 
 
 def blur_matrix(size: int, std: float) -> Tensor:
-    """The symmetric matrix (size, size) that convolves with a normalised Gaussian, borders reflecting."""
+    """The symmetric matrix (size, size) of a convolution with a normalised Gaussian and reflecting borders."""
     radius = max(1, round(4 * std))
     kernel = torch.exp(-0.5 * (torch.arange(-radius, radius + 1, dtype=torch.float64) / std).square())
     kernel = kernel / kernel.sum()

@@ -1,7 +1,7 @@
 """Corruptions of single entries that are not linear, or whose noise depends on the signal.
 
-An entry of y depends on the same entry of x only, and y has the shape of x. A class says what becomes of entries; a mask of what was
-observed and thinning follow.
+An entry of y depends on the same entry of x only, and y has the shape of x. A subclass defines how entries are
+distorted; the mask of observed entries and thinning are inherited.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from diffem.units import Units
 from .base import Params, register_corruption
 from .thinning import Masked
 
-ROUNDING = 1e-5  # by which single precision may move a value, relative to large ones
-CHECKED = 1024  # observations whose values are looked at before training
+ROUNDING = 1e-5  # tolerance for rounding to single precision, relative to the largest values
+CHECKED = 1024  # number of observations whose values are checked before training
 
 
 class EntrywiseCorruption(Masked):
@@ -34,7 +34,7 @@ class EntrywiseCorruption(Masked):
         raise NotImplementedError
 
     def impossible(self, y: np.ndarray) -> np.ndarray | bool:
-        """Which values are never observed, whatever x is: boolean, broadcasts against y. None are, by default."""
+        """Which values of y cannot be observed for any x: boolean, broadcasts against y. By default all values can."""
         return False
 
     def check(self, y: np.ndarray, params: Mapping[str, np.ndarray], shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -51,7 +51,7 @@ class EntrywiseCorruption(Masked):
         return self.shown(self.distort(x, generator), params)
 
     def interval(self, y: Tensor, params: Params) -> tuple[Tensor, Tensor]:
-        """Where y was not observed, anything."""
+        """Unbounded where y was not observed, else :meth:`initial`."""
         x, seen = self.initial(y, params), self.seen(y, params)
         return torch.where(seen, x, -torch.inf), torch.where(seen, x, torch.inf)
 
@@ -70,10 +70,10 @@ class EntrywiseCorruption(Masked):
 
 @register_corruption
 class PoissonGaussian(EntrywiseCorruption):
-    """Photon noise and read noise: y = gain Poisson(x / gain) + N(0, noise^2). Draws of x below 0 count as 0.
+    """Photon noise and read noise: y = gain Poisson(x / gain) + N(0, noise^2). Values of x below 0 count as 0.
 
     Arguments:
-        gain: Units of y for each photon (electron).
+        gain: Units of y per photon (electron).
         noise: Standard deviation of the read noise, in the units of y.
     """
 
@@ -105,12 +105,12 @@ class Speckle(EntrywiseCorruption):
 
 @register_corruption
 class SaltAndPepper(EntrywiseCorruption):
-    """Some entries are replaced, half of them by the least value, half by the largest. Which ones is not observed.
+    """Some entries are replaced, half of them by the lowest value, half by the highest. Which ones is not known.
 
     Arguments:
-        rate: The fraction that is replaced, in (0, 1).
-        low: The least value.
-        high: The largest value.
+        rate: The fraction of entries that is replaced, in (0, 1).
+        low: The lowest value.
+        high: The highest value.
     """
 
     def __init__(self, rate: float, low: float, high: float) -> None:
@@ -127,12 +127,12 @@ class SaltAndPepper(EntrywiseCorruption):
 
 @register_corruption
 class Quantise(EntrywiseCorruption):
-    """The nearest of equidistant levels.
+    """Rounds to the nearest of equidistant levels.
 
     Arguments:
-        levels: How many, at least 2.
-        low: The least level.
-        high: The largest level.
+        levels: The number of levels, at least 2.
+        low: The lowest level.
+        high: The highest level.
     """
 
     def __init__(self, levels: int, low: float, high: float) -> None:
@@ -152,12 +152,12 @@ class Quantise(EntrywiseCorruption):
 
 @register_corruption
 class Saturate(EntrywiseCorruption):
-    """A sensor that clips, after its noise: y = min(x + N(0, noise^2), level); or censored values, as those beyond a limit of detection.
+    """Clipping after noise: y = min(x + N(0, noise^2), level); also for censored values, e.g. beyond a detection limit.
 
     Arguments:
         level: The largest value that is recorded.
         noise: Standard deviation of the noise.
-        low: The least value that is recorded; no limit by default.
+        low: The smallest value that is recorded; no limit by default.
     """
 
     def __init__(self, level: float, noise: float = 0.0, low: float | None = None) -> None:
@@ -171,7 +171,7 @@ class Saturate(EntrywiseCorruption):
 
     @property
     def limits(self) -> tuple[float, float]:
-        """Between which values are recorded."""
+        """The smallest and the largest value that is recorded."""
         return -math.inf if self.low is None else self.low, self.level
 
     def impossible(self, y: np.ndarray) -> np.ndarray:
@@ -193,7 +193,7 @@ class Gamma(EntrywiseCorruption):
 
     Arguments:
         gamma: The exponent.
-        high: The value that stays what it is.
+        high: The value that the curve leaves unchanged.
         noise: Standard deviation of the noise.
     """
 

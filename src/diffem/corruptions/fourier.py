@@ -1,4 +1,4 @@
-"""Magnetic resonance: k-space of one or of several coils, as a rule undersampled."""
+"""Magnetic resonance: k-space of one or several coils, usually undersampled."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from .linear import LinearCorruption
 class Fourier(LinearCorruption):
     """The orthonormal Fourier transform of every coil's image, with the zero frequency in the middle, plus noise.
 
-    y is complex, (N, coils, *spatial), or has real and imaginary parts as pairs of channels, (N, 2 coils, *spatial). The mask
-    broadcasts against y: Cartesian lines are (N, 1, 1, width). Maps of several coils are a parameter, coils.npy, in the shape of
-    y, or (1, ...) for all.
+    y is complex, (N, coils, *spatial), or has real and imaginary parts as pairs of channels, (N, 2 coils, *spatial).
+    The mask broadcasts against y: for Cartesian lines it is (N, 1, 1, width). With several coils, their sensitivity
+    maps are a parameter, coils.npy, in the shape of y, or (1, ...) if they are the same for all observations.
 
     Arguments:
         items: Whether images are `complex` (2 channels) or `real` (1 channel).
@@ -67,10 +67,10 @@ class Fourier(LinearCorruption):
 
 
 def _complex(x: Tensor) -> Tensor:
-    """Pairs of channels (B, 2 C, ...) as complex ones (B, C, ...)."""
+    """Pairs of channels (B, 2 C, ...) as complex channels (B, C, ...)."""
     return torch.complex(x[:, ::2], x[:, 1::2])
 
 
 def _channels(z: Tensor) -> Tensor:
-    """Back again."""
+    """The inverse of :func:`_complex`."""
     return torch.stack((z.real, z.imag), 2).flatten(1, 2)

@@ -1,4 +1,4 @@
-"""JPEG, by the codec itself."""
+"""JPEG compression, simulated by the codec itself."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class JPEG(Corruption):
     """Images of 1 or 3 channels, with values from 0 to 255, that JPEG has compressed and decompressed.
 
     Arguments:
-        quality: 1 to 95, or [least, largest]: then each image has a quality of its own, which is not observed.
+        quality: 1 to 95, or [least, largest]: then the quality differs between images, and is not known.
     """
 
     parameters = ()

@@ -2,14 +2,16 @@ r"""Linear corruptions with Gaussian noise,
 
 .. math:: y = M (A x + n) \, , \qquad n \sim \mathcal{N}(0, \mathrm{diag}(s^2)) \, ,
 
-with a mask M of the entries of y (true = observed). A class that says what A and its adjoint are has all the rest: noise by channel,
-entry or item, masks, thinning, a first reconstruction, what the network is shown, and an exact start for small items.
+with a mask M of the entries of y (true = observed). A subclass defines A and its adjoint, and inherits all the rest:
+noise per channel, entry or item, masks, thinning, a first reconstruction, the inputs of the network, and an exact start
+for small items.
 
-With c the spread of the data, and A masked, what an observation measured and the first reconstruction are
+With c the spread of the data, and A masked, the measured part of an item and the first reconstruction are
 
 .. math:: P x = A^T (A A^T + (s / c)^2)^{-1} A x \, , \qquad \hat x = A^T (A A^T + (s / c)^2)^{-1} y \, ,
 
-by conjugate gradients (Hestenes and Stiefel, 1952), each item by itself. The second is the posterior mean under N(0, c^2 I).
+computed by conjugate gradients (Hestenes and Stiefel, 1952), each item separately. The second is the posterior mean
+under the prior N(0, c^2 I).
 """
 
 from __future__ import annotations
@@ -31,22 +33,23 @@ from .base import Observed, Params
 from .thinning import Masked, refuse_unless_it_broadcasts
 
 NOISE_FLOOR = 1e-3  # in model units: keeps likelihoods of noise-free data finite
-SPREAD = 0.5  # the assumed standard deviation of data in model units; noise well above it hides them
-DENSE = 64  # features up to which A is written as a matrix: an update of a hundred items takes a tenth of a second, of 256 features nine
-ADJOINT = 1e-2  # the relative error of an adjoint that is taken for a mistake; rounding stays far below
-STEPS = 200  # of conjugate gradients at most
-FEW_STEPS = 8  # for what the network is shown at every evaluation: it can do the rest
+SPREAD = 0.5  # the assumed standard deviation of data in model units; noise well above it hides the data
+DENSE = 64  # the most features for which A is a dense matrix; an update of 100 items takes 0.1 s, with 256 features 9 s
+ADJOINT = 1e-2  # a larger relative error of A_adjoint is a mistake, not rounding
+STEPS = 200  # the most steps of conjugate gradients
+FEW_STEPS = 8  # steps for the inputs of the network, made at every evaluation: the network can learn the rest
 
 
 class LinearCorruption(Masked):
     """y = M (A x + N(0, noise^2)), with :meth:`A` and :meth:`A_adjoint` given by a subclass.
 
     Arguments:
-        noise: The standard deviation of the noise: a number, or one for each channel of y (column, if it is a vector). Where
-            there is none it is a parameter, noise.npy, that broadcasts against y.
+        noise: The standard deviation of the noise: a number, or one for each channel of y (column, if it is a vector).
+            If None, it is a parameter, noise.npy, that broadcasts against y.
 
     Attributes:
-        aligned: Whether entries of y lie where entries of x do, if their spatial shapes are equal: not those of k-space.
+        aligned: Whether, if x and y have equal spatial shapes, their entries are at the same places: not so for
+            k-space.
     """
 
     linear = True
@@ -62,7 +65,7 @@ class LinearCorruption(Masked):
         else:
             self.noise = None
 
-    # --- what it is ----------------------------------------------------------------------------------
+    # --- definition ----------------------------------------------------------------------------------
 
     def A(self, x: Tensor, params: Params) -> Tensor:
         """A x without the mask, for x (B, *shape): shape (B, *y shape), of the same dtype."""
@@ -73,7 +76,7 @@ class LinearCorruption(Masked):
         raise NotImplementedError
 
     def item_shape(self, shape: tuple[int, ...]) -> tuple[int, ...] | None:
-        """The shape of items whose observations have `shape`; None if only the user can say (`shape:` in corruption.yaml)."""
+        """The shape of items whose y has `shape`; None if the user must state it (`shape:` in corruption.yaml)."""
         return None
 
     def forward(self, x: Tensor, params: Params) -> Tensor:
@@ -93,13 +96,13 @@ class LinearCorruption(Masked):
         """The standard deviation of the noise on observations y (B, *y shape); broadcasts against y."""
         if "noise" in params:
             return params["noise"].to(y)
-        if self.noise is None:  # nothing was observed, as when the prior is sampled
+        if self.noise is None:  # there is no observation, as when the prior is sampled
             return torch.ones(()).to(y)
         level = torch.as_tensor(self.noise, dtype=y.dtype, device=y.device)
         return level.view(-1, *(1,) * (y.ndim - 2)) if level.ndim == 1 else level
 
     def noise_of(self, y: Tensor, params: Params) -> list[Tensor]:
-        """What the network sees of the noise, in the shape of y: nothing, where it is the same for all observations."""
+        """The noise level as a network input, in the shape of y; none if it is the same for all observations."""
         return [] if self.noise is not None else [self.noise_std(y, params).expand_as(y)]
 
     def check(self, y: np.ndarray, params: Mapping[str, np.ndarray], shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -138,7 +141,7 @@ class LinearCorruption(Masked):
                 f"corruption {name}: A_adjoint is not the adjoint of A: |A x|^2 is {norm:.4g}, but x (A^T A x) is {again:.4g}"
             )
 
-    # --- what was measured ---------------------------------------------------------------------------
+    # --- the measured part ---------------------------------------------------------------------------
 
     def measured(self, x: Tensor, params: Params) -> Tensor:
         return Symmetric.apply(x, lambda x: self._pull(self.forward(x, params), params))
@@ -161,7 +164,7 @@ class LinearCorruption(Masked):
         return Rows(self.shown(y, params).flatten(1) / noise, matrix / noise[..., None], torch.ones_like(noise[:, :1]))
 
     def matrix(self, y: Tensor, params: Params) -> Tensor:
-        """A without the mask, as matrices (B, entries of y, features), or (1, ...) if it is the same for all."""
+        """A without the mask, as matrices (B, entries of y, features), or (1, ...) if all observations share it."""
         own = {k: v for k, v in params.items() if k not in ("mask", "noise")}
         if all(bool((v == v[:1]).all()) for v in own.values()):
             y, own = y[:1], {k: v[:1] for k, v in own.items()}
@@ -171,11 +174,12 @@ class LinearCorruption(Masked):
         columns = self.forward(units, {k: v.repeat_interleave(d, 0) for k, v in own.items()})
         return columns.reshape(n, d, -1).mT
 
-    # --- what the network is shown -------------------------------------------------------------------
+    # --- inputs of the network -----------------------------------------------------------------------
 
     def condition(self, y: Tensor, params: Params) -> list[Tensor]:
-        """The first reconstruction, nearly; A^T w, with w = 1 / (1 + (s / c)^2) where y was observed, which says how well each entry of x
-        was; where A has parameters, what comes back of a point in the middle, A^T w A; and y and its mask, where they are aligned."""
+        """An approximate first reconstruction; A^T w, with w = 1 / (1 + (s / c)^2) where y was observed and 0
+        elsewhere, a measure of how well each entry of x was observed; if A has parameters, A^T w A applied to a point
+        in the middle; and, for vectors or if x and y are aligned, y, its mask and its noise."""
         x, noise = self._pull(y, params, FEW_STEPS), self.noise_std(y, params) / SPREAD
         weight = self.shown(torch.ones_like(y), params) / (1 + noise.square())
         inputs = [x, self.adjoint(weight, params)]
@@ -191,7 +195,7 @@ class LinearCorruption(Masked):
 
     @property
     def thins(self) -> bool:
-        # a subclass that writes forward instead of A does not know the masks that hide a part
+        # a subclass that defines forward instead of A does not apply the masks by which thinning hides a part
         return type(self).A is not LinearCorruption.A or type(self).thin is not LinearCorruption.thin
 
     def thin(self, y: Tensor, params: Params, generator: torch.Generator) -> tuple[Observed, Observed] | None:
@@ -222,20 +226,20 @@ class LinearCorruption(Masked):
         return units.restore_spread(y) + self._of_centre(y, params, units)
 
     def _of_centre(self, y: Tensor, params: Params, units: Units) -> Tensor:
-        """A c, c the item that is 0 in model units."""
+        """A c, where c is the item that is 0 in model units."""
         return self.forward(units.restore(torch.zeros_like(self.adjoint(y, params))), params)
 
 
 def solve(product: Callable[[Tensor], Tensor], b: Tensor, steps: int = STEPS) -> Tensor:
-    """K^-1 b of each item of b (B, ...) by conjugate gradients, with the symmetric positive K u = product(u).
+    """K^-1 b for each item of b (B, ...) by conjugate gradients; K is symmetric positive definite, K u = product(u).
 
-    An item stops by itself, when its residual is small or after `steps`, so that it does not depend on its neighbours.
+    Each item stops on its own, when its residual is small or after `steps`, so that it does not depend on the batch.
     """
     dot = lambda a, b: (a * b).flatten(1).sum(1)  # noqa: E731
     each = lambda a: a.view(-1, *(1,) * (b.ndim - 1))  # noqa: E731
     x, residual, direction = torch.zeros_like(b), b, b
     size = dot(b, b)
-    least = size * torch.finfo(b.dtype).eps ** (4 / 3)  # of its square: 2e-5 of b in single precision
+    least = size * torch.finfo(b.dtype).eps ** (4 / 3)  # squared: the residual is 2e-5 of b in single precision
     for _ in range(steps):
         going = size > least
         if not going.any():
@@ -250,7 +254,7 @@ def solve(product: Callable[[Tensor], Tensor], b: Tensor, steps: int = STEPS) ->
 
 
 class Symmetric(torch.autograd.Function):
-    """A symmetric linear map, differentiated by itself: not through the steps by which it was found."""
+    """A symmetric linear map; its backward pass applies the map again instead of unrolling its iterations."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Random projections: every observation has a matrix of its own, whose rows are uniform on the sphere."""
+"""Random projections: every observation has its own matrix, whose rows are uniform on the unit sphere."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class RandomProjection(LinearCorruption):
     """y = A x + noise with A (rows, features), its rows drawn anew for each item, uniform on the unit sphere.
 
     Arguments:
-        rows: How many numbers are measured of each item.
-        noise: Standard deviation of the noise on each, or None: then it is a parameter, noise.npy (N, 1).
+        rows: The number of values measured of each item.
+        noise: Standard deviation of the noise on each value, or None: then it is a parameter, noise.npy (N, 1).
     """
 
-    parameters = ("matrix", "noise")  # the masks are rows of zeros
+    parameters = ("matrix", "noise")  # no mask: rows of zeros stand for it
     same_units = False
 
     def __init__(self, rows: int, noise: float | None = None) -> None:
@@ -63,7 +63,7 @@ class RandomProjection(LinearCorruption):
         return Rows(y, params["matrix"].to(y), noise)
 
     def thin(self, y: Tensor, params: Params, generator: torch.Generator) -> tuple[Observed, Observed]:
-        # One row is hidden, by writing zeros: a zero row measures nothing.
+        # One row is hidden by setting it to zero: a zero row measures nothing.
         row = torch.randint(y.shape[1], (len(y), 1), generator=generator, device=generator.device).to(y.device)
         hide = torch.arange(y.shape[1], device=y.device) == row
         part = lambda keep: (y * keep, {**params, "matrix": params["matrix"] * keep[..., None]})  # noqa: E731

@@ -15,16 +15,18 @@ from .linear import LinearCorruption
 
 @register_corruption
 class Radon(LinearCorruption):
-    """The Radon transform of every channel (parallel beams), plus noise: y is (N, channels, angles, n) of images (N, channels, n, n).
+    """The Radon transform of every channel (parallel beams), plus noise: y is (N, channels, angles, n) for images
+    (N, channels, n, n).
 
-    At angle a, a pixel x to the right of the middle and y above it falls on the detector at x cos a + y sin a, and is shared
-    between the nearest two of its n bins, which are as wide as a pixel; what falls beyond them is lost, as of corners. Where
-    angles differ by observation, state all, and hide the others by mask.npy (N, 1, angles, 1).
+    At angle a, a pixel at (x, y) from the centre, x to the right and y upwards, is projected onto the detector at
+    x cos a + y sin a. Its value is shared between the two nearest of the n detector bins, which are as wide as a pixel.
+    Values beyond the detector, e.g. from corners, are lost. If angles differ between observations, list all of them,
+    and hide those that were not measured by mask.npy (N, 1, angles, 1).
 
     Arguments:
-        angles: How many angles, evenly spaced from 0 to `span` degrees, the last one left out; or a list of them in degrees.
-        span: The range of the angles in degrees, where their number is given.
-        noise: Standard deviation of the noise on sums over pixels; see :class:`diffem.LinearCorruption`.
+        angles: The number of angles, evenly spaced in [0, span) degrees; or a list of angles in degrees.
+        span: The range of the angles in degrees, if their number is given.
+        noise: Standard deviation of the noise on the projections; see :class:`diffem.LinearCorruption`.
     """
 
     same_units = False
@@ -43,7 +45,7 @@ class Radon(LinearCorruption):
 
     @property
     def degrees(self) -> list[float]:
-        """The angles."""
+        """The angles in degrees."""
         if isinstance(self.angles, tuple):
             return list(self.angles)
         return [self.span * k / self.angles for k in range(self.angles)]
@@ -67,7 +69,7 @@ class Radon(LinearCorruption):
         return (self.beams(n, y).T @ y.flatten(0, 1).flatten(1).T).T.view(*y.shape[:2], n, n)
 
     def beams(self, n: int, like: Tensor) -> Tensor:
-        """The sparse matrix (angles * n, n * n) for images of n x n pixels."""
+        """A as a sparse matrix (angles * n, n * n), for images of n x n pixels."""
         key = n, like.dtype, like.device
         if key not in self._cache:
             middle = (n - 1) / 2

@@ -1,4 +1,4 @@
-"""From a name in a file or on the command line to a corruption."""
+"""Makes corruptions from names in a file or on the command line."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from .physics import from_deepinv
 
 
 def from_config(config: dict, source: str = "corruption") -> Corruption:
-    """The corruption of a mapping {name: ..., argument: ...}, flat but for the list of mappings `chain`.
+    """The corruption that a mapping {name: ..., argument: ...} describes; `chain` is a list of such mappings.
 
     Arguments:
-        config: The mapping; only the arguments of the named corruption may stand beside its name.
-        source: What error messages call the place where the mapping was found.
+        config: The mapping: a name, and arguments of the named corruption only.
+        source: Where the mapping was found, for error messages.
     """
     arguments = dict(config)
     name = arguments.pop("name", None)
@@ -46,7 +46,7 @@ def from_config(config: dict, source: str = "corruption") -> Corruption:
         annotation = str(known[key].annotation)
         if "str" in annotation:
             continue
-        if isinstance(value, str):  # YAML takes 1e-3, without a point, for text
+        if isinstance(value, str):  # YAML reads 1e-3, without a decimal point, as text
             with contextlib.suppress(ValueError):
                 value = arguments[key] = float(value)
         several = isinstance(value, list) and value and "Sequence" in annotation
@@ -59,8 +59,8 @@ def from_config(config: dict, source: str = "corruption") -> Corruption:
 
 
 def from_path(path: str) -> Corruption | type[Corruption]:
-    """What 'package.module:name' names, looked up from the current directory too: a corruption; a class of corruptions, which is
-    registered; an operator of deepinv; or a function, as a black box."""
+    """Imports 'package.module:name', also from the current directory: a function becomes a black box, an operator of deepinv a
+    corruption; a corruption is returned; a subclass of :class:`Corruption` is registered and returned."""
     module_name, _, name = path.partition(":")
     if not module_name or not name:
         raise DiffemError(f"--corruption {path}: write it as package.module:function")

@@ -1,4 +1,4 @@
-"""Fewer pixels, or fewer colours: means of neighbouring pixels, and of channels."""
+"""Fewer pixels, or fewer colours: means of neighbouring pixels, and weighted sums of channels."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Downsample(LinearCorruption):
         self.factor = tuple(map(int, factor)) if isinstance(factor, Sequence) else int(factor)
 
     def _factors(self, shape: tuple[int, ...]) -> list[tuple[int, int]]:
-        """The axes of a batch of `shape`, and the factor of each."""
+        """The spatial axes of a batch of `shape`, and the factor of each."""
         axes = range(1 if len(shape) == 2 else 2, len(shape))
         factors = self.factor if isinstance(self.factor, tuple) else (self.factor,) * len(axes)
         if len(factors) != len(axes):
@@ -62,10 +62,10 @@ class Downsample(LinearCorruption):
 
 @register_corruption
 class Grayscale(LinearCorruption):
-    """One channel in the place of several: their weighted sum, plus noise.
+    """Replaces several channels by one, their weighted sum, plus noise.
 
     Arguments:
-        weights: The weight of each channel; by default those of luma for red, green and blue (ITU-R BT.601).
+        weights: The weight of each channel; by default the luma weights of red, green and blue (ITU-R BT.601).
         noise: Standard deviation of the noise; see :class:`diffem.LinearCorruption`.
     """
 

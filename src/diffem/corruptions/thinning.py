@@ -1,5 +1,8 @@
-"""Observations with a mask of the entries of y, and what thinning hides of them: what other observations miss, where there are masks
-(gaps, stripes, channels hide gaps, stripes, channels), so that scores speak of gaps like those in the data; else single entries."""
+"""Observations with a mask of the entries of y, and which entries thinning hides.
+
+If the data have masks, thinning hides the entries that other observations miss (gaps, stripes, channels), so that
+scores are measured on gaps like those in the data. Otherwise it hides single entries.
+"""
 
 from __future__ import annotations
 
@@ -14,19 +17,19 @@ from diffem.errors import DiffemError
 
 from .base import Corruption, Observed, Params
 
-HIDDEN = 0.3  # about the fraction of the observed entries that thinning hides
-TOO_FEW = 0.05  # if other masks would hide less than this, single entries are hidden instead
-MOST_OTHERS = 32  # masks that hide a part of one observation
-MASKS = 64  # masks by which it is decided how many others hide that fraction
+HIDDEN = 0.3  # the approximate fraction of observed entries that thinning hides
+TOO_FEW = 0.05  # if other masks would hide a smaller fraction than this, single entries are hidden instead
+MOST_OTHERS = 32  # the most masks that are combined to hide a part of one observation
+MASKS = 64  # sampled masks from which the number of masks to combine is computed
 
 
 class Gaps:
     """Gaps like those of measured masks.
 
     Arguments:
-        parameters: Draws n parameters of measured observations, `mask` among them: `parameters(n, generator)`.
-        others: How many masks are drawn for each observation.
-        all_miss: Whether a gap is what all of them miss, or what any of them does.
+        parameters: `parameters(n, generator)` draws n parameters of measured observations, including `mask`.
+        others: The number of masks that are drawn for each observation.
+        all_miss: Whether a gap is the set of entries that all of these masks miss, or that any of them misses.
     """
 
     def __init__(self, parameters: Callable[[int, torch.Generator], Params], others: int, all_miss: bool) -> None:
@@ -34,24 +37,24 @@ class Gaps:
 
     @classmethod
     def of(cls, parameters: Callable[[int, torch.Generator], Params]) -> Gaps | None:
-        """Gaps that hide about :data:`HIDDEN` of what is observed; None if no masks do so."""
+        """Gaps that hide about :data:`HIDDEN` of the observed entries; None if the masks cannot do so."""
         generator = torch.Generator().manual_seed(0)
         masks = parameters(MASKS, generator).get("mask")
         if masks is None:
             return None
         masks = masks.bool()
-        seen = masks & ~masks.all(0)  # what is never missing is never hidden, and need not be predicted
+        seen = masks & ~masks.all(0)  # entries that are never missing are never hidden, and need not be predicted
         missing = float((seen & ~masks.roll(1, 0)).sum() / seen.sum().clamp(min=1))
         if not 0 < missing < 1:
             return None
-        # another mask misses a fraction q of what is seen; all of k others miss q^k, and any of them 1 - (1 - q)^k
+        # another mask misses a fraction q of the seen entries; all of k others miss q^k, any of k misses 1 - (1 - q)^k
         all_miss = missing >= HIDDEN
         k = math.log(HIDDEN) / math.log(missing) if all_miss else math.log1p(-HIDDEN) / math.log1p(-missing)
         gaps = cls(parameters, min(max(round(k), 1), MOST_OTHERS), all_miss)
         return gaps if (gaps.draw(MASKS, generator) & masks).sum() >= TOO_FEW * masks.sum() else None
 
     def draw(self, n: int, generator: torch.Generator) -> Tensor:
-        """Gaps for n observations: true where they hide."""
+        """Gaps for n observations: true where entries are hidden."""
         missed = ~self.parameters(n, generator)["mask"].bool()
         for _ in range(self.others - 1):
             another = ~self.parameters(n, generator)["mask"].bool()
@@ -60,10 +63,10 @@ class Gaps:
 
 
 class Masked(Corruption):
-    """A corruption with a mask of the entries of y, mask.npy (true = observed). What is not observed is 0.
+    """A corruption with a mask of the entries of y, mask.npy (true = observed). Unobserved entries are 0.
 
     Attributes:
-        gaps: What thinning hides of observations whose masks were measured; None for single entries at random.
+        gaps: Draws the entries that thinning hides, if masks were measured; None: single entries are hidden at random.
     """
 
     parameters: tuple[str, ...] | None = ("mask",)
@@ -86,7 +89,7 @@ class Masked(Corruption):
         return [y, self.seen(y, params).to(y).expand_as(y)]
 
     def thin(self, y: Tensor, params: Params, generator: torch.Generator) -> tuple[Observed, Observed] | None:
-        everything = y if y.ndim == 2 else y[:, :1]  # a mask of its own for every feature, one for all channels
+        everything = y if y.ndim == 2 else y[:, :1]  # features are masked separately, channels together
         mask = params["mask"].bool() if "mask" in params else torch.ones_like(everything, dtype=torch.bool)
         hide = self.gaps.draw(len(mask), generator) if self.gaps is not None else self.hidden(mask, generator)
         hide = hide.to(mask.device)
@@ -94,7 +97,7 @@ class Masked(Corruption):
         return (self.shown(y, kept), kept), (self.shown(y, hidden), hidden)
 
     def hidden(self, mask: Tensor, generator: torch.Generator) -> Tensor:
-        """What thinning hides where other masks do not say it, in the shape of `mask`: single entries."""
+        """The entries that thinning hides if there are no :attr:`gaps`, in the shape of `mask`: single entries."""
         return torch.rand(mask.shape, generator=generator, device=generator.device) < HIDDEN
 
     def with_measured(self, parameters: Callable[[int, torch.Generator], Params]) -> Masked:

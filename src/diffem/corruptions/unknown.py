@@ -1,4 +1,4 @@
-"""Corruptions of which it is not known which one an observation went through."""
+"""One of several corruptions, where it is not known which one was applied."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from .base import Corruption, Params, register_corruption
 
 @register_corruption
 class OneOf(Corruption):
-    """Each observation went through one of several corruptions, each as likely, and which one is not observed.
+    """One of several corruptions, with equal probabilities, was applied to each observation; which one is not known.
 
-    So nuisance parameters are integrated over: several blurs of different widths for a width that is not known. In
+    This integrates over nuisance parameters, e.g. over blurs of several widths if the width is unknown. In
     corruption.yaml:
 
         name: OneOf
@@ -26,7 +26,7 @@ class OneOf(Corruption):
           - {name: GaussianBlur, std: 1.5, noise: 1.0}
 
     Arguments:
-        chain: The corruptions; they take the same parameters, and make observations of one shape.
+        chain: The corruptions; they must take the same parameters, and make observations of one shape.
     """
 
     def __init__(self, chain: Sequence[Corruption]) -> None:

@@ -1,9 +1,9 @@
-"""What was measured.
+"""The measured data.
 
-- observations.py: folders of memory-mapped arrays, the held-out split, the units of models
-- patches.py: large images in parts
-- layout.py: the axes of arrays as people have them, and complex numbers
-- dataset.py: the same in model units
+- observations.py: folders of memory-mapped arrays, the held-out split, model units
+- patches.py: large images in patches
+- layout.py: the order of axes in users' arrays, and complex numbers
+- dataset.py: observations and items in model units
 """
 
 from .dataset import Dataset, Items

@@ -1,4 +1,4 @@
-"""Observations and items in model units: the border at which units change."""
+"""Observations and items in model units: units are converted here."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Dataset:
 
     Arguments:
         observations: The observations, in their own units.
-        units: The units of models.
-        rows: The observations whose parameters new ones take, where the parameters are in files; all by default.
+        units: The conversion to model units.
+        rows: If parameters are stored in files, the observations from which new ones take theirs; all by default.
 
     Attributes:
         shape: The shape of an item.
@@ -44,7 +44,7 @@ class Dataset:
         return len(self.observations)
 
     def batch(self, rows: Tensor | np.ndarray | Sequence[int], device: torch.device | str = "cpu") -> Observed:
-        """Observations `rows` and their parameters, on a device; entries that were not observed are 0."""
+        """Observations `rows` and their parameters, on a device; unobserved entries are 0."""
         y, params = self.observations.batch(rows)
         y, params = y.to(device), {k: v.to(device) for k, v in params.items()}
         corruption = self.observations.corruption
@@ -58,26 +58,26 @@ class Dataset:
         return {k: v.to(generator.device) for k, v in params.items()}
 
     def items(self, array: np.ndarray) -> Items:
-        """Items of these observations, in an array that holds them as a user sees them."""
+        """Wraps an array of items, stored in the units and the layout of y, for access in model units."""
         return Items(array, self.units, self.observations.item_layout)
 
     @property
     def array_shape(self) -> tuple[int, ...]:
-        """The shape of an array of one item for each observation, as a user sees it."""
+        """The shape of an array with one item for each observation, in the layout of y."""
         return len(self), *self.observations.item_layout.users(self.shape)
 
     def chunks(self, rows: np.ndarray | None = None, size: int = CHUNK) -> Iterator[np.ndarray]:
-        """The rows (all by default) in runs of `size`, the last one shorter."""
+        """The rows (all by default) in chunks of `size`; the last one may be shorter."""
         return self.observations.chunks(rows, size)
 
 
 class Items:
-    """Items in an array that holds them as a user sees them, read and written in model units.
+    """An array of items in the units and the layout of the data, read and written in model units.
 
     Arguments:
-        array: Shape (N, ...), in the units and the layout of the data; a memory map, as a rule.
-        units: The units of models.
-        layout: The layout of the array; by default it lies as models see it.
+        array: Shape (N, ...), in the units and the layout of the data; usually a memory map.
+        units: The conversion to model units.
+        layout: The layout of the array; by default that of models.
     """
 
     def __init__(self, array: np.ndarray, units: Units, layout: Layout | None = None) -> None:

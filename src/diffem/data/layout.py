@@ -1,14 +1,14 @@
-"""How people's arrays lie, and how models see them: (N, features), or (N, channels, *spatial) of real numbers.
+"""Converts users' arrays to the layout of models, real numbers (N, features) or (N, channels, *spatial), and back.
 
 A layout is a word with one letter for each axis of y, as it was saved:
 
     N         the observations; always first
     C or F    channels, features, or columns
-    D H W T   what lies beside each other: depth, height, width, time
+    D H W T   places: depth, height, width, time
 
-`NF` are the rows of a table, `NTF` time series of several quantities, `NT` of one, `NHW` images of one channel, `NHWC` images with
-their channels last, `NCDHW` volumes. Complex numbers become real channels: of channel c, channel 2 c is the real and 2 c + 1 the
-imaginary part. What a user gets lies as what was given.
+`NF` means rows of a table, `NTF` time series of several quantities, `NT` of one, `NHW` images of one channel, `NHWC`
+images with channels last, `NCDHW` volumes. Complex numbers become pairs of real channels: channel c becomes
+channels 2 c (real part) and 2 c + 1 (imaginary part). Results are returned in the layout of the input.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from diffem.errors import DiffemError
 
 CHANNELS, PLACES = "CF", "DHWT"
 LIKE_Y = ("mask", "noise")  # parameters that broadcast against y
-USUAL = {2: "NF", 3: "NCT", 4: "NCHW", 5: "NCDHW"}  # as models see them
-FEW = 4  # a lone (N, A, B) has A channels up to this many, and is images of one channel beyond
+USUAL = {2: "NF", 3: "NCT", 4: "NCHW", 5: "NCDHW"}  # the layouts of models, by number of axes
+FEW = 4  # (N, A, B) without a stated layout: A channels if A is at most this, else images of one channel
 
 
 class Layout:
     """The layout of observations and of their items.
 
     Arguments:
-        axes: Such a word.
+        axes: The word; see the module docstring.
         complex: Whether the values are complex numbers.
 
     Raises:
-        DiffemError: If it is not such a word.
+        DiffemError: If `axes` is not such a word.
     """
 
     def __init__(self, axes: str, complex: bool = False) -> None:
@@ -51,12 +51,12 @@ class Layout:
         self.axes, self.complex = letters, complex
         at = letters.find(channels[0]) - 1 if channels else None
         places = [i for i, letter in enumerate(letters[1:]) if letter in PLACES]
-        self.added = at is None  # an axis of one channel
+        self.added = at is None  # models get an additional axis of one channel
         self.order = places if at is None else [at, *places]
 
     @classmethod
     def of(cls, shape: tuple[int, ...], axes: str | None = None, complex: bool = False) -> Layout:
-        """The layout of an array (N, ...): what the user says, or else what its number of axes suggests.
+        """The layout of an array (N, ...): that stated by the user, else guessed from its shape.
 
         Raises:
             DiffemError: If there are more or fewer axes than letters.
@@ -73,42 +73,42 @@ class Layout:
 
     @classmethod
     def usual(cls, axes: int) -> Layout:
-        """The layout of arrays with this many axes that models see as they are."""
+        """The layout of models, for arrays with this many axes."""
         return cls(USUAL[axes])
 
     def of_items(self, shape: tuple[int, ...], complex: bool) -> Layout:
-        """The layout of items that models see in `shape`: this one where they have as many axes, else the usual one."""
+        """The layout of items that have `shape` in models: this one if they have as many axes, else that of models."""
         same = len(shape) + 1 == len(self.axes) + self.added and not (self.added and shape[0] > 1 + complex)
         return Layout(self.axes if same else USUAL[len(shape) + 1], complex)
 
     @property
     def trivial(self) -> bool:
-        """Whether models see the arrays as they are."""
+        """Whether the layout is that of models, so that arrays need no conversion."""
         return not self.complex and not self.added and self.order == sorted(self.order)
 
     def shape(self, of: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape that models see, of an item of shape `of`."""
+        """The shape in models of an item of shape `of`."""
         shape = ([1] if self.added else []) + [of[i] for i in self.order]
         return (shape[0] * (1 + self.complex), *shape[1:])
 
     def users(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape that a user sees of an item that models see in `shape`."""
+        """The shape, in this layout, of an item that has `shape` in models."""
         return tuple(self.to_user(np.broadcast_to(np.float32(0), (1, *shape))).shape[1:])
 
     @property
     def config(self) -> list:
-        """What rebuilds it, ready for JSON."""
+        """The arguments that rebuild it, ready for JSON."""
         return [self.axes, self.complex]
 
     def like_y(self, name: str, array: Any) -> bool:
-        """Whether a parameter lies like y: a mask, noise, or what is complex, too."""
+        """Whether a parameter has the layout of y: it has as many axes, and is mask, noise, or complex."""
         return array.ndim == len(self.axes) and (name in LIKE_Y or _is_complex(array))
 
     def observed(self, y: Any, params: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """Observations and their parameters, as models see them.
+        """Observations and their parameters, in the layout of models.
 
         Raises:
-            DiffemError: If y has other axes.
+            DiffemError: If y has a different number of axes.
         """
         if y.ndim != len(self.axes):
             raise DiffemError(f"y: has shape {tuple(y.shape)}, where the model's observations are {self.axes}")
@@ -116,18 +116,18 @@ class Layout:
 
     @property
     def dtype(self) -> type:
-        """Of items, as a user sees them."""
+        """The dtype of items in this layout."""
         return np.complex64 if self.complex else np.float32
 
     def to_model(self, x: Any) -> Any:
-        """From the user's axes to those of models: an array or a tensor, whose last axes are those of an item."""
+        """Converts an array or tensor, whose last axes are those of an item, from this layout to that of models."""
         lead = x.ndim - len(self.order)
         x = _permuted(x, [*range(lead), *(lead + i for i in self.order)])
         if self.added:
             x = x[(*(slice(None),) * lead, None)]
         if not self.complex:
             return x
-        if not _is_complex(x):  # what is said of a number is said of both parts; one number for all channels stays one
+        if not _is_complex(x):  # e.g. a mask: holds for both parts of a number; an axis of one channel stays one
             both = 1 if x.shape[lead] == 1 else 2
             return x.repeat_interleave(both, lead) if isinstance(x, Tensor) else x.repeat(both, lead)
         parts = (
@@ -136,7 +136,7 @@ class Layout:
         return parts.reshape(*x.shape[:lead], -1, *x.shape[lead + 1 :])
 
     def to_user(self, x: Any) -> Any:
-        """Back again."""
+        """The inverse of :meth:`to_model`."""
         lead = x.ndim - len(self.order) - self.added
         if self.complex:
             pairs = x.reshape(*x.shape[:lead], -1, 2, *x.shape[lead + 1 :])
@@ -157,11 +157,11 @@ def _permuted(x: Any, order: list[int]) -> Any:
 
 
 class Seen:
-    """An array (N, ...) as models see it, of which only the rows that are read are rearranged.
+    """A view of an array (N, ...) in the layout of models; only the rows that are read are converted.
 
     Arguments:
-        array: As the user gave it.
-        layout: How it lies.
+        array: The user's array.
+        layout: Its layout.
     """
 
     def __init__(self, array: np.ndarray, layout: Layout) -> None:

@@ -1,24 +1,26 @@
-"""Observations: what was measured, the parameters of the operator, and how it can be simulated.
+"""Observations: the measured data, the parameters of the operator, and the corruption that simulates it.
 
-On disk they are a folder that anyone can write with numpy:
+On disk they are a folder that can be written with numpy:
 
-    y.npy            observations, (N, *y shape); NaN is allowed where the mask says unobserved, and means it without a mask
-    mask.npy ...     one file per operator parameter, batch first (mask: true = observed, broadcasts against y), or of length 1
-                     for all; new observations take theirs from these, row by row. No other .npy may lie here
+    y.npy            observations, (N, *y shape); NaN only where the mask is false; without a mask, NaN = unobserved
+    mask.npy ...     one file per operator parameter, batch first (mask: true = observed, broadcasts against y), or of
+                     length 1 for all; new observations take their parameters from its rows. No other .npy may lie here
     corruption.yaml  flat: `name: RandomMask`, `rate: 0.75`, `noise: 0.01`, and optionally
                      `range: [low, high]` of the clean data and `shape: [...]` of one clean item;
-                     `clip: true`: draws are clamped to that range before a black box sees them;
-                     `formula: true`: new observations take parameters from the corruption's formula (`rate`);
-                     `axes: NHWC`: how y, the arrays that broadcast against it and clean items lie, see layout.py;
-                     `patch: 64` or `patch: [32, 64, 64]`: large images, series or volumes are read as patches of that size
-    held_out.npy     optional, (N,) true for the observations that never train, e.g. whole patients, nights or writers;
-                     a seeded tenth by default. The first half of them validates, the second half tests
-    clean.npy        optional, the clean items, and labels.npy, their classes; read by evaluation and report only, never by training
+                     `clip: true`: items are clamped to that range before a black box is called;
+                     `formula: true`: parameters of new observations are drawn by the corruption's formula (`rate`);
+                     `axes: NHWC`: the layout of y, of mask and noise, and of clean items, see layout.py;
+                     `patch: 64` or `patch: [32, 64, 64]`: large items are read as patches of that size
+    held_out.npy     optional, (N,), true for observations that never train, e.g. whole patients, nights or writers; by
+                     default a seeded tenth. The first half of them is for validation, the second half for testing
+    clean.npy        optional, the clean items, and labels.npy, their classes; never read by training, only by
+                     evaluation and report
 
 Arrays are memory-mapped, so that only the batch in use is in memory.
 
-Units: everything here is in the units of y as stored. Models work on (x - centre) / half, which
-:meth:`Observations.units` derives from `range` (uint8: 0 to 255), so that data span about [-1, 1]: see :class:`Dataset`.
+Units: everything here is in the units of y as stored. Models work in model units, (x - centre) / half, in which data
+span about [-1, 1]: see :class:`Dataset`. :meth:`Observations.units` derives them from `range` (uint8: 0 to 255) or from
+the data.
 """
 
 from __future__ import annotations
@@ -51,13 +53,13 @@ NO_ARGUMENTS = (
     "formula",
     "axes",
     "patch",
-)  # of corruption.yaml, which are not the corruption's
+)  # keys of corruption.yaml that are not arguments of the corruption
 HELD_OUT = 0.1
-LEAST_HELD_OUT = 4  # two validate and two test: one alone has no standard error
+LEAST_HELD_OUT = 4  # two for validation and two for testing: one alone has no standard error
 CHUNK = 4096
-NUMBERS = 2**22  # values by which the units of models are chosen
-WHOLE = 20  # images from which on whole images are held out, not patches
-FAR = 20.0  # interquartile ranges beyond the quartiles: what lies farther does not widen the range
+NUMBERS = 2**22  # number of values from which model units are estimated
+WHOLE = 20  # with at least this many images, whole images are held out instead of patches
+FAR = 20.0  # outliers more than this many interquartile ranges beyond the quartiles do not widen the range
 
 
 class Observations:
@@ -65,27 +67,27 @@ class Observations:
 
     Arguments:
         y: Shape (N, *y shape), any real dtype.
-        corruption: How they came about.
+        corruption: The corruption by which they were made.
         params: Operator parameters, batch first; a mask is true where y was observed.
-        range: The (low, high) of clean values; needed for integer data other than uint8, else estimated.
-        shape: The shape of one clean item, (features,) or (channels, *spatial); y's own by default.
-        source: What error messages call these observations.
-        held_out: Which of them are held out, (N,) of bool; a seeded tenth by default.
-        formula: New observations take parameters from the corruption's formula, not from `params`.
-        axes: How y lies, e.g. `NHWC`; see :class:`Layout`. The parameters mask and noise lie like y, and so do items.
-        patch: Read as patches of this size, one number for each axis that is not of channels or one for all; see :class:`Grid`. An
-            observation is then a patch. Only for corruptions whose y depends entry by entry on x.
+        range: The (low, high) of clean values; required for integer data other than uint8, else estimated.
+        shape: The shape of one clean item, (features,) or (channels, *spatial); that of y by default.
+        source: The name of these observations in error messages.
+        held_out: Which observations are held out, (N,) of bool; a seeded tenth by default.
+        formula: Parameters of new observations are drawn by the corruption's formula, not taken from `params`.
+        axes: The layout of y, of mask and noise, and of items, e.g. `NHWC`; see :class:`Layout`.
+        patch: The size of patches, one number for each spatial axis or one for all; see :class:`Grid`. Each patch is
+            then an observation. Only for corruptions in which an entry of y depends on the same entry of x only.
 
     Attributes:
-        y, params: As models see them: (N, features), or (N, channels, *spatial) of real numbers.
-        shape: The shape of an item, likewise.
-        layout: How y lay.
-        item_layout: How items lie.
-        images: These observations, not cut into patches.
-        grid: Where the patches lie in an image, those of one before those of the next; None for whole images.
+        y, params: In the layout of models: real numbers (N, features) or (N, channels, *spatial).
+        shape: The shape of an item in the layout of models.
+        layout: The layout in which y was given.
+        item_layout: The layout of items that users give and get.
+        images: These observations before they were cut into patches.
+        grid: The places of the patches in an image; None for whole images. Patches are ordered image by image.
 
     Raises:
-        DiffemError: If the arrays do not fit each other, or a value that counts as observed is not finite.
+        DiffemError: If the arrays do not fit each other, or an observed value is not finite.
     """
 
     def __init__(
@@ -153,8 +155,8 @@ class Observations:
 
         Arguments:
             folder: The folder.
-            corruption: Used instead of the one that corruption.yaml names (a black box must be given here); or its class, whose
-                arguments are in corruption.yaml.
+            corruption: Used instead of the one that corruption.yaml names (a black box must be given here); or a class,
+                whose arguments are taken from corruption.yaml.
         """
         folder = Path(folder)
         if not folder.is_dir():
@@ -185,11 +187,11 @@ class Observations:
         return cls(y, corruption, params, value_range, shape, str(folder), held_out, formula, axes, patch)
 
     def save(self, folder: str | Path) -> None:
-        """Writes the folder; a corruption that is not registered is not written, since data never name code."""
+        """Writes the folder, without the corruption if it is not registered, since data never name code."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         for name, array in {"y": self.images.y, **self.images.params}.items():
-            if not isinstance(array, NotNaN):  # which y says
+            if not isinstance(array, NotNaN):  # NaN in y says the same
                 np.save(folder / f"{name}.npy", getattr(array, "array", array))
         if self.held_out is not None:
             np.save(folder / "held_out.npy", self.held_out)
@@ -212,7 +214,7 @@ class Observations:
         return len(self.y)
 
     def batch(self, indices: Tensor | np.ndarray | Sequence[int]) -> Observed:
-        """Observations `indices` as float32 (entries that were not observed are 0) and their parameters."""
+        """Observations `indices` as float32 (unobserved entries are 0) and their parameters."""
         indices = np.asarray(indices)
         y, params = torch.from_numpy(np.ascontiguousarray(self.y[indices], dtype=np.float32)), self.parameters(indices)
         if "mask" in params:
@@ -225,14 +227,15 @@ class Observations:
         return {k: torch.from_numpy(np.asarray(v[indices]).astype(dtype(k))) for k, v in self.params.items()}
 
     def cut(self, items: np.ndarray) -> np.ndarray:
-        """Items as a user sees them, one for each image, cut as these observations are; any other array as it is."""
+        """Cuts an array of items, one per image, into patches like these observations; returns other arrays
+        unchanged."""
         of = self.images
         if self.grid is None or tuple(items.shape) != (len(of), *of.item_layout.users(of.shape)):
             return items
         return cast(np.ndarray, Patches(items, self.grid, self.item_layout))
 
     def chunks(self, indices: np.ndarray | None = None, size: int = CHUNK) -> Iterator[np.ndarray]:
-        """The indices (all by default) in runs of `size`, or fewer where items are large; the last one shorter."""
+        """The indices (all by default) in chunks of `size`, fewer if items are large; the last may be shorter."""
         indices, size = (
             np.arange(len(self)) if indices is None else indices,
             memory.at_once(math.prod(self.y.shape[1:]), size),
@@ -243,24 +246,24 @@ class Observations:
     def split(self, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Indices of the training, the validation and the test observations, each ascending.
 
-        Validation and test are halves of the held-out observations: of :data:`HELD_OUT` of all, drawn by the seed, or of those
-        that the user named, cut in the middle, so that neighbours (one patient, one night) stay together. Patches are held out by
-        the image, if there are :data:`WHOLE` or more of these; else one by one, and then those that overlap them are left out.
+        Validation and test are halves of the held-out observations: a fraction :data:`HELD_OUT` of all, drawn by the
+        seed, or those the user named, cut in the middle so that neighbours (one patient, one night) stay together. With
+        :data:`WHOLE` or more images, patches are held out by image; else one by one, leaving out those that overlap.
         """
         return _split(self, seed)
 
     def units(self, train: np.ndarray) -> Units:
-        """The units of models: from the range, or else from what training observations show: of each channel (column) by itself,
-        where they are observed apart."""
+        """Model units: from the range if it is stated, else estimated from the training observations; separately for
+        each channel (column) if channels are observed separately."""
         return _units(self, train)
 
     def rehearse(self, units: Units) -> None:
-        """Tries the corruption, on items of the middle of the range: see :meth:`Corruption.rehearse`."""
+        """Tries the corruption on items in the middle of the range: see :meth:`Corruption.rehearse`."""
         x = units.restore(torch.zeros(2, *self.shape))
         self.corruption.rehearse(tuple(self.y.shape[1:]), x, self.parameters(np.arange(2)))
 
     def digest(self) -> str:
-        """A checksum of a sample of the observations: a resumed run must see the ones it began with."""
+        """A checksum of a sample of the observations, by which a resumed run verifies that they are unchanged."""
         rows = np.unique(np.linspace(0, len(self) - 1, 256).astype(int))
         digest = hashlib.sha256()
         for array in (self.y, *(self.params[k] for k in sorted(self.params))):
@@ -284,7 +287,7 @@ def unobserved(of: Observations) -> list[tuple[int, ...]]:
 
 
 def refuse_unobserved(of: Observations) -> None:
-    """Raises a DiffemError if some entry is in no observation."""
+    """Raises a DiffemError if some entry is never observed."""
     if missing := unobserved(of):
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise DiffemError(
@@ -294,22 +297,22 @@ def refuse_unobserved(of: Observations) -> None:
 
 
 def _middle(values: np.ndarray) -> tuple[float, float]:
-    """The middle and half of the range of values, without the outermost thousandths and what is far from all others."""
+    """The centre and the half-width of the range of values, without the outermost thousandths and outliers."""
     if not len(values):
         return 0.0, 1.0
     low, first, third, high = np.quantile(values, [0.001, 0.25, 0.75, 0.999]).tolist()
-    if first < third:  # a few values that are a thousand times the others must not hide these
+    if first < third:  # a few values a thousand times larger must not compress all others
         low, high = max(low, first - FAR * (third - first)), min(high, third + FAR * (third - first))
     return ((low + high) / 2, (high - low) / 2) if low < high else (low, 1.0)
 
 
 def evenly(rows: np.ndarray, count: int) -> np.ndarray:
-    """At most `count` of the rows, from everywhere: data come sorted by writer, place, or time."""
+    """At most `count` of the rows, evenly spaced, since data are often sorted by writer, place, or time."""
     return rows if len(rows) <= count else rows[np.linspace(0, len(rows) - 1, count).round().astype(int)]
 
 
 def read_mapping(file: Path) -> dict:
-    """What a YAML file says; nothing if there is none."""
+    """The mapping in a YAML file; empty if there is no file."""
     try:
         config = yaml.safe_load(file.read_text()) or {}
     except FileNotFoundError:
@@ -322,12 +325,12 @@ def read_mapping(file: Path) -> dict:
 
 
 def _seen(array: np.ndarray, layout: Layout) -> np.ndarray:
-    """An array that lies like y, as models see it."""
+    """An array that has the layout of y, converted to that of models."""
     return array if layout.trivial else cast(np.ndarray, Seen(array, layout))
 
 
 def _parameter(of: Observations, name: str, array: np.ndarray) -> np.ndarray:
-    """A parameter as models see it, one row for each observation."""
+    """A parameter in the layout of models, one row for each observation."""
     known, named = of.corruption.parameters, of.corruption.config["name"]
     if known is not None and name not in known:
         takes = f"takes {', '.join(f'{k}.npy' for k in known)}" if known else "takes no parameters"
@@ -350,7 +353,7 @@ def _parameter(of: Observations, name: str, array: np.ndarray) -> np.ndarray:
 
 
 def _cut(of: Observations, patch: int | Sequence[int]) -> None:
-    """Makes patches of observations."""
+    """Cuts observations into patches, in place."""
     if not of.corruption.by_entry:
         raise DiffemError(
             f"{of.source}: patch: {of.corruption.config['name']} makes an entry of y of several of x, so that it cannot be cut; leave patch out"
@@ -407,7 +410,7 @@ def _units(of: Observations, train: np.ndarray) -> Units:
 
 
 def _refuse_mistakes(observations: Observations) -> None:
-    """Refuses arrays that do not fit each other, and values that count as observed but are not numbers."""
+    """Refuses arrays that do not fit each other, and observed values that are not finite."""
     if observations.held_out is not None:
         fits = observations.held_out.dtype == bool and observations.held_out.shape == (len(observations),)
         if not fits or not LEAST_HELD_OUT <= observations.held_out.sum() < len(observations):
@@ -449,7 +452,7 @@ def _refuse_mistakes(observations: Observations) -> None:
 
 
 class NotNaN:
-    """A mask, read as an array is: true where y is a number.
+    """A mask that is computed when it is indexed: true where y is not NaN.
 
     Arguments:
         y: Observations (N, *y shape).
@@ -471,7 +474,7 @@ class NotNaN:
 
 
 def _mask_of_nan(observations: Observations) -> None:
-    """Makes a mask of NaN where there is any."""
+    """Adds a mask derived from NaN, if y holds any."""
     if observations.y.dtype.kind != "f":
         return
     if any(np.isnan(observations.y[i]).any() for i in observations.chunks()):

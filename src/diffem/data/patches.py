@@ -1,4 +1,4 @@
-"""Large images, series and volumes in parts: grids of places that cover an item, and arrays that are read as patches."""
+"""Large images, series and volumes in patches: grids of places that cover an item, and arrays read patch by patch."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ Place = tuple[slice, ...]
 class Grid:
     """Places of one size that cover an item (channels, *size).
 
-    They lie `step` apart. The last one of an axis ends where the item ends, so that it may overlap the one before by more.
+    They are `step` apart. The last one along an axis ends where the item ends, so its overlap may be larger.
 
     Arguments:
         size: The spatial shape of the item.
-        patch: That of a place: one number for each axis, or one for all.
-        step: From one place to the next, likewise; `patch` by default.
+        patch: The spatial shape of a place: one number for each axis, or one for all.
+        step: The distance from one place to the next, in the same form; `patch` by default.
 
     Attributes:
         starts: Where places begin, for each axis.
-        places: All of them, the last axis fastest.
+        places: All places; the last axis varies fastest.
 
     Raises:
         DiffemError: If the item is smaller than a place.
@@ -48,18 +48,20 @@ class Grid:
         ]
 
     def part(self, item: Any, place: Place) -> Any:
-        """What an array or a tensor says of a place: a part of (channels, *size), whose axes of length 1 stay; else all of it."""
+        """The part of an array or tensor (channels, *size) at a place. Axes of length 1 are kept. Arrays of other
+        shapes are returned whole."""
         spatial = tuple(item.shape[1:])
         if len(spatial) != len(self.size) or any(a not in (1, n) for a, n in zip(spatial, self.size, strict=True)):
             return item
         return item[(slice(None), *(p if a > 1 else slice(None) for a, p in zip(spatial, place, strict=True)))]
 
     def rows(self, items: np.ndarray) -> np.ndarray:
-        """The rows of the patches of some items, where those of all items lie one after the other."""
+        """The rows of the patches of some items, in an array of the patches of all items, item by item."""
         return (items[:, None] * len(self.places) + np.arange(len(self.places))).ravel()
 
     def touched(self, rows: np.ndarray, items: int) -> np.ndarray:
-        """Which patches of so many items share an entry with the patches `rows`, these included: bool, one for each patch."""
+        """Which patches of `items` items overlap the patches `rows`, including these: bool, one for each patch. For
+        `step` equal to `patch`."""
         found = np.zeros((items, *(len(starts) for starts in self.starts)), dtype=bool)
         found.reshape(-1)[rows] = True
         for axis, (starts, patch) in enumerate(zip(self.starts, self.patch, strict=True), start=1):
@@ -80,13 +82,15 @@ def _for_each_axis(value: int | Sequence[int], size: tuple[int, ...]) -> tuple[i
 
 
 class Patches:
-    """An array (N, channels, *size), read as patches (N times as many, channels, *patch); the last ones of an item stand before the
-    first one of the next. Only what is read is cut. What does not lie like the items is that of the item, for every patch.
+    """An array (N, channels, *size), read as patches (N * places, channels, *patch), item by item.
+
+    Only the rows that are read are cut. If entries of the array do not have the spatial shape of items, every patch
+    gets the whole entry of its item.
 
     Arguments:
         array: Anything that is indexed by rows.
         grid: The places.
-        layout: How items lie in the array, and then patches, too; as models see them by default.
+        layout: The layout of items in the array, and of the patches; by default that of models.
     """
 
     def __init__(self, array: Any, grid: Grid, layout: Layout | None = None) -> None:
@@ -104,7 +108,7 @@ class Patches:
         item, last = None, -1
         for k, row in enumerate(rows.ravel()):
             number, place = divmod(int(row), len(self.grid.places))
-            if number != last:  # what it takes to read an item is taken once for its patches
+            if number != last:  # an item is read once for all of its patches
                 item, last = self.array[number], number
             found[k] = self._part(item, self.grid.places[place])
         return found.reshape(*rows.shape, *self.shape[1:])

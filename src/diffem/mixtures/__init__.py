@@ -1,6 +1,7 @@
-"""Mixtures of low-rank Gaussians: exact posteriors, and exact EM on observations. The start, and the denoiser's reference.
+"""Mixtures of low-rank Gaussians, for the start and the denoiser's reference: exact posteriors, exact EM on
+observations.
 
-- likelihoods.py: what an observation says of an item
+- likelihoods.py: the likelihood of an item, given its observation
 - model.py: the mixture and its posteriors
 - fit.py: EM
 """

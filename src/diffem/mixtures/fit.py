@@ -1,12 +1,12 @@
 r"""Exact EM for mixtures on observations, accelerated by SQUAREM.
 
-Exact EM is slow where much is missing. From the parameters :math:`\theta_0` and two EM steps :math:`\theta_1, \theta_2`,
-with :math:`r = \theta_1 - \theta_0`, :math:`v = \theta_2 - \theta_1 - r` and :math:`a = |r| / |v|`, a third EM step starts
-from
+Exact EM is slow if much is missing. From the parameters :math:`\theta_0` and two EM steps :math:`\theta_1, \theta_2`,
+with :math:`r = \theta_1 - \theta_0`, :math:`v = \theta_2 - \theta_1 - r` and :math:`a = |r| / |v|`, a third EM step
+starts from
 
 .. math:: \theta_0 + 2 a r + a^2 v \, .
 
-If the likelihood is lower there than at :math:`\theta_1`, the third step is thrown away and the fit goes on from
+If the likelihood there is lower than at :math:`\theta_1`, the third step is discarded, and the fit continues from
 :math:`\theta_2`.
 
 Reference:
@@ -25,11 +25,11 @@ from torch import Tensor
 from .likelihoods import Diagonal, Likelihood
 from .model import DiagonalPosterior, ExactPosterior, Mixture, RowsPosterior
 
-MOST = 0.25  # the first guess of the variance of data in model units at most: EM leaves it where nothing was seen
-LEAST = 1e-3  # of a first variance: EM cannot leave 0
-SURE = 5.0  # standard errors by which a variance differs from 0
-REACH = 4.0  # the largest step length of SQUAREM at first; it grows fourfold where it was reached
-ROUNDS = 3  # rounds in a row without a larger validation likelihood, which end a fit
+MOST = 0.25  # upper bound of the initial variance, in model units: EM does not change it where nothing was observed
+LEAST = 1e-3  # lower bound of an initial variance: EM cannot leave 0
+SURE = 5.0  # a variance is significant if it exceeds 0 by this many standard errors
+REACH = 4.0  # the initial limit of the step length of SQUAREM; it grows fourfold whenever it is reached
+ROUNDS = 3  # a fit stops after this many rounds in a row that hardly raise the validation likelihood
 
 Batches = Callable[[], Iterator[Likelihood]]
 
@@ -39,9 +39,9 @@ def em_step(mixture: Mixture, batches, floor: float = 1e-6, ridge: float = 0.0) 
 
     Arguments:
         mixture: The current parameters.
-        batches: Iterable of likelihoods, all of one kind; :class:`Diagonal` ones in one basis.
-        floor: The least entry of the diagonal.
-        ridge: Pseudo-observations that regularise small components; 0 is maximum likelihood.
+        batches: Iterable of likelihoods of one class; :class:`Diagonal` ones share one basis.
+        floor: Lower bound of the entries of the diagonal.
+        ridge: The number of pseudo-observations that regularise small components; 0 is maximum likelihood.
     """
     statistics = _Statistics(mixture)
     for likelihood in batches:
@@ -50,7 +50,7 @@ def em_step(mixture: Mixture, batches, floor: float = 1e-6, ridge: float = 0.0) 
 
 
 class _Statistics:
-    """What exact EM needs of the data: sums over items, so that memory does not grow with their number."""
+    """The sufficient statistics of exact EM: sums over items, so that memory does not grow with their number."""
 
     def __init__(self, mixture: Mixture) -> None:
         self.mixture, self.items, self.log_likelihood = mixture, 0, 0.0
@@ -64,7 +64,7 @@ class _Statistics:
         self.sums = tuple(a + b for a, b in zip(self.sums, sums, strict=True)) if self.sums else sums
 
     def _diagonal(self, posterior: DiagonalPosterior) -> tuple[Tensor, ...]:
-        """Sums for the regressions of what was seen on (latent, 1), entry by entry: see :meth:`_maximise_diagonal`."""
+        """Sums for the regressions of observed entries on (latent, 1): see :meth:`_maximise_diagonal`."""
         z, lam, varied = posterior.likelihood.z, posterior.likelihood.precision, posterior.likelihood.varied
         K, B, r = posterior.latent.shape
         gamma = posterior.responsibilities.T[..., None]  # (K, B, 1)
@@ -73,7 +73,7 @@ class _Statistics:
         second[..., :r, :r] += torch.cholesky_inverse(posterior.chol) if r else 0.0
         value = torch.where(lam > 0, z, 0.0)
         seen = (lam > 0).to(z)
-        gain = self.mixture.variance[:, None] * posterior._weight  # (K, B, d); 0 where nothing was seen
+        gain = self.mixture.variance[:, None] * posterior._weight  # (K, B, d); 0 where nothing was observed
 
         def sums(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # (B, d) or (K, B, d)
             gram = weight.mT @ (gamma * second.flatten(2))  # (K, d, (r+1)^2)
@@ -81,7 +81,7 @@ class _Statistics:
 
         if varied:
             once, twice = sums(gain), sums(gain.square())
-        else:  # the gain of an entry is one for all items that saw it: a single sum will do
+        else:  # the gain of an entry is the same for all items that observe it: a single sum suffices
             gains = gain.amax(1)
             scaled = lambda parts: tuple(gains.view(K, -1, *(1,) * (v.ndim - 2)) * v for v in parts)  # noqa: E731
             once = scaled(sums(seen))
@@ -99,7 +99,7 @@ class _Statistics:
         )
 
     def maximise(self, floor: float, ridge: float) -> Mixture:
-        """The M-step: the mixture of larger likelihood (of larger posterior density if `ridge` > 0)."""
+        """The M-step: a mixture with larger likelihood (with larger posterior density if `ridge` > 0)."""
         counts = self.sums[0]
         log_weights = ((counts + ridge) / (counts + ridge).sum()).log()
         if len(self.sums) == 3:
@@ -113,7 +113,7 @@ class _Statistics:
         cov = second / weight - mean.mT @ mean
         values, vectors = torch.linalg.eigh(0.5 * (cov + cov.mT))  # ascending
         rank, features = self.mixture.rank, self.mixture.features
-        # Maximum likelihood of probabilistic PCA (Tipping & Bishop): discarded eigenvalues are averaged.
+        # Maximum likelihood of probabilistic PCA (Tipping & Bishop): the discarded eigenvalues are averaged.
         variance = values[:, : max(features - rank, 1)].mean(1).clamp(min=floor)
         factor = vectors[..., features - rank :] * (values[:, features - rank :] - variance[:, None]).clamp(
             min=0
@@ -121,16 +121,16 @@ class _Statistics:
         return Mixture(log_weights, mean[:, 0], factor, variance[:, None].expand(-1, features))
 
     def _maximise_diagonal(self, log_weights: Tensor, floor: float, ridge: float) -> Mixture:
-        # Two conditional maximisations (ECM). First mu and V: for every entry a weighted regression of what was seen on (latent, 1),
-        # with weights 1 / (psi + 1 / lambda) = gain / psi. Then psi, by one EM step of z = (mu + V u) + e + noise, where e is
-        # seen as gain * (z - mu - V u), with variance psi (1 - gain).
+        # Two conditional maximisations (ECM). First mu and V: for every entry a weighted regression of observed values
+        # on (latent, 1), with weights 1 / (psi + 1 / lambda) = gain / psi. Then psi, by one EM step of
+        # z = (mu + V u) + e + noise, where e has posterior mean gain * (z - mu - V u) and variance psi (1 - gain).
         _, seen, gram, cross, _, gram2, cross2, square2 = self.sums
         K, d, p = cross.shape
         gram, gram2, psi = gram.view(K, d, p, p), gram2.view(K, d, p, p), self.mixture.variance
         gained = gram[..., -1, -1]
         if ridge:
-            # Pseudo-observations are of entries without noise, so that real ones weigh `gain` against them: factors near 0,
-            # means near the mean of all that was seen, which is near 0 itself where noise hides it.
+            # Pseudo-observations have no noise; relative to them, real ones have the weight `gain`. They pull factors
+            # to 0, and means to the mean of all observed values, which is itself near 0 where noise hides it.
             overall = cross[..., -1].sum(0) / (gained.sum(0) + ridge)
             target = cross.clone()
             target[..., -1] += ridge * overall
@@ -154,14 +154,17 @@ def _mean_log_likelihood(mixture: Mixture, batches: Batches) -> float:
 def converge(
     mixture: Mixture, fitting: Batches, validating: Batches, iterations: int, tolerance: float, ridge: float
 ) -> tuple[Mixture, float, int]:
-    """The mixture of the largest validation likelihood on the way of accelerated EM, that likelihood, and the EM steps made.
+    """Accelerated EM with early stopping.
+
+    Returns the mixture with the largest validation likelihood, that likelihood, and the number of EM steps.
 
     Arguments:
         mixture: The first guess.
-        fitting: Yields the likelihoods that are fitted, anew at every call.
-        validating: Yields those by which the fit is ended.
+        fitting: Each call yields the likelihoods that are fitted.
+        validating: Each call yields the likelihoods by which the fit is stopped.
         iterations: The fit ends after the round that reaches this many EM steps.
-        tolerance: It ends when the validation likelihood has not risen by this for :data:`ROUNDS` rounds.
+        tolerance: It ends after :data:`ROUNDS` rounds in a row that raise the validation likelihood by no more than
+            this.
         ridge: As in :func:`em_step`.
     """
     value = _mean_log_likelihood(mixture, validating)
@@ -178,13 +181,13 @@ def converge(
 
 
 def _accelerated(mixture: Mixture, batches: Batches, ridge: float, reach: float) -> tuple[Mixture, float, int]:
-    """A round of SQUAREM: the next mixture, the next largest step length, and how many EM steps it took.
+    """A round of SQUAREM: the next mixture, the next limit of the step length, and the number of EM steps it took.
 
     Arguments:
         mixture: The current parameters.
         batches: The observations.
         ridge: As in :func:`em_step`.
-        reach: The largest step length a that is tried now.
+        reach: The limit of the step length a in this round.
     """
     first, _ = em_step(mixture, batches(), ridge=ridge)
     second, before = em_step(first, batches(), ridge=ridge)
@@ -192,7 +195,7 @@ def _accelerated(mixture: Mixture, batches: Batches, ridge: float, reach: float)
     r = one - start
     v = two - one - r
     length = min((r.norm() / v.norm().clamp(min=torch.finfo(v.dtype).tiny)).item(), reach)
-    if not length > 1:  # no farther than EM itself; or not a number, where the weight of a component has become 0
+    if not length > 1:  # no longer than the steps of EM; or NaN, if the weight of a component has become 0
         return second, reach, 2
     farther = _unflat(start + 2 * length * r + length**2 * v, mixture)
     if not all(bool(part.isfinite().all()) for part in farther.tensors.values()):
@@ -204,27 +207,27 @@ def _accelerated(mixture: Mixture, batches: Batches, ridge: float, reach: float)
 
 
 def _flat(mixture: Mixture) -> Tensor:
-    """The parameters as one vector, in which every value is allowed: variances by their logarithms."""
+    """The parameters as one unconstrained vector: variances by their logarithms."""
     parts = mixture.log_weights, mixture.mean, mixture.factor, mixture.variance.log()
-    return torch.cat([part.flatten().cpu().double() for part in parts])  # mps knows no float64
+    return torch.cat([part.flatten().cpu().double() for part in parts])  # mps has no float64
 
 
 def _unflat(vector: Tensor, like: Mixture) -> Mixture:
-    """The mixture of the form of `like` whose parameters are the vector."""
+    """The mixture with the parameters in the vector, in the shapes and the basis of `like`."""
     parts = vector.to(like.mean).split([part.numel() for part in like.tensors.values()])
     log_weights, mean, factor, variance = (a.view_as(b) for a, b in zip(parts, like.tensors.values(), strict=True))
     return Mixture(log_weights - log_weights.logsumexp(0), mean, factor, variance.exp(), like.basis)
 
 
 def single(likelihood: Likelihood, rank: int, features: int, generator: torch.Generator) -> Mixture:
-    """A first Gaussian: the mean and the variance of what was seen, random factors."""
+    """An initial Gaussian: mean and variance of the observed values, random factors."""
     if isinstance(likelihood, Diagonal):
         mean, variance = _moments(likelihood) if likelihood.basis is None else _spectrum(likelihood)
         basis = likelihood.basis
     else:
         mean = torch.zeros(features).to(likelihood.y)
         variance = likelihood.y.square().mean() / likelihood.matrix.square().sum(-1).mean()
-        variance = variance.clamp(max=MOST)  # rows that add up entries that are alike show more
+        variance = variance.clamp(max=MOST)  # rows that sum correlated entries overestimate it
         basis = None
     half = 0.5 * variance.expand(features)
     factor = torch.randn(1, features, rank, generator=generator).to(mean) * (half / max(rank, 1)).sqrt()[:, None]
@@ -232,7 +235,7 @@ def single(likelihood: Likelihood, rank: int, features: int, generator: torch.Ge
 
 
 def _moments(likelihood: Diagonal) -> tuple[Tensor, Tensor]:
-    """The mean of each entry, shape (d,), and one variance for all."""
+    """The mean of each entry, shape (d,), and one variance for all entries."""
     seen = likelihood.precision > 0
     z = torch.where(seen, likelihood.z, 0.0)
     mean = z.sum(0) / seen.sum(0).clamp(min=1)
@@ -243,8 +246,8 @@ def _moments(likelihood: Diagonal) -> tuple[Tensor, Tensor]:
 def _spectrum(likelihood: Diagonal) -> tuple[Tensor, Tensor]:
     """The mean and the variance of each coefficient in the basis, shape (d,), without the noise.
 
-    EM leaves a variance as it was where the noise hides it, and a blur hides many. There it is at most the least
-    that was found among those seen better: the spectra of things that are blurred fall.
+    EM does not change a variance that is hidden by noise, as many are after a blur. It is bounded by the smallest
+    significant variance of the coefficients with less noise: the spectra of blurred objects decay.
     """
     z, noise = likelihood.z, (1 / likelihood.precision).mean(0)
     power = (z - z.mean(0)).square().mean(0)
@@ -258,7 +261,7 @@ def _spectrum(likelihood: Diagonal) -> tuple[Tensor, Tensor]:
 
 
 def spread(mixture: Mixture, count: int, likelihood: Likelihood, generator: torch.Generator) -> Mixture:
-    """Components around reconstructions that the single Gaussian draws."""
+    """Initial components, centred at posterior draws of the single Gaussian."""
     posterior = mixture.posterior(likelihood)
     n, width = len(posterior.mean), mixture.rank + mixture.features
     uniform = torch.rand(n, generator=generator)

@@ -1,10 +1,10 @@
-r"""What an observation says of a flattened item :math:`x \in \mathbb{R}^d`: linear-Gaussian likelihoods of two kinds.
+r"""Linear-Gaussian likelihoods of a flattened item :math:`x \in \mathbb{R}^d`, of two kinds.
 
-* :class:`Diagonal`: :math:`z_i = x_i + \mathcal{N}(0, 1 / \lambda_i)`, independent over the entries of an orthonormal
-  basis (pixels for masks and noise, cosines for a blur). :math:`\lambda_i = 0` marks an entry that was not seen.
-* :class:`Rows`: :math:`y = A x + \mathcal{N}(0, s^2 I)` with another matrix for every item.
+* :class:`Diagonal`: :math:`z_i = x_i + \mathcal{N}(0, 1 / \lambda_i)`, independent over the coefficients in an
+  orthonormal basis (pixels for masks and noise, cosines for a blur). :math:`\lambda_i = 0` marks an unobserved entry.
+* :class:`Rows`: :math:`y = A x + \mathcal{N}(0, s^2 I)` with its own matrix for every item.
 
-Either may carry a second observation :math:`x_t = x + \sigma_t z` (:meth:`Diagonal.given`).
+Both may include a second observation :math:`x_t = x + \sigma_t z` (:meth:`Diagonal.given`).
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Basis:
         return self._apply(x, transpose=False)
 
     def squared(self) -> Basis:
-        """Its matrices squared entry by entry: what variances of independent coefficients are synthesised with."""
+        """The basis with its matrices squared entry by entry: it synthesises variances of independent coefficients."""
         return Basis([m if m is None else m.square() for m in self.matrices], self.shape)
 
     def synthesise(self, c: Tensor) -> Tensor:
@@ -59,9 +59,9 @@ class Diagonal:
     """z_i = x_i + N(0, 1 / precision_i) in an orthonormal basis (None: the entries themselves).
 
     Arguments:
-        z: Observed values, shape (B, d); what stands where the precision is 0 does not matter.
+        z: Observed values, shape (B, d); values where the precision is 0 are ignored.
         precision: Inverse noise variances, shape (B, d), >= 0.
-        varied: Whether an entry is seen at another precision in other items: then exact EM weighs items by it.
+        varied: Whether the precision of an entry differs between observed items; exact EM then weights items by it.
     """
 
     z: Tensor
@@ -70,7 +70,7 @@ class Diagonal:
     varied: bool = False
 
     def given(self, x_t: Tensor, sigma: Tensor) -> Diagonal:
-        """The same with x_t = x + sigma z observed too; x_t (B, d), sigma (B, 1)."""
+        """The likelihood when x_t = x + sigma z is observed as well; x_t (B, d), sigma (B, 1)."""
         if self.basis is not None:
             x_t = self.basis.analyse(x_t)
         extra = 1 / sigma.square()
@@ -80,7 +80,7 @@ class Diagonal:
         return replace(self, z=x_t + self.precision / total * (z - x_t), precision=total)
 
     def withheld(self, where: Tensor) -> Diagonal:
-        """The same with the observation of the items in `where` (B,) taken away."""
+        """The likelihood without the observations of the items where `where` (B,) is true."""
         return replace(self, precision=torch.where(where[:, None], 0.0, self.precision))
 
     def to(self, reference: Tensor) -> Diagonal:
@@ -89,7 +89,7 @@ class Diagonal:
 
 @dataclass(frozen=True)
 class Rows:
-    """y = A x + N(0, noise^2), with matrices A (B, m, d), y (B, m) and noise > 0 (B, 1) (inf: withheld)."""
+    """y = A x + N(0, noise^2), with matrices A (B, m, d), y (B, m) and noise > 0 (B, 1), infinite if y is withheld."""
 
     y: Tensor
     matrix: Tensor
@@ -98,11 +98,11 @@ class Rows:
     sigma: Tensor | None = None
 
     def given(self, x_t: Tensor, sigma: Tensor) -> Rows:
-        """The same with x_t = x + sigma z observed too; x_t (B, d), sigma (B, 1)."""
+        """The likelihood when x_t = x + sigma z is observed as well; x_t (B, d), sigma (B, 1)."""
         return replace(self, x_t=x_t, sigma=sigma)
 
     def withheld(self, where: Tensor) -> Rows:
-        """The same with the observation of the items in `where` (B,) taken away."""
+        """The likelihood without the observations of the items where `where` (B,) is true."""
         return replace(self, noise=torch.where(where[:, None], torch.inf, self.noise))
 
     def to(self, reference: Tensor) -> Rows:

@@ -7,14 +7,14 @@ The model of a clean item, flattened to :math:`x \in \mathbb{R}^d`, is
 
 Its posterior is exact under the likelihoods of :mod:`diffem.mixtures.likelihoods`:
 
-* :class:`Diagonal`: given the latent :math:`u` of :math:`x = \mu + V u + \sqrt\psi e` the entries are independent, so that
-  with :math:`\omega_i = \lambda_i / (1 + \psi \lambda_i)` only the :math:`r \times r` matrix
-  :math:`I + V^T \mathrm{diag}(\omega) V` is ever factorised (Woodbury); over a batch it is one matrix product with the outer
-  products of the rows of :math:`V`, of which one triangle is enough.
+* :class:`Diagonal`: given the latent :math:`u` of :math:`x = \mu + V u + \sqrt\psi e` the entries are independent. With
+  :math:`\omega_i = \lambda_i / (1 + \psi \lambda_i)`, only the :math:`r \times r` matrix
+  :math:`I + V^T \mathrm{diag}(\omega) V` is factorised (Woodbury). For a batch it is computed by one matrix product
+  with the outer products of the rows of :math:`V`, of which one triangle suffices.
 * :class:`Rows`, for small :math:`d`: one Kalman update per row of :math:`A`.
 
-With a second observation :math:`x_t = x + \sigma_t z` the mixture is a denoiser in closed form: :meth:`Mixture.posterior`
-then returns the moments of :math:`p(x \mid x_t, y)`.
+With a second observation :math:`x_t = x + \sigma_t z` the mixture is a denoiser in closed form:
+:meth:`Mixture.posterior` then returns the moments of :math:`p(x \mid x_t, y)`.
 
 References:
     | The EM Algorithm for Mixtures of Factor Analyzers (Ghahramani & Hinton, 1996)
@@ -49,7 +49,7 @@ class ExactPosterior:
 
     @property
     def by_entry(self) -> bool:
-        """Whether S is diagonal: whether entries can be scaled without turning what is known into what is not."""
+        """Whether S is diagonal, so that scaling by S does not mix observed with unobserved entries."""
         return False
 
     @property
@@ -63,15 +63,15 @@ class ExactPosterior:
         raise NotImplementedError
 
     def scale(self, f: Tensor) -> Tensor:
-        """S f, where S is a square root of (an approximation of) the posterior covariance."""
+        """S f, where S is a square root of the posterior covariance, or of an approximation of it."""
         raise NotImplementedError
 
     def whiten(self, residual: Tensor) -> Tensor:
-        """S^-1 residual: for residual = x - mean its entries have variance about 1."""
+        """S^-1 residual; for residual = x - mean, its entries have variance about 1."""
         raise NotImplementedError
 
     def draw(self, uniform: Tensor, normal: Tensor) -> Tensor:
-        """One exact draw an item, from uniform (B,) in [0, 1) and standard normal (B, rank + d)."""
+        """One exact draw per item, from uniform (B,) in [0, 1) and standard normal (B, rank + d)."""
         raise NotImplementedError
 
     def _component(self, uniform: Tensor) -> Tensor:
@@ -81,14 +81,14 @@ class ExactPosterior:
 
 
 class Mixture(nn.Module):
-    """A mixture of low-rank Gaussians. Its parameters are buffers: they move and are saved, but no optimiser trains them.
+    """A mixture of low-rank Gaussians. Its parameters are buffers: moved and saved with the module, but never trained.
 
     Arguments:
         log_weights: Logarithms of the weights, shape (K,).
         mean: Means, shape (K, d).
         factor: Factors V, shape (K, d, r); r may be 0.
         variance: Diagonals psi > 0, shape (K, d).
-        basis: The orthonormal basis in which mean, factor and variance are written; None for the entries.
+        basis: The orthonormal basis in which mean, factor and variance are written; None: the entries themselves.
     """
 
     names = ("log_weights", "mean", "factor", "variance")
@@ -131,7 +131,7 @@ class Mixture(nn.Module):
         return {name: getattr(self, name) for name in self.names}
 
     def copied(self, *args, **kwargs) -> Mixture:
-        """A copy on another device or of another dtype; arguments as for :meth:`torch.Tensor.to`."""
+        """A copy on another device or with another dtype; arguments as for :meth:`torch.Tensor.to`."""
         return Mixture(*(t.to(*args, **kwargs) for t in self.tensors.values()), basis=self.basis)
 
     def _apply(self, fn, recurse=True):
@@ -164,16 +164,16 @@ class DiagonalPosterior(ExactPosterior):
         self.mixture, self.likelihood = mixture, likelihood
         lam, psi = likelihood.precision, mixture.variance[:, None]
         seen = lam > 0
-        z = self._z = torch.where(seen, likelihood.z, 0.0)  # so that what was not seen is finite; it weighs nothing
+        z = self._z = torch.where(seen, likelihood.z, 0.0)  # makes unobserved entries finite; their weight is 0
         B, r = len(z), mixture.rank
-        # Everything of shape (K, B, d) is large: as few of them as can be, and the means only where they are asked for.
+        # Arrays of shape (K, B, d) are large: as few of them as possible, and the means only on demand.
         self._shrink = 1 / (psi * lam + 1)  # (K, B, d)
         weight = self._weight = lam * self._shrink
         residual = z - mixture.mean[:, None]
         weighted = weight * residual
         outer = z.new_zeros(len(mixture.mean), B, r, r)
         i, j = self._triangle = torch.tril_indices(r, r)
-        outer[..., i, j] = weight @ mixture.outer  # the factorisation reads one triangle alone
+        outer[..., i, j] = weight @ mixture.outer  # the factorisation reads only one triangle
         outer.diagonal(dim1=-2, dim2=-1).add_(1)
         self.chol = torch.linalg.cholesky(outer)
         projection = weighted @ mixture.factor  # (K, B, r)
@@ -215,7 +215,7 @@ class DiagonalPosterior(ExactPosterior):
         """Posterior standard deviations in the basis, shape (B, d)."""
         mixture, (i, j) = self.mixture, self._triangle
         inverse = torch.cholesky_inverse(self.chol) if mixture.rank else self.chol
-        twice = torch.where(i == j, 1.0, 2.0).to(inverse)  # what stands off the diagonal stands there twice
+        twice = torch.where(i == j, 1.0, 2.0).to(inverse)  # off-diagonal entries count twice
         spread = (twice * inverse[..., i, j]) @ mixture.outer.mT  # (K, B, d): the diagonal of V C V^T
         variances = self._shrink * (mixture.variance[:, None] + self._shrink * spread)
         if mixture.components > 1:
@@ -243,9 +243,9 @@ class DiagonalPosterior(ExactPosterior):
         normal = normal.to(self.mean)
         noise = torch.linalg.solve_triangular(self.chol[k, b].mT, normal[:, :r, None], upper=True)[..., 0]
         psi, shrink = mixture.variance[k], self._shrink[k, b]
-        # the latent's noise moves the centre; what was seen pulls it back by psi * lam / (1 + psi * lam)
+        # the noise of the latent moves the centre; the observation pulls it back by psi * lam / (1 + psi * lam)
         moved = torch.empty_like(shrink)
-        for component in k.unique():  # one product for all of its items
+        for component in k.unique():  # one product for all items of a component
             here = k == component
             moved[here] = noise[here] @ mixture.factor[component].T
         x = self._means[k, b] + shrink * moved
@@ -253,7 +253,7 @@ class DiagonalPosterior(ExactPosterior):
 
 
 class RowsPosterior(ExactPosterior):
-    """See :class:`ExactPosterior`; S is the Cholesky factor of the whole posterior covariance."""
+    """See :class:`ExactPosterior`; S is the Cholesky factor of the full posterior covariance."""
 
     def __init__(self, mixture: Mixture, likelihood: Rows) -> None:
         self.mixture, self.likelihood = mixture, likelihood
@@ -318,7 +318,7 @@ class RowsPosterior(ExactPosterior):
 
 
 def _safe_cholesky(cov: Tensor) -> Tensor:
-    """Cholesky factor of a covariance that rounding may have left barely indefinite."""
+    """Cholesky factor of a covariance that may be slightly indefinite because of rounding."""
     cov = 0.5 * (cov + cov.mT)
     scale = cov.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
     eps = torch.finfo(cov.dtype).eps * 4 * scale * torch.eye(cov.shape[-1]).to(cov)

@@ -1,4 +1,4 @@
-"""Other methods, for comparison. Nothing but the command line imports them; importing this package registers their samplers.
+"""Other methods, for comparison. Only the command line imports them; importing this package registers their samplers.
 
 - guidance.py: the E-steps of EM-MMPS and EMDiffusion
 - ambient.py: Ambient Diffusion

@@ -1,15 +1,15 @@
 r"""Ambient Diffusion: a prior from corrupted observations without EM, for masks and projections.
 
-The observation :math:`y = A x` is corrupted further, to :math:`\tilde A x`, and the denoiser is shown only
-:math:`\tilde A x_t`. The loss compares with all that was observed,
+The observation :math:`y = A x` is corrupted further, to :math:`\tilde A x`, and the denoiser sees only
+:math:`\tilde A x_t`. The loss compares its output with all of the observation,
 
 .. math:: E \, \| W (y - A \, h(\tilde A x_t, \tilde A, \sigma_t)) \|^2 \, ,
 
-and is least for :math:`h = E[x \mid \tilde A x_t, \tilde A]`: given :math:`\tilde A` the network cannot know which further
-entries :math:`A` shows, and must predict them all. W (here one over the standard deviation that the reference posterior
-leaves to each entry of y) does not move the minimum. Samples are drawn with an :math:`\tilde A` that is drawn once,
-posterior samples by diffusion posterior sampling (:mod:`diffem.rivals.guidance`) with the same denoiser.
-Noise in y is taken for a part of the data, as in the paper.
+and is minimal for :math:`h = E[x \mid \tilde A x_t, \tilde A]`: given :math:`\tilde A` the network cannot know which
+further entries :math:`A` shows, and must predict them all. The weights W do not move the minimum; here they are one
+over the standard deviation of each entry of y under the reference posterior. For sampling, :math:`\tilde A` is drawn
+once; posterior samples use diffusion posterior sampling (:mod:`diffem.rivals.guidance`) with the same denoiser. Noise
+in y is treated as part of the data, as in the paper.
 
 References:
     | Ambient Diffusion: Learning Clean Distributions from Corrupted Data (Daras et al., 2023), arXiv 2305.19256
@@ -35,14 +35,15 @@ from diffem.samplers import Query, register_sampler
 
 
 class AmbientDenoiser(Denoiser):
-    """h(A~ x_t, A~, sigma): a :class:`Denoiser` whose `params` are those of A~; y is not used, nor is `withheld`.
+    """h(A~ x_t, A~, sigma): a :class:`Denoiser` whose `params` are those of A~; `y` and `withheld` are not used.
 
-    Its head of variances is not trained: they are those of the reference posterior.
+    Its variance head is not trained: the variances are those of the reference posterior.
     """
 
     def posterior(self, x_t: Tensor, sigma: Tensor, y: Tensor, params: Params, withheld: Tensor) -> ExactPosterior:
         if isinstance(self.corruption, RandomProjection):
-            # A~ x_t says what its least solution says, whose noise is white where it has any; A~ z is not white
+            # The minimum-norm solution of A~ x = A~ x_t carries the same information as A~ x_t. Its noise is white in
+            # the row space of A~; the noise A~ z is not white.
             solve = torch.linalg.pinv(params["matrix"]) @ params["matrix"]
             return self.reference.posterior(Rows((solve @ x_t[..., None])[..., 0], solve, sigma[:, None]))
         likelihood = self.corruption.likelihood(self.corruption.forward(x_t, params), params)
@@ -61,13 +62,13 @@ class AmbientDenoiser(Denoiser):
     def observed_loss(
         self, y: Tensor, params: Params, further: tuple[Tensor, Params], generator: torch.Generator
     ) -> Tensor:
-        """The loss of the module's head for a batch, in model units.
+        """The loss of the module docstring for a batch, in model units.
 
         Arguments:
             y: Observations, shape (B, *y shape).
             params: Parameters of A.
             further: The observations corrupted further, and the parameters of A~.
-            generator: Draws times and noise.
+            generator: Draws noise levels and noise.
         """
         corruption = self.corruption
         sigma = self.times(len(y), generator).to(y)
@@ -85,7 +86,7 @@ class AmbientDenoiser(Denoiser):
         return (error / (variance.detach() + noise_std(corruption) ** 2))[seen].mean()
 
     def _lift(self, y: Tensor, params: Params) -> Tensor:
-        """The least x with A~ x = y."""
+        """The minimum-norm x with A~ x = y."""
         if isinstance(self.corruption, RandomProjection):
             return (torch.linalg.pinv(params["matrix"]) @ y[..., None])[..., 0]
         return self.corruption.adjoint(y, params)
@@ -93,7 +94,7 @@ class AmbientDenoiser(Denoiser):
 
 @register_sampler
 class AmbientSampler(DPSSampler):
-    """Samples with an :class:`AmbientDenoiser`, guided as by `dps`."""
+    """Samples with an :class:`AmbientDenoiser`, guided as in `dps`."""
 
     kind = "ambient"
     denoiser_class = AmbientDenoiser
@@ -106,18 +107,18 @@ class AmbientSampler(DPSSampler):
 
     def shown(self, query: Query) -> Params:
         if query.shown is None:
-            # parameters of no observation are drawn, too
+            # if there is no observation, its parameters are drawn too
             params = self._drawn(query.y, query.seeds) if query.withheld.all() else query.params
             query.shown = self._further(query.y, params, query.seeds)
         return query.shown
 
     def _drawn(self, y: Tensor, seeds: Tensor) -> Params:
-        """Parameters of the corruption, an item at a time, so that they do not depend on its neighbours."""
+        """Parameters of the corruption, drawn item by item, so that they do not depend on the batch."""
         drawn = [self.corruption.draw(1, self.shape, _generator(seed)) for seed in seeds]
         return {k: torch.cat([d[k] for d in drawn]).to(y.device) for k in drawn[0]}
 
     def _further(self, y: Tensor, params: Params, seeds: Tensor) -> Params:
-        """Parameters of A~, likewise."""
+        """Parameters of A~, also drawn item by item."""
         parts = []
         for i, seed in enumerate(seeds):
             split = self.corruption.thin(y[i : i + 1], {k: v[i : i + 1] for k, v in params.items()}, _generator(seed))
@@ -138,7 +139,7 @@ def prior(em: DiffEM) -> None:
 
 
 class Ambient(DiffEM):
-    """A run of Ambient Diffusion: one M-step of `m_step.first_steps` on the observations, then samples."""
+    """A run of Ambient Diffusion: one M-step of `m_step.first_steps` updates on the observations, then sampling."""
 
     steps = {**STEPS, "prior": prior}  # noqa: RUF012
 
@@ -146,7 +147,7 @@ class Ambient(DiffEM):
         if config.sampler.kind != "ambient" or config.em.iterations != 1:
             raise DiffemError("ambient: needs sampler.kind ambient and em.iterations 1")
         super().__init__(config, *args, **kwargs)
-        # it corrupts further by the formula, so that its draws need no data
+        # the further corruption is drawn by the formula, so that sampling needs no data
         self.data.corruption = self.observations.corruption.scaled(self.data.units)
 
     def losses(self, x: Items, generator: torch.Generator, dropout: float) -> list[Tensor]:

@@ -1,16 +1,17 @@
-r"""Posterior sampling with a denoiser that knows no observation: the E-steps of earlier EM methods.
+r"""Posterior sampling with a denoiser that sees no observation: the E-steps of earlier EM methods.
 
-Given the denoiser's mean :math:`\hat x = d(x_t, \sigma_t)`, they put in its place
+They replace the denoiser's mean :math:`\hat x = d(x_t, \sigma_t)` by
 
 * `mmps`, moment matching (EM-MMPS): :math:`\hat x + C A^T (s^2 I + A C A^T)^{-1} (y - A \hat x)` with
   :math:`C = \sigma_t^2 \, \partial \hat x / \partial x_t`, which is :math:`\mathrm{Cov}[x \mid x_t]` for the exact
   denoiser. Exact where :math:`p(x \mid x_t)` is Gaussian and the solver has converged.
-* `dps` (EMDiffusion): :math:`\hat x - \zeta / \tau \, \nabla_{x_t} \| y - A \hat x \|`, so that the step of
-  :mod:`diffem.samplers` ends :math:`\zeta \nabla` away. It takes no account of :math:`\mathrm{Cov}[x \mid x_t]`, and
-  is biased: it follows the observation too little where the noise level is high and too much where it is low.
+* `dps` (EMDiffusion): :math:`\hat x - \zeta / \tau \, \nabla_{x_t} \| y - A \hat x \|`, which shifts the result of the
+  step of :mod:`diffem.samplers` by :math:`-\zeta \nabla`. It ignores :math:`\mathrm{Cov}[x \mid x_t]`, and is biased:
+  it follows the observation too little at high noise levels, and too much at low ones.
 
-Both differentiate through the network, at every step of the sampler. In a configuration they are `sampler.kind`, with
-`sampler.options`: `solver` (`gmres` or `cg`) and its `iterations` of `mmps`, `strength` (zeta) of `dps`.
+Both differentiate through the network, at every step of the sampler. They are selected by `sampler.kind`, and
+configured by `sampler.options`: `solver` (`gmres` or `cg`) and its `iterations` for `mmps`, `strength` (zeta) for
+`dps`.
 
 References:
     | Learning Diffusion Priors from Observations by Expectation Maximization (Rozet et al., 2024), arXiv 2405.13712
@@ -40,7 +41,7 @@ Mean = Callable[[Tensor], Tensor]
 
 
 class _AtLevel(AzulaDenoiser):
-    """A function x_t -> mean at one noise level, as azula wants it."""
+    """A function x_t -> mean at one noise level, as a denoiser of azula."""
 
     def __init__(self, mean: Mean, sigma: Tensor) -> None:
         super().__init__()
@@ -70,7 +71,7 @@ def mmps(
         params: Their operator parameters.
         corruption: The corruption in model units.
         solver: `gmres` or `cg`.
-        iterations: Of the solver; each differentiates through the network once, and the result once more.
+        iterations: Iterations of the solver. Each differentiates through the network once, the result once more.
 
     Returns:
         Shape (B, *shape).
@@ -81,7 +82,7 @@ def mmps(
         return corruption.forward(x, params).flatten(1)
 
     guided = MMPSDenoiser(_AtLevel(mean, sigma), y.flatten(1), forward, noise, solver, iterations)
-    with warnings.catch_warnings():  # of torch about itself, at its first derivative in forward mode
+    with warnings.catch_warnings():  # torch's own deprecation warning, at the first forward-mode derivative
         warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
         return guided(x_t, torch.zeros((), device=x_t.device)).mean
 
@@ -104,7 +105,7 @@ def dps(
         params: Their operator parameters.
         corruption: The corruption in model units.
         strength: zeta.
-        tau: The share of the way to the mean that the sampler's step goes.
+        tau: The fraction of the way to the mean that the sampler's step covers.
 
     Returns:
         Shape (B, *shape).
@@ -112,22 +113,22 @@ def dps(
     with torch.enable_grad():
         x_t = x_t.detach().requires_grad_()
         x = mean(x_t)
-        # an item at a time: azula's takes one norm of the whole batch, so that a draw would depend on its neighbours
+        # a norm per item: azula's norm of the whole batch would make a draw depend on the other items
         distance = (y - corruption.forward(x, params)).flatten(1).norm(dim=1).sum()
     return x.detach() - strength / tau * torch.autograd.grad(distance, x_t)[0]
 
 
 def noise_std(corruption: Corruption) -> float:
-    """The standard deviation of noise that is the same everywhere, kept away from 0."""
+    """The standard deviation of noise that is the same everywhere, at least :data:`NOISE_FLOOR`."""
     assert isinstance(corruption.noise, float)
     return max(corruption.noise, NOISE_FLOOR)
 
 
 class GuidedSampler(DiffusionSampler):
-    """Reverse diffusion with a network that sees no observation, whose mean is guided towards it."""
+    """Reverse diffusion with a network that sees no observation; its mean is guided towards the observation."""
 
     widens = False
-    options: dict[str, object]  # and their defaults
+    options: dict[str, object]  # names and defaults
 
     @classmethod
     def suits(cls, corruption: Corruption, sampler: SamplerConfig, denoiser: DenoiserConfig) -> None:
@@ -149,11 +150,11 @@ class GuidedSampler(DiffusionSampler):
             )
 
     def option(self, name: str):
-        """What was set, or the default."""
+        """The configured value of an option, or its default."""
         return self.sampler.options.get(name, self.options[name])
 
     def shown(self, query: Query) -> Params:
-        """The parameters that the network is shown."""
+        """The operator parameters that the network sees."""
         return query.params
 
     def estimate(self, x: Tensor, sigma: Tensor, tau: Tensor, query: Query, stream: int) -> Tensor:
@@ -167,7 +168,7 @@ class GuidedSampler(DiffusionSampler):
         return self.guided(mean, x, sigma, tau, query)
 
     def guided(self, mean: Mean, x: Tensor, sigma: Tensor, tau: Tensor, query: Query) -> Tensor:
-        """The mean, corrected."""
+        """The mean, corrected by the observation."""
         raise NotImplementedError
 
 

@@ -1,7 +1,7 @@
-"""From the files that people have to an observation folder, and back.
+"""Converts users' files to an observation folder, and results back to files.
 
-- importing.py: which files are read, and the folder that is written
-- exporting.py: results in the format, and under the names, of the files that were read
-- images.py, fits.py, nifti.py, arrays.py, tables.py: a family of formats each; imported where they are needed
-- source.py: what these have in common, and the limits against hostile files
+- importing.py: finds the files, and writes the folder
+- exporting.py: writes results in the format, and under the names, of the files that were read
+- images.py, fits.py, nifti.py, arrays.py, tables.py: one family of formats each; imported on demand
+- source.py: their common interface, and limits that protect against hostile files
 """

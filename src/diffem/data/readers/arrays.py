@@ -1,7 +1,7 @@
 """Arrays: .npy, .npz, HDF5 and Zarr.
 
-`FILE:PATH` names one array of a file; without it the file holds one only, or one that is called y: then those beside it are its
-parameters (mask, noise, matrix, ...). An array lies with the observations first.
+`FILE:PATH` names one array of a file. Without PATH, the file must hold a single array, or one called y: then the arrays
+next to y are its parameters (mask, noise, matrix, ...). The first axis of an array is that of the observations.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from diffem.errors import DiffemError, optional
 
 from .source import Array, File, Options, numbers, plausible, steps
 
-NAME = re.compile(r"[A-Za-z]\w*", re.ASCII)  # of a parameter: it becomes NAME.npy
-LINKS = 16  # soft links of an HDF5 file that are followed one after the other
-CODECS = (  # of Zarr, for numbers; others can run code
+NAME = re.compile(r"[A-Za-z]\w*", re.ASCII)  # names of parameters: each becomes NAME.npy
+LINKS = 16  # the longest chain of soft links in an HDF5 file that is followed
+CODECS = (  # allowed codecs of Zarr, for numbers; others can run code
     *("blosc", "bz2", "crc32", "crc32c", "delta", "fletcher32", "gzip", "lz4", "lzma", "shuffle", "zlib", "zstd"),
     *("bytes", "sharding_indexed", "transpose"),
 )
@@ -43,7 +43,7 @@ def read(path: Path, name: str, options: Options) -> File:
 
 
 def _chosen(name: str, found: list[str], inside: str | None) -> dict[str, str]:
-    """Which of the arrays that were found are read, by the names that they get."""
+    """The arrays to read: {new name: path in the file}."""
     if inside is not None:
         inside = inside.strip("/")
         if inside not in found:
@@ -66,7 +66,7 @@ def _some(found: list[str]) -> str:
 
 
 def _array(name: str, opened: Callable[[], Any]) -> Array:
-    """An array of a library that reads it by slices, from what opens it."""
+    """An array that is read by slices; `opened()` opens it."""
     with opened() as array:
         shape, dtype = tuple(array.shape), numbers(name, np.dtype(array.dtype))
 
@@ -93,7 +93,7 @@ def _npz(path: Path, name: str, inside: str | None) -> dict[str, Array]:
 
 
 def _member(path: Path, name: str, info: zipfile.ZipInfo) -> Array:
-    """An array of a .npz, which is read from its start to its end."""
+    """An array of a .npz file, which can only be read sequentially."""
 
     def header(stream: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
         readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
@@ -151,7 +151,7 @@ def _hdf5(path: Path, name: str, inside: str | None) -> dict[str, Array]:
 
 
 def _followed(file: Any, name: str, inside: str) -> str:
-    """A path without links; those that lead out of the file are refused before anything is opened."""
+    """The path with soft links resolved; links to other files are refused before anything is opened."""
     links = optional("h5py", "mri").h5l
     for _ in range(LINKS):
         at = ""
@@ -160,7 +160,7 @@ def _followed(file: Any, name: str, inside: str) -> str:
             at = posixpath.join(at, part)
             try:
                 kind = group.links.get_info(part.encode()).type
-            except (KeyError, RuntimeError, AttributeError):  # nothing of that name, or in what is no group
+            except (KeyError, RuntimeError, AttributeError):  # no such name, or the parent is not a group
                 return inside
             if kind == links.TYPE_EXTERNAL:
                 other = group.links.get_val(part.encode())[0].decode()
@@ -209,7 +209,7 @@ def _zarr(path: Path, name: str, inside: str | None) -> dict[str, Array]:
 
 
 def _codecs(described: Any) -> Iterator[str]:
-    """The names of all codecs in the metadata of either version of Zarr."""
+    """The names of all codecs in the metadata of Zarr, of either version."""
     if isinstance(described, dict):
         yield from (described[key] for key in ("id", "name") if isinstance(described.get(key), str))
     if isinstance(described, dict | list | tuple):

@@ -1,4 +1,4 @@
-"""Gives results the format of the files that the observations were read from, with their names and headers."""
+"""Writes results in the format, and with the names and headers, of the files that the observations were read from."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from diffem.errors import DiffemError
 from .importing import SOURCE, SUFFIXES, described
 from .source import Shape, corners, window
 
-FORMATS = {  # the family that writes each, and the suffix
+FORMATS = {  # format: the family that writes it, and the suffix
     "tiff": ("images", ".tiff"),
     "png": ("images", ".png"),
     "fits": ("fits", ".fits"),
@@ -25,18 +25,18 @@ FORMATS = {  # the family that writes each, and the suffix
 
 
 class Export:
-    """Writes arrays of one value or more for each observation of an imported folder.
+    """Writes arrays with one item for each observation of an imported folder.
 
-    Whole numbers are rounded, and clipped to the range. Patches are put together; where they overlap the later one counts.
+    Whole numbers are rounded, and clipped to the range. Patches are assembled; where they overlap, the later one wins.
 
     Arguments:
         folder: The folder, with source.json.
         kind: One of :data:`FORMATS`.
-        shape: The shape of an item, as models see it.
+        shape: The shape of an item, in the layout of models.
         range: The (low, high) of clean values, or None.
 
     Raises:
-        DiffemError: If the folder was not imported, or such items cannot be written in this format.
+        DiffemError: If the folder was not imported, or items of this shape cannot be written in this format.
     """
 
     def __init__(self, folder: str | Path, kind: str, shape: Shape, range: Sequence[float] | None = None) -> None:
@@ -69,12 +69,12 @@ class Export:
             self.module.refuse(kind, of, self.dtype)
 
     def write(self, values: np.ndarray, out: Path, whole: bool = True) -> None:
-        """Writes files below the folder `out`.
+        """Writes files into the folder `out`.
 
         Arguments:
             values: (N, *shape).
-            out: The folder, which is made.
-            whole: Whether they are values, of the dtype of y; else spreads, which are float32 where the format can hold it.
+            out: The folder, which is created.
+            whole: Whether they are values, with the dtype of y; else standard deviations: float32 if the format allows.
         """
         at = 0
         for path, about in zip(self.paths, self.about, strict=True):
@@ -109,7 +109,7 @@ class Export:
 
 
 def _path(name: str, suffix: str) -> str:
-    """The name of a file with another suffix; one that leads out of a folder is refused."""
+    """The name of a file with another suffix; a name that leads out of the folder is refused."""
     if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\\" in name:
         raise DiffemError(f"{SOURCE}: names a file {name!r}, outside of the folder; import the data again")
     known = sorted((known for suffixes in SUFFIXES.values() for known in suffixes), key=len, reverse=True)

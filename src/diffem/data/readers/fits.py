@@ -1,8 +1,9 @@
 """FITS: science, error and data-quality planes become y, noise and mask. Written with their header cards.
 
-`--hdu SCIENCE[,ERROR[,QUALITY]]` names the extensions; one without an error is `SCI,,DQ`. By default they are SCI with ERR and DQ,
-each version (EXTVER) an observation of its own, or else the only image of the file. A pixel is missing where the quality is not 0,
-the value is not a number, or the error is not a positive number. A cube is a stack of images: each plane is an observation.
+`--hdu SCIENCE[,ERROR[,QUALITY]]` names the extensions; `SCI,,DQ` has no error plane. By default they are SCI with ERR
+and DQ, and each version (EXTVER) is an observation; without SCI, the only image of the file is used. A pixel is missing
+where the quality is not 0, the value is not a number, or the error is not a positive number. A cube is a stack of
+images: each plane is an observation.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from diffem.errors import DiffemError, optional
 from .source import Block, File, Options, Shape, numbers, plausible, same
 
 USUAL = "SCI,ERR,DQ"
-STALE = ("BSCALE", "BZERO", "BLANK", "CHECKSUM", "DATASUM")  # of values as they were stored
+STALE = ("BSCALE", "BZERO", "BLANK", "CHECKSUM", "DATASUM")  # describe the values as originally stored
 
 
 def read(path: Path, name: str, options: Options) -> File:
@@ -53,7 +54,7 @@ def read(path: Path, name: str, options: Options) -> File:
 
 
 def _groups(file: Any, name: str, hdu: str | None) -> list[tuple[int, int | None, int | None]]:
-    """The indices of science, error and quality of each observation or stack."""
+    """The HDU indices of science, error and quality, for each observation or stack."""
     images = [i for i, unit in enumerate(file) if unit.is_image and unit.shape]
     named = [[i for i in images if word and word.strip().upper() in (file[i].name, str(i))] for word in _words(hdu)]
     has = ", ".join(file[i].name or str(i) for i in images) or "none"
@@ -88,12 +89,12 @@ def _blocks(path: Path, name: str, groups: list[tuple[int, int | None, int | Non
 
 
 def _stack(unit: Any) -> np.ndarray:
-    """The image or the images of an HDU, (n, 1, rows, columns)."""
+    """The image or stack of images of an HDU, as (n, 1, rows, columns)."""
     return unit.data.reshape(-1, 1, *unit.shape[-2:])
 
 
 def _observation(y: np.ndarray, error: np.ndarray | None, quality: np.ndarray | None) -> Block:
-    """One image: a missing pixel gets the median of the errors, since noise.npy must hold numbers."""
+    """One image; where the error is unknown, noise is the median error, since noise.npy must hold numbers."""
     block = {"y": y, "mask": ~np.isnan(y)}
     if quality is not None:
         block["mask"] &= quality == 0
@@ -112,7 +113,7 @@ def refuse(kind: str, shape: Shape, dtype: np.dtype) -> None:
 
 
 def write(kind: str, path: Path, items: Iterable[np.ndarray], about: dict[str, Any]) -> None:
-    """Writes images as extensions, or the primary HDU, as they were read, with the headers that they had."""
+    """Writes images to the primary HDU or to extensions, as they were read, with their original headers."""
     fits, items = optional("astropy.io.fits", "astronomy"), iter(items)
     headers = about.get("headers") or [{"hdu": 0, "count": about["count"], "cards": ""}]
     with fits.open(path, "append") as file:
@@ -126,7 +127,7 @@ def write(kind: str, path: Path, items: Iterable[np.ndarray], about: dict[str, A
 
 
 def _cards(text: str) -> Any:
-    """A header of its cards, without those that speak of values as they were stored."""
+    """A header made of its cards, without the :data:`STALE` ones."""
     cards = optional("astropy.io.fits", "astronomy").Header.fromstring(text, sep="\n")
     for card in STALE:
         cards.remove(card, ignore_missing=True, remove_all=True)

@@ -1,8 +1,8 @@
-"""Images: PNG, JPEG, BMP, WebP and TIFF with every page; 8, 16 and 32 bits, grayscale and colour. Written as TIFF and PNG.
+"""Images: PNG, JPEG, BMP, WebP and multi-page TIFF; 8, 16 and 32 bits, grayscale and colour. Written as TIFF and PNG.
 
-Pillow reads what it reads exactly. It would cut colours of more than 8 bits down to 8 without a word: such PNG are refused, and
-such TIFF are read by tifffile, like those of 64-bit or half-precision numbers, and those that are stored turned, of which Pillow 13
-mixes up rows and columns.
+Pillow is used for files that it reads exactly. It would silently reduce colours of more than 8 bits to 8: such PNG are
+refused, and such TIFF are read by tifffile. So are TIFF of 64-bit or half-precision numbers, and TIFF that are stored
+rotated, for which Pillow 13 swaps rows and columns.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def _too_large(name: str) -> DiffemError:
 
 
 def _dtype(image: Image.Image, path: Path) -> np.dtype | None:
-    """What Pillow's pixels are exactly; None if it would change them."""
+    """The exact dtype of Pillow's pixels; None if Pillow would change the values."""
     if image.format == "TIFF":
         tags: Any = image.tag_v2  # pyrefly: ignore
         bits = tags.get(BITS, (1,))
@@ -124,7 +124,7 @@ def _channels_first(pixels: np.ndarray) -> np.ndarray:
 
 
 def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """Pixels (channels, rows, columns) as they are shown, where the tag of TIFF and EXIF says how they are stored."""
+    """Pixels (channels, rows, columns) in the orientation in which they are displayed, from the orientation tag."""
     if 5 <= orientation <= 8:
         pixels = pixels.swapaxes(1, 2)
     if orientation in (3, 4, 7, 8):
@@ -138,7 +138,7 @@ def _upright_shape(shape: Shape, orientation: int) -> Shape:
 
 # --- tifffile ----------------------------------------------------------------------------------------
 
-AXES = {"YX": _channels_first, "YXS": _channels_first, "SYX": lambda pixels: pixels}  # of a page, to channels first
+AXES = {"YX": _channels_first, "YXS": _channels_first, "SYX": lambda pixels: pixels}  # page axes to channels first
 
 
 def _tiff(path: Path, name: str) -> Iterator[Any]:
@@ -179,7 +179,7 @@ def refuse(kind: str, shape: Shape, dtype: np.dtype) -> None:
 
 
 def write(kind: str, path: Path, items: Iterable[np.ndarray], about: dict[str, Any]) -> None:
-    """Writes items (channels, height, width): a TIFF with a page for each, or a PNG for each."""
+    """Writes items (channels, height, width): one TIFF with a page per item, or one PNG per item."""
     if kind == "png":
         for page, item in enumerate(items):
             file = path if about["count"] == 1 else path.with_name(f"{path.stem}-{page:06d}.png")

@@ -1,7 +1,7 @@
-"""Writes an observation folder from people's files.
+"""Writes an observation folder from users' files.
 
-Nothing that does not fit is read: shapes, dtypes and planes are compared before a value is. y keeps the dtype of the files. Beside
-the arrays lies source.json, which says what they were made of: exporting.py gives results the same names and headers.
+Shapes, dtypes and planes are compared before any value is read. y keeps the dtype of the files. source.json, next to
+the arrays, records the files they were made from, so that exporting.py can give results the same names and headers.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ SUFFIXES = {
     "arrays": (".npy", ".npz", ".h5", ".hdf5", ".zarr"),
     "tables": (".csv", ".tsv", ".parquet"),
 }
-FOLDERS = ("images", "fits", "nifti")  # what is read from a folder, too
+FOLDERS = ("images", "fits", "nifti")  # families that are also read from a folder
 OPTIONS = {  # the options of each family
     "images": ("patch",),
     "fits": ("patch", "hdu"),
@@ -50,14 +50,14 @@ INSIDE = re.compile(r"(.+\.(?:npz|h5|hdf5|zarr)):(.+)", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Imported:
-    """What was written.
+    """A summary of an import.
 
     Attributes:
-        count: The observations.
-        shape, dtype: Of each, and of its values.
-        missing: The share of entries that are missing.
-        limits: The least and the largest value of y, of whole numbers.
-        left_out: Files of the folder that are of no format that is read.
+        count: The number of observations.
+        shape, dtype: The shape of an observation, and the dtype of its values.
+        missing: The fraction of entries that are missing.
+        limits: The smallest and the largest value of y, if it holds whole numbers.
+        left_out: Files of the folder in other formats, which were not read.
     """
 
     count: int
@@ -84,11 +84,11 @@ def import_files(
     """Writes the observation folder `out` from files.
 
     Arguments:
-        source: A file, `FILE:PATH` of an array in a .npz, HDF5 or Zarr file, or a folder of images, FITS or NIfTI files,
-            which is followed into its subfolders in sorted order.
-        options: What is to be read, and how; by default all that is there.
-        corruption: How the observations came about; without it corruption.yaml is a template.
-        range: The (low, high) of clean values; that of the type of 8- and 16-bit images by default.
+        source: A file; `FILE:PATH`, an array in a .npz, HDF5 or Zarr file; or a folder of images, FITS or NIfTI files,
+            which is read with its subfolders in sorted order.
+        options: What to read, and how; by default everything.
+        corruption: The corruption of the observations; without it corruption.yaml is a template.
+        range: The (low, high) of clean values; for uint8, uint16 and bool, by default the range of the type.
         overwrite: Whether an earlier import may be replaced.
 
     Raises:
@@ -108,7 +108,7 @@ def import_files(
     reader = importlib.import_module(f"{__package__}.{family}")
     work = out.resolve().parent / f".{out.name}.{secrets.token_hex(4)}"
     try:
-        with warnings.catch_warnings():  # a decoder's warnings are errors of ours, or of no use to a user
+        with warnings.catch_warnings():  # warnings of decoders become errors here, or are useless to the user
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             read = [_read(reader, path, name, options) for path, name in found]
@@ -134,7 +134,7 @@ def import_files(
 
 
 def _read(reader: Any, path: Path, name: str, options: Options) -> File:
-    """What is in a file, as far as its header says."""
+    """The contents of a file, according to its header."""
     with decoding(name):
         file: File = reader.read(path, name, options)
     if path.is_file():
@@ -148,7 +148,7 @@ def _read(reader: Any, path: Path, name: str, options: Options) -> File:
 
 
 def _find(source: str) -> tuple[str, list[tuple[Path, str]], list[str], str | None]:
-    """The family of formats, its files with their names, other files, and what is read of the one file."""
+    """The family of formats, its files with their names, files left out, and the PATH of `FILE:PATH`."""
     inside = None if Path(source).exists() else INSIDE.fullmatch(source)
     path = Path(inside[1] if inside else source).expanduser()
     if not path.exists():
@@ -182,7 +182,7 @@ def _of_folder(root: Path) -> tuple[str, list[tuple[Path, str]], list[str]]:
 
 
 def _walk(root: Path) -> Iterator[Path]:
-    """The files below a folder in sorted order, without hidden ones; a link out of the folder is refused."""
+    """The files in a folder and its subfolders, sorted, without hidden ones. Links to folders or out are refused."""
     for path in sorted(root.iterdir()):
         if path.name.startswith("."):
             continue
@@ -194,14 +194,14 @@ def _walk(root: Path) -> Iterator[Path]:
             yield path
 
 
-# --- what fits ---------------------------------------------------------------------------------------
+# --- checks ------------------------------------------------------------------------------------------
 
 
 def _shape(read: list[File], patch: int | None) -> Shape:
     """The shape of an observation.
 
     Raises:
-        DiffemError: If a file is not like the first one, or has no room for a patch.
+        DiffemError: If a file does not match the first one, or is smaller than a patch.
     """
     first = read[0]
     for file in read:
@@ -232,7 +232,7 @@ def _size(shape: Shape) -> str:
     return "x".join(str(size) for size in shape[1:]) + channels
 
 
-# --- what is written ---------------------------------------------------------------------------------
+# --- writing -----------------------------------------------------------------------------------------
 
 
 def _write_arrays(work: Path, read: list[File], shape: Shape, patch: int | None, left_out: list[str]) -> Imported:
@@ -289,7 +289,7 @@ def _corruption(
     range: Sequence[float] | None,
     axes: str | None,
 ) -> str:
-    """The text of corruption.yaml: what is known, and as comments what is not."""
+    """The text of corruption.yaml; unknown settings are written as comments."""
     lines, known = [], {}
     if corruption is None:
         name = "Mask" if imported.missing else "GaussianNoise"
@@ -311,7 +311,7 @@ def _corruption(
     return "".join(f"{line}\n" for line in lines) + (yaml.safe_dump(known, sort_keys=False) if known else "")
 
 
-# --- where it is written -----------------------------------------------------------------------------
+# --- the output folder -------------------------------------------------------------------------------
 
 
 def _refuse_to_overwrite(out: Path, overwrite: bool) -> None:
@@ -324,7 +324,7 @@ def _refuse_to_overwrite(out: Path, overwrite: bool) -> None:
 
 
 def _put(work: Path, out: Path, names: list[str]) -> None:
-    """Puts files in their place; those of an earlier import that are not made any more are removed."""
+    """Moves files into the folder, and removes those of an earlier import that were not written again."""
     out.mkdir(exist_ok=True)
     before = described(out)["arrays"] if (out / SOURCE).exists() else []
     for name in names:
@@ -335,7 +335,7 @@ def _put(work: Path, out: Path, names: list[str]) -> None:
 
 
 def described(folder: Path) -> dict[str, Any]:
-    """What source.json of an imported folder says."""
+    """The contents of source.json of an imported folder."""
     try:
         return json.loads((folder / SOURCE).read_text())
     except FileNotFoundError:

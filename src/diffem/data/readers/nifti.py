@@ -1,6 +1,6 @@
-"""NIfTI: volumes, or their slices along an axis with `--slices`. Written with the affine and the header that they had.
+"""NIfTI: volumes, or their slices along an axis with `--slices`. Written with their original affine and header.
 
-A file of four axes is a series of volumes. Stored integers that a header scales become float32.
+A file with four axes is a series of volumes. Stored values that the header scales become float32.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .source import Block, File, Options, Shape, numbers, same
 
 
 def read(path: Path, name: str, options: Options) -> File:
-    """The volumes of a NIfTI file, each (1, *axes as stored)."""
+    """The volumes of a NIfTI file, or their slices; each volume is (1, *axes as stored)."""
     nibabel, axis = optional("nibabel", "mri"), options.slices
     if axis not in (None, 0, 1, 2):
         raise DiffemError(f"--slices: must be 0, 1 or 2, an axis of the volumes, got {axis}")
@@ -55,7 +55,7 @@ def refuse(kind: str, shape: Shape, dtype: np.dtype) -> None:
 
 
 def write(kind: str, path: Path, items: Iterable[np.ndarray], about: dict[str, Any]) -> None:
-    """Writes volumes, or slices put together to volumes, as one file."""
+    """Writes volumes, or volumes assembled from slices, as one file."""
     nibabel = optional("nibabel", "mri")
     values = np.stack([item[0] for item in items])
     if values.ndim == 3:  # slices

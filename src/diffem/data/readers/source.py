@@ -1,7 +1,7 @@
-"""What a reader finds in a file before values are read, and the limits that hold for all of them.
+"""The interface between readers and the import, and limits that hold for all readers.
 
-A reader looks at headers only, so that what does not fit is refused before anything is written. Values come in blocks, so that
-memory does not grow with the number of observations.
+A reader first reads headers only, so that files that do not fit are refused before anything is written. Values are then
+read in blocks, so that memory does not grow with the number of observations.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ import numpy as np
 from diffem.errors import DiffemError
 
 Shape = tuple[int, ...]
-Block = dict[str, np.ndarray]  # y, and what lies like it: (n, *shape) each
+Block = dict[str, np.ndarray]  # y, and planes of the same shape: (n, *shape) each
 
-BLOCK = 2**24  # bytes that are read at a time, about
-FREE = 2**26  # bytes that any file may declare,
-DENSEST = 2000  # or else so many for each byte that it stores: deflate packs 1,032 to one at the most
+BLOCK = 2**24  # approximate number of bytes that are read at a time
+FREE = 2**26  # any file may declare this many bytes of values
+DENSEST = 2000  # and otherwise at most this many per stored byte: deflate compresses by a factor of at most 1,032
 
 
 @dataclass(frozen=True)
 class Options:
-    """What a user may say of the files, see `diffem import --help`; each is for some formats. `inside` is the PATH of FILE:PATH."""
+    """Options of `diffem import`, see its `--help`; each is for some formats. `inside` is the PATH of FILE:PATH."""
 
     patch: int | None = None
     hdu: str | None = None
@@ -44,8 +44,8 @@ class Array:
 
     Attributes:
         shape: (N, ...).
-        dtype: Of its values, in this machine's byte order.
-        blocks: Gives its rows in order, in blocks (n, ...).
+        dtype: The dtype of its values, in this machine's byte order.
+        blocks: Yields its rows in order, in blocks (n, ...).
     """
 
     shape: Shape
@@ -55,16 +55,16 @@ class Array:
 
 @dataclass(frozen=True)
 class File:
-    """Observations that lie in one file.
+    """The observations in one file.
 
     Attributes:
-        name: Its path below the source.
-        items: The shapes (channels, *spatial) or (features,) of its items in order, in runs: (how many, shape).
-        dtype: Of y.
-        read: Gives the items in order, in blocks.
-        planes: What `read` gives besides y: the mask (true = observed) or the noise, like y.
-        beside: Arrays that become operator parameters, by name.
-        about: What is needed to write the file again, ready for JSON.
+        name: Its path relative to the source.
+        items: The shapes (channels, *spatial) or (features,) of its items in order, in runs: (count, shape).
+        dtype: The dtype of y.
+        read: Yields the items in order, in blocks.
+        planes: The arrays that `read` yields in addition to y: mask (true = observed) or noise, in the shape of y.
+        beside: Other arrays, which become operator parameters, by name.
+        about: Metadata needed to write the file again, ready for JSON.
     """
 
     name: str
@@ -78,7 +78,7 @@ class File:
 
 @contextlib.contextmanager
 def decoding(name: str | Path) -> Iterator[None]:
-    """Turns whatever a decoder stumbles over in a broken file into one line."""
+    """Turns any exception of a decoder, e.g. on a broken file, into a DiffemError of one line."""
     try:
         yield
     except DiffemError:
@@ -89,10 +89,10 @@ def decoding(name: str | Path) -> Iterator[None]:
 
 
 def numbers(name: str, dtype: np.dtype) -> np.dtype:
-    """The dtype of values, in this machine's byte order.
+    """The dtype, in this machine's byte order.
 
     Raises:
-        DiffemError: If they are not numbers.
+        DiffemError: If it is not a dtype of numbers.
     """
     if dtype.kind not in "biufc":
         raise DiffemError(f"{name}: holds {dtype}; give numbers")
@@ -100,13 +100,13 @@ def numbers(name: str, dtype: np.dtype) -> np.dtype:
 
 
 def plausible(name: str, shape: Shape, dtype: np.dtype, stored: int) -> None:
-    """Refuses a shape far beyond what is stored, before anything is allocated.
+    """Refuses a shape far too large for the stored bytes, before anything is allocated.
 
     Arguments:
-        name: What error messages call it.
-        shape: As declared.
-        dtype: As declared.
-        stored: The bytes that hold it.
+        name: The name in error messages.
+        shape: The declared shape.
+        dtype: The declared dtype.
+        stored: The number of bytes that are stored.
     """
     declared = math.prod(shape) * dtype.itemsize
     if declared > max(FREE, DENSEST * stored):
@@ -114,10 +114,10 @@ def plausible(name: str, shape: Shape, dtype: np.dtype, stored: int) -> None:
 
 
 def same(name: str, found: list[tuple[Shape, np.dtype]]) -> tuple[list[tuple[int, Shape]], np.dtype]:
-    """The runs of shapes of the items of a file, and their one dtype.
+    """The shapes of the items of a file, in runs (count, shape), and their common dtype.
 
     Raises:
-        DiffemError: If there are none, or of several dtypes.
+        DiffemError: If there are no items, or items of several dtypes.
     """
     if not found:
         raise DiffemError(f"{name}: holds nothing to read")
@@ -127,17 +127,17 @@ def same(name: str, found: list[tuple[Shape, np.dtype]]) -> tuple[list[tuple[int
 
 
 def steps(rows: int, of_bytes: int) -> Iterator[slice]:
-    """The rows in steps of about :data:`BLOCK` bytes."""
+    """Slices of the rows, of about :data:`BLOCK` bytes each."""
     step = max(1, BLOCK // max(1, of_bytes))
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 
 def corners(shape: Shape, patch: int) -> list[Shape]:
-    """Where patches of an item (channels, *spatial) begin: edge to edge, the last one of an axis at its end."""
+    """Where patches of an item (channels, *spatial) begin: edge to edge, the last along an axis flush with its end."""
     starts = [sorted({*range(0, size - patch + 1, patch), size - patch}) for size in shape[1:]]
     return list(itertools.product(*starts))
 
 
 def window(corner: Shape, patch: int) -> tuple[slice, ...]:
-    """The part of an item (channels, *spatial) that a patch is."""
+    """The slices that cut a patch out of an item (channels, *spatial)."""
     return (slice(None), *(slice(start, start + patch) for start in corner))

@@ -1,6 +1,6 @@
 """Tables: CSV (and TSV) and Parquet with named columns of numbers. Written as CSV under the same names.
 
-y is float64, so that whole numbers and missing cells (NaN) lie side by side. Columns of text are refused by name, unless
+y is float64, which holds both whole numbers and missing cells (NaN). Columns of text are refused by name, unless
 `--columns` leaves them out.
 """
 
@@ -16,9 +16,9 @@ from diffem.errors import DiffemError, optional, suggest
 
 from .source import Block, File, Options, Shape, plausible
 
-ROWS = 16384  # at a time
-SHOWN = 8  # columns in an error
-EXACT = 2**53  # whole numbers that float64 tells apart
+ROWS = 16384  # read at a time
+SHOWN = 8  # columns listed in an error
+EXACT = 2**53  # float64 represents whole numbers exactly up to this
 
 
 def read(path: Path, name: str, options: Options) -> File:
@@ -84,7 +84,7 @@ def _refuse_unknown(name: str, chosen: list[str] | None, columns: list[str]) -> 
 
 
 def _kinds(column: Any) -> set[str]:
-    """What a column holds in these rows: b (truth), i (whole numbers), f (numbers) or t (anything else); {} if all is missing."""
+    """What a column holds in these rows: b (booleans), i (whole numbers), f (floats), t (other); {} if all missing."""
     types = optional("pandas", "tables").api.types
     if not column.notna().any():
         return set()
@@ -120,7 +120,7 @@ def refuse(kind: str, shape: Shape, dtype: np.dtype) -> None:
 
 
 def write(kind: str, path: Path, items: Iterable[np.ndarray], about: dict[str, Any]) -> None:
-    """Writes rows under the names of the columns; those of whole numbers and of truth are written as these."""
+    """Writes rows under the names of the columns; columns of whole numbers and booleans are written as such."""
     pandas, header = optional("pandas", "tables"), True
     for rows in _together(items):
         columns = about.get("columns") or {f"column {k + 1}": "f" for k in range(rows.shape[1])}
