@@ -44,9 +44,9 @@ class EMConfig:
         iterations: Number of EM iterations.
         seed: Seed of all random numbers.
         refresh: Fraction of the reconstructions that an E-step draws anew; the last E-step draws all of them.
-        score_items: Number of validation observations on which each iteration is scored.
+        score_items: The largest number of validation observations on which an iteration is scored.
         guard: Whether validation observations decide which iterations are accepted and kept, when the run ends
-            (:mod:`diffem.selection`), and how wide the final draws are. If false, every iteration is accepted, and the
+            (see `diffem.selection`), and how wide the final draws are. If false, every iteration is accepted, and the
             last one is kept.
         patience: Early stopping: the run ends after this many iterations in a row without a new best. 0 turns it off.
     """

@@ -380,8 +380,8 @@ def learning_rate(em: DiffEM, within: float) -> float:
 
 
 def roll_back(em: DiffEM, what: str) -> None:
-    """Returns to the weights of the last commit, with half the learning rate; after :data:`FAILURES` times the run
-    ends."""
+    """Returns to the weights of the last commit, with half the learning rate; the run ends after :data:`FAILURES`
+    rollbacks."""
     (em.run.folder / "next.npy").unlink(missing_ok=True)
     em.run.forget_parts()
     if em.state.of is not None:  # the final draws failed: keep the draws of the best iteration

@@ -39,9 +39,9 @@ class MStepConfig:
         ema: Decay of the exponential moving average of the weights, which the E-step uses.
         thinned: Fraction of the simulated observations in which a further part is hidden.
         imputed_weight: Weight of imputed entries of a reconstruction in the loss; measured ones have weight 1 (lambda
-            of :mod:`diffem.denoiser`). With 1 the M-step is the paper's, which never shows the network a real
-            observation. Always 1 for noise, blurs and black boxes, whose observations all measure the same, and in
-            guided runs.
+            in `diffem.denoiser`). With 1 the M-step is the paper's, which never shows the network a real
+            observation. Always 1 for noise, blurs and black boxes, whose observations all measure the same, and with
+            guided samplers.
         optimizer: Whether to `carry` or `reset` the state of the optimiser between iterations.
         flip: Mirror half of the items left to right before they are corrupted; for images with no preferred side.
         clean_examples: A .npy file of a few clean items, shape (n, *shape), in the units of y; empty for none.
@@ -300,8 +300,8 @@ class Trainer:
         return self.denoiser.device
 
     def losses(self, batch: Batch, generator: torch.Generator, dropout: float) -> Iterator[Tensor]:
-        """The loss of a batch as scalar summands, one per micro-batch; `dropout` is the fraction of its observations
-        that is withheld."""
+        """The loss of a batch as scalar summands, one per micro-batch; `dropout` is the fraction of withheld
+        observations."""
         n = len(batch.x)
         size, state = self.config.micro_batch or n, generator.get_state()
         for start in range(0, n, size):

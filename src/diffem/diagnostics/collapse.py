@@ -13,8 +13,7 @@ its healthy value is known without clean data; :data:`NUMBERS` gives the meaning
 * **neighbours**: :math:`E \min_j |z_i - z_j| \,/\, E \min_j |x_i - x_j|`. It compares the two models: if both have
   collapsed in the same way, it is 1.
 * **duplicates**: the share of the :math:`z_i` that are nearer to another prior sample than 95 % of the reconstructions
-are
-  to another reconstruction; **memorised**: the same with the distance to reconstructions of training observations.
+  are to another reconstruction; **memorised**: the same with distances to reconstructions of training observations.
   The model of the held-out reconstructions was trained on those, too, so copying by both models goes unnoticed. A prior
   that is too narrow also raises these shares.
 * **nearest**: the distance of :math:`y_i` from the nearest :math:`A_i x_j`, :math:`j \neq i`, divided by that of

@@ -59,8 +59,7 @@ def diagnose(
         of held-out observations used; `seconds`; and, if there are enough observations and the corruption allows it,
 
         - `coverage`: `levels` of central intervals, the `shares` of hidden entries inside them, `errors` (their
-        standard
-          errors over observations), `ranks` of the entries among the draws, and the number of `observations`;
+          standard errors over observations), `ranks` of the entries among the draws, and the number of `observations`;
         - `divergence`: the result of :func:`sample_divergence`;
         - `collapse`: the result of :func:`collapse_watch`;
         - `self_consistency`: the result of :func:`self_consistency`, if `full`.
