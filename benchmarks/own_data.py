@@ -1,7 +1,7 @@
 """Realistic data sets and the results of a run on each: cases that once failed silently.
 
-    python benchmarks/own_data.py                        # all cases, minutes each; one JSON per case, in
-    results/own_data/ python benchmarks/own_data.py --cases gaps           # one of them
+    python benchmarks/own_data.py                        # all cases, minutes each; JSON in results/own_data/
+    python benchmarks/own_data.py --cases gaps           # one of them
     python benchmarks/table.py                           # the table
 
 Every case is simulated, so that the truth is known; the run sees the observations only. Figures are in the units of the

@@ -1,7 +1,6 @@
 """DiffEMImputer compared with scikit-learn's imputers: error on deleted cells, and calibration.
 
-    python benchmarks/tables.py --seeds 0 1      # all tables, minutes on one core; one JSON per table, in
-    results/tables/
+    python benchmarks/tables.py --seeds 0 1      # all tables, minutes on one core; JSON in results/tables/
 
 30 % of the cells are deleted at random, or all ten `worst` columns of breast cancer together in 30 % of the rows.
 Numbers: RMSE of the deleted cells of a column, in units of its standard deviation. Categories: share of deleted cells
