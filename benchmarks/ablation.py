@@ -1,13 +1,13 @@
-"""What each mechanism buys, at equal cost: the loop as it is, and with one thing changed.
+"""The benefit of each mechanism at equal cost: the loop as it is, and with one change.
 
     python benchmarks/ablation.py --tasks digits-mask75-long digits-mask90-long fashion-mask75 --seeds 11 12
     python benchmarks/table.py                            # the table
 
-Momentum is for corruptions that measure nothing better than the rest: `--tasks digits-noise --arms default momentum`.
-Seeds that no comparison reports. Every arm has the same observations, start, network and budget of evaluations, goes on for the
-same number of iterations, and is judged after the last one, at width 1. One JSON a task and seed, in results/ablation/.
+Momentum is for corruptions that measure all entries equally well: `--tasks digits-noise --arms default momentum`. Use
+seeds that no comparison reports. Every arm has the same observations, start, network, budget of evaluations and number
+of iterations, and is judged after the last iteration, at width 1. One JSON per task and seed, in results/ablation/.
 
-The mechanisms that were deleted stand here as subclasses, so that the table can be made again.
+Mechanisms that were removed from the package are kept here as subclasses, so that the table can be reproduced.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ SETTINGS = {
 
 
 def stop(em: DiffEM) -> None:
-    """In the place of the end: the last iteration is what is judged."""
+    """Replaces the step `end`: the last iteration is judged."""
     em.next_iteration("done")
 
 
@@ -62,12 +62,12 @@ class Arm(DiffEM):
     steps = {**STEPS, "end": stop}  # noqa: RUF012
 
     def final(self) -> Sampler:
-        """What is judged."""
+        """The sampler that is judged."""
         return self.diffusion(width=1.0)
 
 
 class ByFormula(Arm):
-    """New observations have masks by the formula."""
+    """Simulated observations have masks drawn by the formula."""
 
     def __init__(self, config, observations, *args, **kwargs) -> None:
         observations.formula = True
@@ -75,7 +75,7 @@ class ByFormula(Arm):
 
 
 class Sharp(Arm):
-    """Plain DDPM in the first third of the iterations, and with the residual variance put back in the others."""
+    """Plain DDPM in the first third of the iterations; then the residual variance is put back."""
 
     @property
     def sampler(self) -> Sampler:
@@ -95,12 +95,12 @@ class Follows(Arm):
 
 
 class Corrected(DiffusionSampler):
-    """The predicted variances are corrected by factors c_t, for observed entries and for others."""
+    """Predicted variances are corrected by factors c_t, one for observed entries and one for others."""
 
     correction: Tensor | None = None
 
     def measure(self, x: Tensor, y: Tensor, params: dict, seeds: Tensor) -> None:
-        """Squared errors over predicted variances, on items and observations of them."""
+        """Measures squared errors over predicted variances, on items and their observations."""
         correction = torch.ones(self.sampler.steps + 1, 2)
         seen = self.corruption.seen(y, params).expand_as(x).flatten(1)
         for k, sigma in enumerate(self.sigmas):
@@ -148,7 +148,8 @@ class Measured(Arm):
 
 
 def with_new_weights(em: DiffEM) -> None:
-    """New weights in the last third of the iterations, once; they see real observations alone for 20 passes again."""
+    """Reinitialises the weights once, for the last third of the iterations; they again begin with 20 passes over real
+    observations."""
     state, last = em.state, em.config.em.iterations
     if state.updates == 0 and state.iteration == last - last // 3:
         em.build()
@@ -162,7 +163,7 @@ class Reinitialised(Arm):
 
 
 class Middle(DiffusionSampler):
-    """Draws from `begin`, items noised to a middle level; from pure noise where there are none."""
+    """Draws that start at `begin`, items noised to a middle level, or at pure noise if there are none."""
 
     begin: Tensor | None = None
 
@@ -182,7 +183,7 @@ class Middle(DiffusionSampler):
 
 
 def from_the_middle(em: DiffEM) -> None:
-    """E-steps that noise the last reconstruction to a middle level, and take 5 evaluations from there."""
+    """E-steps that noise the last reconstruction to a middle level, and denoise it with 5 evaluations."""
     if em.state.iteration < 2:
         e_step(em)
         return
@@ -204,7 +205,7 @@ class Renoised(Arm):
 
 
 class _Bound(AzulaDenoiser):
-    """Our denoiser with its observation, as azula's samplers want it."""
+    """Our denoiser with its observation, in the interface of azula's samplers."""
 
     def __init__(self, denoiser: Denoiser, *given: object) -> None:
         super().__init__()
@@ -215,7 +216,7 @@ class _Bound(AzulaDenoiser):
 
 
 class Heun(DiffusionSampler):
-    """azula's deterministic second-order solver, in half of the steps."""
+    """azula's deterministic second-order solver, with half as many steps."""
 
     @torch.no_grad()
     def draw(self, y: Tensor, params: Params, seeds: Tensor, withheld: Tensor | None = None) -> Tensor:
@@ -253,9 +254,10 @@ class Fuse(Arm):
 
 
 class Momentum(Arm):
-    """E-steps by f_k + (f_k - f_k-1) / 2, f the network's correction; from the start again after an iteration that is worse.
+    """E-steps with f_k + (f_k - f_k-1) / 2, where f is the network's correction; momentum restarts after a worse
+    iteration.
 
-    Every draw takes two evaluations where the loop takes one.
+    Every draw takes two evaluations instead of one.
     """
 
     before: nn.Module | None = None
@@ -291,14 +293,14 @@ class Extrapolated(nn.Module):
 
 @dataclass(frozen=True)
 class Change:
-    """One thing that is changed.
+    """One change to the loop.
 
     Attributes:
-        what: In words.
+        what: Its description.
         algorithm: The class of the run.
-        settings: Overrides of the task's.
+        settings: Overrides of the task's settings.
         constants: Values for constants of modules, by module and name.
-        draws: Evaluations of a draw after the first E-step, over those of the loop.
+        draws: Evaluations per draw after the first E-step, relative to the unchanged loop.
     """
 
     what: str
@@ -360,7 +362,7 @@ def run(task: str, name: str, seed: int, runs: Path, root: str | None) -> dict:
         for (module, constant), value in before.items():
             setattr(module, constant, value)
     spent = 0.0
-    for row in rows:  # the first E-step has neither a reconstruction to go on from, nor a direction
+    for row in rows:  # the first E-step has no earlier reconstruction and no momentum
         training = 3 * row["examples"]
         spent += training + (change.draws if row["iteration"] > 1 else 1) * (row["network_evaluations"] - training)
     return {**columns, "evaluations": spent, "iterations": len(rows) - 1}

@@ -1,8 +1,8 @@
-"""The upper bound of a preset: its network, trained on the clean items behind the observations in one long M-step.
+"""The upper bound for a preset: its network, trained in one long M-step on the clean items behind the observations.
 
     python benchmarks/bound.py manifold runs/manifold/observations runs/manifold-bound
 
-`judge.py` and `digits75.py` take the run with --bound.
+`judge.py` and `digits75.py` accept this run as --bound.
 """
 
 from __future__ import annotations

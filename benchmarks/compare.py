@@ -4,10 +4,11 @@
     python benchmarks/compare.py --tasks digits-mask75 --methods diffem lambda1 --seeds 0
     python benchmarks/compare.py --tasks digits-mask75 --budget 2000000
 
-The budget is counted in evaluations of the network: a forward pass of one item is 1, a derivative through it 2 more. It pays
-for the training and the E-steps; the paper's schedule takes one iteration at least, whatever that costs. Held-out scores are not
-counted, nor are the steps that train every method's prior at the end. One JSON a run is written to `results/compare/`; a run
-that has one is not repeated, and a run that was killed goes on. `table.py` makes tables of them, `figures.py` figures.
+The budget is counted in evaluations of the network: a forward pass of one item counts 1, a derivative through it 2
+more. It covers the training and the E-steps; the paper's schedule gets at least one iteration, whatever that costs.
+Held-out scores are not counted, nor the steps that train each method's prior at the end. One JSON per run is written to
+`results/compare/`. A run that has one is not repeated, and a killed run is resumed. `table.py` makes tables from these
+files, `figures.py` figures.
 """
 
 from __future__ import annotations
@@ -36,11 +37,11 @@ from diffem.rivals import Ambient
 from diffem.samplers import trained_kind
 
 HERE = Path(__file__).parent
-EXAMPLES = 50  # clean ones, where a method is given some
+EXAMPLES = 50  # clean items for methods that get some
 
 
 def given(em: DiffEM) -> None:
-    """In the place of the first E-step: the clean items."""
+    """Replaces the first E-step: the reconstructions are the clean items."""
     if em.state.iteration:
         e_step(em)
         return
@@ -55,13 +56,13 @@ def given(em: DiffEM) -> None:
 
 
 def observed(em: DiffEM) -> None:
-    """In the place of the first E-step: the observations as they are."""
+    """Replaces the first E-step: the reconstructions are the observations themselves."""
     if em.state.iteration:
         e_step(em)
         return
     out = em.run.array("next", (len(em.data), *em.data.shape))
     for rows in em.data.chunks():
-        y, params = em.data.batch(rows)  # what was not observed is the middle of the range
+        y, params = em.data.batch(rows)  # entries that were not observed are at the middle of the range
         x = y if y.shape[1:] == em.data.shape else em.data.corruption.adjoint(y, params)
         out[rows] = em.data.units.restore(x).numpy()
     out.flush()
@@ -73,27 +74,27 @@ def folder_of(em: DiffEM) -> Path:
 
 
 class Fixed(DiffEM):
-    """One long iteration on the clean items: the upper bound."""
+    """One long iteration on the clean items: the upper bound on quality."""
 
     steps = {**STEPS, "e_step": given}  # noqa: RUF012
 
 
 class Observed(DiffEM):
-    """The same on the observations as they are: the lower bound."""
+    """The same on the observations themselves: the lower bound."""
 
     steps = {**STEPS, "e_step": observed}  # noqa: RUF012
 
 
 @dataclass(frozen=True)
 class Method:
-    """A way to learn from observations: the algorithm, its settings, and what it goes on from.
+    """A method: the algorithm, its settings, and the method from which it continues.
 
     Attributes:
-        settings: Overrides of the task's.
+        settings: Overrides of the task's settings.
         algorithm: The class of the run.
-        single: One iteration that takes the whole budget.
-        epochs: The M-step goes over the observations so often; 0 leaves the task's steps.
-        after: The method whose finished run this one goes on from.
+        single: Whether one iteration takes the whole budget.
+        epochs: Passes of an M-step over the observations; 0 keeps the task's number of steps.
+        after: The method whose finished run is continued.
     """
 
     settings: dict[str, str] = field(default_factory=dict)
@@ -103,7 +104,7 @@ class Method:
     after: str = ""
 
 
-# EM as published: plain DDPM, no selection, nothing thinned, and imputed entries weigh as much as measured ones
+# EM as published: plain DDPM, no selection, no thinning, and equal weights for imputed and measured entries
 LAMBDA1 = {"m_step.imputed_weight": "1"}
 BARE = {**LAMBDA1, "m_step.thinned": "0", "sampler.width": "0", "em.guard": "false"}
 MMPS = {**BARE, "sampler.kind": "mmps", "denoiser.observation_dropout": "1"}
@@ -111,8 +112,8 @@ MMPS = {**BARE, "sampler.kind": "mmps", "denoiser.observation_dropout": "1"}
 DPS = {**BARE, "sampler.kind": "dps", "denoiser.observation_dropout": "1", "sampler.options": "{strength: 3}"}
 AMBIENT = {**DPS, "sampler.kind": "ambient", "sampler.options": "{strength: 0.3}"}
 BOUND = {**LAMBDA1, "em.guard": "false", "em.refresh": "1"}
-# an M-step of a few updates on a pool of which a small part is new: SCSI with a replay of 0.9; nothing ends its many short
-# iterations early
+# M-steps of a few updates on a pool of which a small part is new: SCSI with a replay of 0.9; no early stopping of its
+# many short iterations
 POOL = {"m_step.steps": "15", "em.refresh": "0.1", "em.score_items": "64", "em.patience": "0"}
 
 METHODS: dict[str, Method] = {
@@ -121,14 +122,14 @@ METHODS: dict[str, Method] = {
     "clean": Method(BOUND, Fixed, single=True),
     "diffem": Method(),
     "lambda1": Method(LAMBDA1),
-    # its sampler and preconditioning; an M-step of so many epochs that it takes three times as long as the E-step
+    # its sampler and preconditioning; the number of epochs makes the M-step take three times as long as the E-step
     "paper": Method({**BARE, "sampler.steps": "256", "denoiser.precondition": "plain"}, epochs=256),
     "scsi": Method({**BARE, **POOL}),
     "scsi+weights": Method(POOL),
     "em-mmps": Method(MMPS),
     "emdiffusion": Method(DPS),
     "ambient": Method(AMBIENT, Ambient, single=True),
-    # what a finished run, or a few clean items, are worth
+    # the benefit of a finished run, or of a few clean items
     "em-mmps+diffem": Method(after="em-mmps"),
     "diffem-examples": Method({"m_step.clean_examples": "{examples}"}),
 }
@@ -149,7 +150,7 @@ def _digits(corruption: str, budget: int = 1_200_000, settings: dict[str, str] |
     return Task("digits", budget, {"data.corruption": corruption, "prior.steps": "300", **(settings or {})})
 
 
-# some thirty iterations of a small network, which nothing ends early: does quality turn?
+# about thirty iterations of a small network without early stopping: does quality decline after a peak?
 LONG = {"network.channels": "[16, 32]", "network.blocks": "[1, 1]", "m_step.steps": "150", "em.patience": "0"}
 FASHION = {
     "data.limit": "8192",
@@ -186,14 +187,14 @@ TASKS: dict[str, Task] = {
 
 
 def plan(config: Config, method: Method, n: int, budget: int, later: float = 1.0) -> dict[str, str]:
-    """The settings that spend the budget: the number of iterations, or of steps of the only one; at least one iteration.
+    """The settings that spend the budget: the number of iterations (at least one), or the steps of a single iteration.
 
     Arguments:
         config: The configuration of the run.
-        method: What is run.
+        method: The method.
         n: The number of observations.
         budget: Evaluations of the network.
-        later: What a draw of a later E-step costs, over one of the first.
+        later: Cost of a draw in later E-steps, relative to the first E-step.
     """
     draw, item = trained_kind(config.sampler).evaluations(config.sampler) * n, 3 * config.m_step.batch
     if method.single:
@@ -207,7 +208,7 @@ def plan(config: Config, method: Method, n: int, budget: int, later: float = 1.0
     left -= draw if config.em.guard or config.em.refresh < 1 else 0  # the last E-step
     each = round(later * some) + item * steps
     iterations = 1 + max(0, left // each)
-    spare = max(0, left - (iterations - 1) * each) // item  # steps that would not fill an iteration
+    spare = max(0, left - (iterations - 1) * each) // item  # steps that do not fill an iteration
     if iterations > 1:
         steps += spare // (iterations - 1)
     else:
@@ -216,7 +217,7 @@ def plan(config: Config, method: Method, n: int, budget: int, later: float = 1.0
 
 
 def run(task: str, name: str, seed: int, budget: int, runs: Path, root: str | None) -> dict:
-    """One run: trained, judged, and described."""
+    """Trains and judges one run; returns its results."""
     began, folder, observed = time.monotonic(), runs / task / str(seed) / name, runs / task / str(seed) / "observations"
     settings = {**TASKS[task].settings, "em.seed": str(seed)}
     if not (observed / "y.npy").exists():
@@ -242,7 +243,7 @@ def run(task: str, name: str, seed: int, budget: int, runs: Path, root: str | No
     if method.after:
         after = runs / task / str(seed) / method.after
         settings |= {"start.kind": "run", "start.run": str(after)}
-    elif name != "start":  # the fit is the same for all: it is made once
+    elif name != "start":  # the fit is the same for all methods, so it is made once
         start = from_pretrained(runs / task / str(seed) / "start" / "posterior")
     config = load_config(TASKS[task].preset, list(settings.items()))
     settings |= plan(config, method, len(observations), budget)
@@ -284,12 +285,12 @@ def run(task: str, name: str, seed: int, budget: int, runs: Path, root: str | No
 
 
 def _plain(settings: dict[str, str]) -> dict[str, str]:
-    """Without paths of this machine."""
+    """Settings without paths of this machine."""
     return {k: v for k, v in settings.items() if not k.endswith(("examples", ".run"))}
 
 
 def curve(rows: list[dict]) -> list[dict]:
-    """Quality after every iteration, against what had been spent by then."""
+    """Quality after every iteration, and the budget spent by then."""
     spent, seconds, points = 0, 0.0, []
     for row in rows:
         spent, seconds = spent + row["network_evaluations"], seconds + row["seconds"]
@@ -311,20 +312,20 @@ def richardson_lucy(judge: Judge, iterations: int = 30) -> float:
 
 
 def about(command: str) -> dict:
-    """How a result came about."""
+    """The provenance of a result."""
     done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True)
     versions = {"python": platform.python_version(), **{k: version(k) for k in ("torch", "azula", "numpy")}}
     return {"command": command, "commit": done.stdout.strip() or "unknown", "versions": versions}
 
 
 def _order(methods: list[str]) -> list[str]:
-    """The methods, each after the one that it goes on from."""
+    """The methods, each after the one that it continues."""
     wanted = {*methods, "start", *(METHODS[name].after for name in methods if name in METHODS)}
     return [name for name in (*METHODS, *SPLITTING) if name in wanted]
 
 
 def _unsuited(name: str, task: str) -> str:
-    """Why a method is left out of a task; empty if it is not."""
+    """Why a task omits a method; empty if it does not."""
     if name == "paper" and task.startswith(("fashion", "cifar10")):
         return "one of its iterations takes ten times the budget"
     if name in SPLITTING and "mask" not in task:
@@ -352,7 +353,7 @@ def main() -> int:
                 file = arguments.results / task / f"{name}-{seed}.json"
                 made = file.exists() and json.loads(file.read_text())["budget"] == budget
                 if made and (name != "start" or (arguments.runs / task / str(seed) / name / "posterior").exists()):
-                    continue  # the others go on from the folder of the start
+                    continue  # the other methods need the folder of the start
                 result = run(task, name, seed, budget, arguments.runs, arguments.root)
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.write_text(json.dumps(result, indent=1) + "\n")

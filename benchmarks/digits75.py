@@ -5,10 +5,11 @@
     python benchmarks/bound.py digits runs/digits75 runs/digits75-bound
     python benchmarks/digits75.py judge runs/digits75-run --bound runs/digits75-bound --out benchmarks/results/digits75.json
 
-1,400 shuffled digits train, 397 are held out, and of these the same 30 % of the observed pixels are hidden for every model: the
-set on which earlier work on these figures was done. 8 draws; `frechet` (of one draw of each training item) and `accuracy` (of
-single draws, over all 8) are by a classifier trained on the 1,400 clean digits. Which pixels are hidden moves a CRPS of 180 digits by 0.01, more than methods
-differ by: levels compare on one such set only, differences between methods on any.
+1,400 shuffled digits are for training, 397 are held out. Of the held-out digits, the same 30 % of the observed pixels
+are hidden for every model, as in earlier work on these figures. There are 8 draws. `frechet` (of one draw of each
+training item) and `accuracy` (of single draws, over all 8) use a classifier trained on the 1,400 clean digits. The
+choice of hidden pixels changes the CRPS of 180 digits by 0.01, more than the difference between methods. So absolute
+values are comparable on one such set only; differences between methods are comparable on any set.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ TRAIN, DRAWS, NOISE = 1400, 8, 0.01  # the noise in model units; data span [-1, 
 
 
 def prepare() -> tuple[torch.Tensor, ...]:
-    """Clean digits, labels, observations, masks, and which of the held-out ones' pixels are given."""
+    """Clean digits, labels, observations, masks, and the given pixels of the held-out digits."""
     data = load_digits()
     generator = torch.Generator().manual_seed(7)
     order = torch.randperm(len(data.images), generator=generator)
@@ -49,7 +50,7 @@ def prepare() -> tuple[torch.Tensor, ...]:
 
 
 def observations() -> Observations:
-    """What `prepare` writes."""
+    """The observations that `prepare` writes."""
     clean, _labels, y, mask, _given = prepare()
     held_out = np.arange(len(clean)) >= TRAIN
     raw = ((y + 1) * 8).numpy()

@@ -1,4 +1,4 @@
-"""Draws the comparisons: curves from benchmarks/results/compare, and galleries from the runs where they still lie.
+"""Draws the comparisons: curves from benchmarks/results/compare, and galleries from the run folders that still exist.
 
 python benchmarks/figures.py --runs runs/compare --out docs
 """
@@ -16,25 +16,25 @@ import numpy as np
 from table import HERE, load
 
 PANELS = {
-    "crps": "CRPS, held out, over the start's",  # which pixels are hidden moves its level
+    "crps": "CRPS, held out, over the start's",  # relative, since its level depends on which pixels are hidden
     "ratio": "calibration ratio, held out (1 is calibrated)",
     "density": "density of the draws",
     "coverage": "coverage of the clean items",
 }
-# of a method the same in every figure; the start is where the others begin, and the observed are far away
+# colours, the same in every figure; no curve for the start, where the others begin, and for the observed, far away
 DRAWN = ("clean", "diffem", "lambda1", "paper", "scsi", "scsi+weights", "em-mmps", "emdiffusion", "ambient")
 COLOURS = {m: f"C{i}" for i, m in enumerate(DRAWN)}
 
 
 def curves(folder: Path, out: Path) -> None:
-    """Quality against the budget, a line per method and seed; what makes one iteration only is a level (dashed)."""
+    """Quality against the budget, a line per method and seed; methods of a single iteration are a dashed level."""
     runs = {k: v for k, v in load(folder).items() if k in COLOURS}
     figure, axes = plt.subplots(1, len(PANELS), figsize=(4 * len(PANELS), 3.4), layout="constrained")
     for axis, (name, title) in zip(axes, PANELS.items(), strict=True):
         for method, results in runs.items():
             style = {"color": COLOURS[method], "lw": 1, "alpha": 0.8}
             for j, result in enumerate(results):
-                # the last point is of other observations, the test part
+                # the last point is scored on other observations, the test part
                 points = [p for p in result["curve"] if p.get(name) is not None and not p["last"]]
                 if name == "crps":
                     points = [{**p, name: p[name] / points[0][name]} for p in points]
@@ -46,7 +46,7 @@ def curves(folder: Path, out: Path) -> None:
                 axis.plot(x, [p[name] for p in points], ".-", ms=3, **style)
         axis.set_title(title, fontsize=9)
         axis.set_xlabel("network evaluations [10⁶]", fontsize=8)
-        if name == "crps":  # what diverges leaves the picture
+        if name == "crps":  # diverging curves leave the picture
             axis.set_ylim(top=min(axis.get_ylim()[1], 2))
         if name == "ratio":
             axis.axhspan(0.75, 1.25, color="0.9", zorder=0)
@@ -58,7 +58,7 @@ def curves(folder: Path, out: Path) -> None:
 
 
 def gallery(runs: Path, folder: Path, out: Path) -> None:
-    """What a person would see: clean item, observation, one draw per method; and samples of the priors."""
+    """Pictures: clean item, observation, one draw per method; and samples of the priors."""
     methods = [m for m in load(folder) if (runs / folder.name / "0" / m / "gallery.npz").exists()]
     if not methods:
         return

@@ -1,15 +1,16 @@
-"""What a benchmark knows of the truth: the clean items, a feature space, and the columns of a posterior and a prior.
+"""Compares the posterior and the prior of a benchmark run with the truth: clean items, and a feature space.
 
     python benchmarks/judge.py runs/digits --bound runs/digits-bound --out benchmarks/results/digits.json
 
 prints the columns of the start, the run and (with --bound) the network trained on the clean data. Scores use at most 512
-test observations, which selected nothing, each split 8 times, 4 draws a split; they, energy distance and PSNR are in model
-units (half the range of the data is 1). `psnr_mean` is the PSNR of the mean of 32 draws.
-`frechet`, `precision`, `recall`, `density` and `coverage` compare reconstructions of training observations with the clean items
-of others, in the features of a classifier trained on clean items (digits, Fashion-MNIST); on the manifold in the
-coordinates, where beside them stand `to_curve` (mean distance of a draw to the curve), `from_curve` (of a point of the curve to
-the nearest draw), `residual` (root mean square of A x - y over the noise) and `sinkhorn` (the paper's divergence, lambda 1e-3,
-4,096 points), in the units of the data. Names that begin with `prior_` speak of samples of the prior.
+test observations, which were not used for selection, each split 8 times, with 4 draws per split. Scores, energy
+distance and PSNR are in model units (half the range of the data is 1). `psnr_mean` is the PSNR of the mean of 32 draws.
+`frechet`, `precision`, `recall`, `density` and `coverage` compare reconstructions of training observations with the
+clean items of others, in the features of a classifier trained on clean items (digits, Fashion-MNIST), or, on the
+manifold, in the coordinates. For the manifold there are also, in the units of the data, `to_curve` (mean distance of a
+draw to the curve), `from_curve` (of a point of the curve to the nearest draw), `residual` (root mean square of A x - y
+over the noise) and `sinkhorn` (the paper's divergence, lambda 1e-3, 4,096 points). Names that begin with `prior_` refer
+to samples of the prior.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-import diffem.rivals  # noqa: F401 - their samplers are judged, too
+import diffem.rivals  # noqa: F401 - registers their samplers, which are judged, too
 from diffem import seeding
 from diffem.clean import metrics
 from diffem.clean.datasets import manifold_curve
@@ -36,7 +37,7 @@ from diffem.posterior import Posterior, from_pretrained
 from diffem.samplers import draw_from, draw_many, prior_samples
 
 DRAWS = 4
-MEAN = 32  # draws of a posterior mean
+MEAN = 32  # draws for a posterior mean
 ITEMS = 4096  # reconstructions and prior samples that are compared with clean items
 SCORED = 512  # test observations at most
 
@@ -63,35 +64,36 @@ def classifier(x: Tensor, labels: Tensor, steps: int = 400) -> nn.Sequential:
 
 
 def distribution(x: Tensor, clean: Tensor, features: metrics.Features) -> dict[str, float]:
-    """Distances of items (N, *) to clean ones (M, *), of others: in pixels, and in features."""
+    """Distances between the distributions of items (N, *) and of other, clean items (M, *): in pixels, and in
+    features."""
     a, b = features(x), features(clean)
     column = {"frechet": metrics.frechet_distance(a, b), "energy_distance": metrics.energy_distance(x, clean)}
     return column | metrics.manifold_overlap(a, b)
 
 
 def means(each: list[dict[str, float]]) -> dict[str, float]:
-    """The mean of each distance, of several draws."""
+    """The mean of each distance over several draws."""
     return {name: float(np.mean([found[name] for found in each])) for name in each[0]}
 
 
 class Judge:
-    """Knows the clean items, and their labels where there are any.
+    """Compares models with the clean items, and with their labels if there are any.
 
     Arguments:
-        folder: Observations, with clean.npy and perhaps labels.npy beside them.
-        seed: The seed of the runs, whose split it shares.
-        data_seed: The seed of the observations: on the manifold it is the curve's.
+        folder: Observations, with clean.npy and perhaps labels.npy in the same folder.
+        seed: The seed of the runs; it determines the held-out split.
+        data_seed: The seed of the observations; on the manifold it determines the curve.
     """
 
     def __init__(self, folder: Path, seed: int = 0, data_seed: int = 0) -> None:
         self.observations, self.seed = Observations.load(folder), seed
-        self.observations.formula = True  # the hidden entries are those of all earlier results
+        self.observations.formula = True  # hides the same entries as in all earlier results
         self.train, _, test = self.observations.split(seed)
         self.test = evenly(test, SCORED)
         self.data = Dataset(self.observations, self.observations.units(self.train))
         self.units = self.data.units
         raw = Items(np.load(folder / "clean.npy", mmap_mode="r"), self.units)
-        rows = evenly(self.train, 2 * ITEMS)  # what is drawn for a row is not compared with the clean item of that row
+        rows = evenly(self.train, 2 * ITEMS)  # the draw for a row is not compared with the clean item of that row
         self.rows, others = rows[::2], rows[1::2]
         self.clean, self.clean_test = raw[others], raw[self.test]
         self.curve: Tensor | None = None
@@ -109,7 +111,7 @@ class Judge:
         return x.flatten(1) if self.model is None else torch.cat([self.model[:-1](part) for part in x.split(1024)])
 
     def distribution(self, x: Tensor) -> dict[str, float]:
-        """Distances of items in model units to the clean ones."""
+        """Distances between the distributions of items, in model units, and of the clean items."""
         column = distribution(x, self.clean, self.features)
         if self.curve is not None:
             points = self.units.restore(x)
@@ -122,7 +124,7 @@ class Judge:
         return score(posterior.sampler, self.data, self.test, self.seed, DRAWS, final_splits(len(self.test)))
 
     def posterior(self, posterior: Posterior, first: Score | None = None) -> dict:
-        """The columns of a posterior; `first`: the start's score, for a paired difference."""
+        """The columns of a posterior; `first` is the score of the start, for a paired difference."""
         current, sampler = self.score(posterior), posterior.sampler
         column: dict = {"crps": current.mean, "crps_se": current.standard_error, "ratio": current.ratio}
         if first is not None:
@@ -165,7 +167,7 @@ class Judge:
 
 
 def cost(run: Path) -> dict:
-    """What a run took: seconds and evaluations of the network, and how many iterations it made and kept."""
+    """The cost of a run: seconds, evaluations of the network, and the numbers of iterations made and kept."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     iterations, prior = [row for row in rows if row["loss"] is not None], run / "prior.json"
     last = json.loads(prior.read_text()) if prior.exists() else {"seconds": 0}

@@ -1,11 +1,11 @@
-"""What a wrong corruption does, and whether it is noticed without clean data.
+"""The effect of a wrong corruption, and whether it is detected without clean data.
 
-    python benchmarks/misspecified.py --seeds 0 1 2      # one JSON a case and seed, in results/misspecified/
+    python benchmarks/misspecified.py --seeds 0 1 2      # one JSON per case and seed, in results/misspecified/
     python benchmarks/table.py                           # the table
 
-Digits are observed through one corruption, and a Gaussian mixture is fitted by exact EM under another: a mask rate of 0.65 or
-0.85 for 0.75, a blur or a noise that is 30 % off. The effect is measured on test digits with clean data; `check` and `diagnose` see
-the observations only.
+Digits are observed through one corruption, and a Gaussian mixture is fitted by exact EM under another: a mask rate of
+0.65 or 0.85 instead of 0.75, a blur or a noise that is 30 % off. The effect is measured on test digits with clean data;
+`check` and `diagnose` see the observations only.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from diffem.em import DiffEM
 from diffem.posterior import from_pretrained
 
 HERE = Path(__file__).parent
-SETTINGS = {"em.iterations": "0"}  # the start, which is exact: no error of training hides the corruption's
+SETTINGS = {"em.iterations": "0"}  # the start only: it is exact, and has no training error
 CASES: dict[str, list[Corruption]] = {  # the first is the truth
     "mask-rate": [RandomMask(0.75, 0.08), RandomMask(0.65, 0.08), RandomMask(0.85, 0.08)],
     "mask-noise": [RandomMask(0.75, 0.8), RandomMask(0.75, 0.56), RandomMask(0.75, 1.04)],
@@ -40,7 +40,7 @@ CASES: dict[str, list[Corruption]] = {  # the first is the truth
 
 
 def run(true: Corruption, assumed: Corruption, seed: int, folder: Path) -> dict:
-    """The effect, and what is noticed."""
+    """The effect of the assumed corruption, and the diagnostics that detect it."""
     data = datasets.load("digits")
     clean = torch.from_numpy(np.asarray(data.items, dtype=np.float32))
     y, params = true.observe(clean, torch.Generator().manual_seed(seed))

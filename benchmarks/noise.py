@@ -1,11 +1,12 @@
-"""How well the noise is estimated where nobody told it: what `diffem check --estimate` finds, over what was added.
+"""Accuracy of noise estimation: the noise that `diffem check --estimate` finds, over the noise that was added.
 
     python benchmarks/noise.py        # half a minute; a table, and results/noise/estimate.json
 
-Photographs are the two of scikit-learn in patches of 64 x 64, each colour by itself; `half` are every other of them,
-`large` the two as wholes. Cells are bright blobs on a dark ground, of 0 to 128, as a fluorescence microscope shows them.
-Photographs are darkened by half where a gain of more than 10 would cut most of the bright off. Where `8 bit` is said, values are rounded
-and clipped to 0 to 255. A dash says that no line was found, or no number given.
+Photographs are the two of scikit-learn in patches of 64 x 64, with each colour as a separate image; `half` is every
+other patch, `large` the two whole photographs. Cells are bright blobs on a dark ground, with values from 0 to 128, as
+in fluorescence microscopy. Photographs are darkened by half if the gain is above 10, which would clip most bright
+values. `8 bit` means that values are rounded and clipped to 0 to 255. A dash means that no line was found, or no number
+was given.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ def observed(x: np.ndarray, gain: float, noise: float, eight: bool) -> np.ndarra
 
 
 def ratios(x: np.ndarray, gain: float, noise: float, eight: bool) -> list[float] | None:
-    """The estimates over the truth: of the gain, if there is one, and of the noise; None if there is no such estimate."""
+    """The ratios of estimate to truth: for the gain, if there is one, and for the noise; None if there is no
+    estimate."""
     try:
         found = estimate(observed(x, gain, noise, eight))
     except DiffemError:

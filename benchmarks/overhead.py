@@ -1,9 +1,9 @@
-"""What the M-step and the E-step take beyond a bare loop over the same network.
+"""Overhead of the M-step and the E-step over a bare loop with the same network.
 
     python benchmarks/overhead.py                # one thread; the median of paired, interleaved timings
 
-The bare M-step is forward, loss, backward, clipping, Adam and the average, on inputs that are ready; the bare E-step is as many
-evaluations of the network as a draw takes, and the steps of the sampler between them.
+The bare M-step is forward, loss, backward, clipping, Adam and the average, on prepared inputs. The bare E-step is as
+many evaluations of the network as a draw takes, with the sampler's steps in between.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def seconds(work) -> float:
 
 
 def paired(ours, bare, rounds: int) -> float:
-    """The median of ours over bare, one after the other in every round."""
+    """The median ratio of our time to the bare time, measured in alternation in every round."""
     ours(), bare()
     return statistics.median(seconds(ours) / seconds(bare) for _ in range(rounds))
 

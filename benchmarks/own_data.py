@@ -1,13 +1,14 @@
-"""Data as people have them, each with what a run makes of them: the cases that once went wrong without a word.
+"""Realistic data sets and the results of a run on each: cases that once failed silently.
 
-    python benchmarks/own_data.py                        # all cases, a few minutes each; one JSON a case, in results/own_data/
+    python benchmarks/own_data.py                        # all cases, minutes each; JSON in results/own_data/
     python benchmarks/own_data.py --cases gaps           # one of them
     python benchmarks/table.py                           # the table
 
-Every case is simulated, so that the truth is known; the run sees the observations only. Figures are in the units of the data:
-`rmse` of the posterior mean, `usual` that of the usual simple answer (which one, the case says), `claimed` the standard deviation of
-the draws, `coverage` how often the truth lies within the central 95 % interval, `said` what the run itself says of that, from
-hidden parts of held-out observations; where something is missing, over what is missing only.
+Every case is simulated, so that the truth is known; the run sees the observations only. Figures are in the units of the
+data: `rmse` of the posterior mean; `usual`, the RMSE of a common simple method, named by the case; `claimed`, the
+standard deviation of the draws; `coverage`, how often the truth lies within the central 95 % interval; `said`, the
+run's own estimate of coverage, from hidden parts of held-out observations. If entries are missing, figures are over
+those only.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ from diffem.em import DiffEM
 from diffem.posterior import from_pretrained
 
 HERE = Path(__file__).parent
-ITEMS, DRAWS, LEVEL, DECILES = 400, 79, 0.95, 10  # 79 draws have ranks that are 95 % inside
+ITEMS, DRAWS, LEVEL, DECILES = 400, 79, 0.95, 10  # with 79 draws, 95 % is a whole number of ranks
 
 
 @dataclass
@@ -55,10 +56,10 @@ class Case:
     Attributes:
         observations: What the run sees.
         clean: The truth, shape (N, *shape).
-        usual: The usual simple answer.
-        usual_name: What that is.
-        where: Where figures are taken, boolean, broadcasts against `clean`.
-        by: A number for each observation, by whose deciles coverage is told, too.
+        usual: The estimate of a common simple method.
+        usual_name: The name of that method.
+        where: The entries that figures are computed on, boolean, broadcasts against `clean`.
+        by: A number for each observation; coverage is also reported by its deciles.
     """
 
     observations: Observations
@@ -88,7 +89,7 @@ def gaps(rng: np.random.Generator) -> Case:
 
 
 def noise_by_item(rng: np.random.Generator) -> Case:
-    """Digits, each with noise of its own, from a thirtieth to a half of the range."""
+    """Digits, each with its own noise level, from a thirtieth to a half of the range."""
     clean = digits()
     noise = np.exp(rng.uniform(np.log(0.5), np.log(8.0), len(clean))).astype(np.float32)
     y = (clean + noise[:, None, None, None] * rng.normal(size=clean.shape)).astype(np.float32)
@@ -97,12 +98,12 @@ def noise_by_item(rng: np.random.Generator) -> Case:
 
 
 def box(rng: np.random.Generator) -> Case:
-    """Digits through a 5-pixel box, whose kernel is known."""
+    """Digits blurred by a 5-pixel box with a known kernel."""
     return blurred(rng, Blur(noise=0.5), {"kernel": torch.full((1, 5, 5), 1 / 25)})
 
 
 def blur_and_mask(rng: np.random.Generator) -> Case:
-    """Digits blurred by a Gaussian of one pixel, of which half of the pixels are left."""
+    """Digits blurred by a Gaussian of one pixel, with half of the pixels deleted."""
     mask = rng.random((len(digits()), 1, 8, 8)) < 0.5
     return blurred(rng, Compose([GaussianBlur(1.0), Mask()], 0.5), {"mask": torch.from_numpy(mask)})
 
@@ -116,7 +117,7 @@ def blurred(rng: np.random.Generator, corruption: LinearCorruption, params: dict
 
 
 def simulated(true: Corruption, rng: np.random.Generator, assumed: Corruption | None = None) -> Case:
-    """Digits through a corruption without files; the run may assume another one."""
+    """Digits with a simulated corruption; the run may assume another one."""
     clean, generator = digits(), torch.Generator().manual_seed(int(rng.integers(2**31)))
     y = true.apply(torch.from_numpy(clean), {}, generator).numpy()
     observations = Observations(y, assumed or true, range=(0, 16))
@@ -124,12 +125,12 @@ def simulated(true: Corruption, rng: np.random.Generator, assumed: Corruption | 
 
 
 def photons(rng: np.random.Generator) -> Case:
-    """Digits of at most five photons a pixel."""
+    """Digits with at most five photons per pixel."""
     return simulated(PoissonGaussian(16 / 5), rng)
 
 
 def levels(rng: np.random.Generator) -> Case:
-    """Digits of four grey levels."""
+    """Digits with four grey levels."""
     return simulated(Quantise(4, 0, 16), rng)
 
 
@@ -142,12 +143,12 @@ WIDTHS = [GaussianBlur(width, 0.5) for width in (0.4, 0.7, 1.0, 1.3)]
 
 
 def unknown_width(rng: np.random.Generator) -> Case:
-    """Digits through blurs of four widths; which one is not known."""
+    """Digits with blurs of four widths; the width of each is unknown."""
     return simulated(OneOf(WIDTHS), rng)
 
 
 def wrong_width(rng: np.random.Generator) -> Case:
-    """The same, where the least width is assumed for all."""
+    """The same, but the smallest width is assumed for all."""
     return simulated(OneOf(WIDTHS), rng, WIDTHS[0])
 
 
@@ -195,7 +196,7 @@ def run(name: str, seed: int, folder: Path) -> dict:
 
 
 def said(found: dict) -> float | None:
-    """What the run says of its own coverage."""
+    """The run's own estimate of its coverage."""
     return (
         dict(zip(found["coverage"]["levels"], found["coverage"]["shares"], strict=True))[LEVEL]
         if "coverage" in found

@@ -1,6 +1,6 @@
-"""The rival for a point estimate: one network on the splitting loss (SSDU; deepinv's `SplittingLoss`).
+"""The competing method for a point estimate: one network with the splitting loss (SSDU; deepinv's `SplittingLoss`).
 
-The network is shown a part of what was observed and scored on all that was observed:
+The network sees a part of the observed pixels; its loss is over all observed pixels:
 
     E || M (f(M' y, M') - y) ||^2,    M' keeps 70 % of the observed pixels M.
 
@@ -25,17 +25,17 @@ from diffem.corruptions import Params
 from diffem.data import Dataset, Observations
 from diffem.trainer import CLIP
 
-HIDDEN = 0.3  # the fraction of the observed pixels that the network is not shown
-Estimate = Callable[[Tensor, Params], Tensor]  # of observations: E[x | y], both in model units
+HIDDEN = 0.3  # the fraction of the observed pixels that is hidden from the network
+Estimate = Callable[[Tensor, Params], Tensor]  # maps observations to E[x | y], both in model units
 
 
 def train(observations: Observations, config: Config, seed: int, budget: int, library: bool = False) -> Estimate:
-    """The estimate that a network of the run's size reaches with a budget of evaluations; an update takes 3 an item.
+    """Trains a network of the run's size with a budget of evaluations; an update takes 3 per item.
 
     Arguments:
-        observations: Masked ones.
+        observations: Masked observations.
         config: Network, batch, learning rate and average of the run that it is compared with.
-        seed: Of the split, the weights and the batches.
+        seed: Seed of the split, the weights and the batches.
         budget: Evaluations of the network.
         library: deepinv's U-Net and loss, instead of ours.
     """

@@ -1,6 +1,6 @@
 """Rebuilds the tables of benchmarks/README.md and of docs/ from benchmarks/results.
 
-python benchmarks/table.py            rewrites what stands between the markers
+python benchmarks/table.py            rewrites the text between the markers
 python benchmarks/table.py --check    exit status 1 if that would change anything
 """
 
@@ -40,7 +40,7 @@ HEADS = {
     "prior_from_curve": "prior: from curve",
 }
 FINE = ("crps", "delta", "energy_distance", "to_curve", "from_curve", "sinkhorn", "prior_to_curve", "prior_from_curve")
-# of a comparison: what says most, so that a table can be read
+# the most informative columns of a comparison, to keep the table readable
 COMPARED = [
     "crps",
     "ratio",
@@ -69,7 +69,7 @@ def cell(column: dict, name: str) -> str:
 
 
 def markdown(heads: list[str], rows: Iterable[list[str]]) -> str:
-    """A table."""
+    """A Markdown table."""
     head, *others = ("| " + " | ".join(row) + " |\n" for row in (heads, *rows))
     return head.replace("|  |", "| |") + "|" + "---|" * len(heads) + "\n" + "".join(others)
 
@@ -102,7 +102,7 @@ def load(folder: Path) -> dict[str, list[dict]]:
 
 
 def averaged(results: list[dict], names: Iterable[str]) -> dict:
-    """Mean and, of several seeds, standard deviation of metrics."""
+    """Mean and, for several seeds, standard deviation of metrics."""
     column: dict = {}
     for name in names:
         values = [r["metrics"][name] for r in results if r["metrics"].get(name) is not None]
@@ -118,7 +118,7 @@ def mean(results: list[dict], name: str) -> float:
 
 
 def way(columns: dict[str, dict], name: str) -> list[str]:
-    """How much of the way from the start to the network trained on clean data each method has gone, in a metric."""
+    """How far each method gets from the start (0 %) to the network trained on clean data (100 %), in a metric."""
     if not {"start", "clean"} <= set(columns) or name not in columns["clean"]:
         return []
     start, clean = columns["start"][name], columns["clean"][name]
@@ -127,8 +127,8 @@ def way(columns: dict[str, dict], name: str) -> list[str]:
 
 
 def reached(runs: dict[str, list[dict]]) -> list[str]:
-    """Evaluations until the validation CRPS is what plain EM's (lambda 1) is at the end of its budget, in units of that
-    budget; the mean of the seeds."""
+    """Evaluations until the validation CRPS equals that of plain EM (lambda 1) at the end of its budget, in units of
+    that budget; the mean over seeds."""
     goals = {r["seed"]: _iterations(r)[-1] for r in runs.get("lambda1", [])}
     cells = []
     for results in runs.values():
@@ -144,12 +144,12 @@ def reached(runs: dict[str, list[dict]]) -> list[str]:
 
 
 def _iterations(result: dict) -> list[dict]:
-    """The points of a curve that are scored on the same observations: all but what the run ends with."""
+    """The points of a curve that are scored on the same observations: all but that of the final model."""
     return [p for p in result["curve"] if not p["last"]]
 
 
 def columns_of(runs: dict[str, list[dict]], names: list[str]) -> tuple[dict[str, dict], dict[str, list[str]]]:
-    """The metrics by method, and what is computed from them."""
+    """The metrics by method, and columns computed from them."""
     columns = {method: averaged(results, names) for method, results in runs.items()}
     extra = {"of the way in CRPS": way(columns, "crps")}
     extra |= {f"in {HEADS[n]}": way(columns, n) for n in ("frechet", "energy_distance") if n in names}
@@ -178,7 +178,7 @@ def comparison(folder: Path) -> str:
 
 
 def summary(folder: Path) -> str:
-    """A task in the columns that decide, for the documentation."""
+    """The most important columns of a task, for the documentation."""
     runs = load(folder)
     names = ["crps", "ratio", "psnr_mean", "to_curve" if folder.name == "manifold" else "frechet", "energy_distance"]
     columns, extra = columns_of(runs, names)
@@ -194,7 +194,7 @@ EVIDENCE = {
 
 
 def evidence() -> str:
-    """What is reached, in one table."""
+    """The main results in one table."""
     methods = ["start", "diffem", "clean"]
     heads = [
         "",
@@ -220,7 +220,7 @@ def chosen(rows: list[dict]) -> int:
 
 
 def turning() -> str:
-    """Of every run of turning.py: clean-data distances of the chosen, the best and the last iteration."""
+    """For every run of turning.py: distances to clean data of the chosen, the best and the last iteration."""
     heads = ["run", "seed", "chosen"]
     for name in ("energy distance", "Frechet"):
         heads += [f"{name}: best (at)", "chosen", "last"]
@@ -240,7 +240,7 @@ def turning() -> str:
 
 
 def misspecified() -> str:
-    """Of every case of misspecified.py: the effect, the mean of its seeds, and what noticed it, on how many of them."""
+    """For every case of misspecified.py: the mean effect over seeds, and what detected it, on how many seeds."""
     heads = ["true", "assumed", "PSNR of the mean", "energy distance", "prior: energy distance"]
     heads += ["ratio, held out", "ratio, clean", "check", "diagnose"]
     names = (("psnr_mean", 2), ("energy_distance", 4), ("prior_energy_distance", 4), ("ratio", 2), ("clean_ratio", 2))
@@ -264,7 +264,7 @@ KEPT |= {"renoised": "not built in", "momentum": "not built in", "formula": "a s
 
 
 def ablation() -> str:
-    """What each mechanism buys: differences to the loop as it is, means over seeds and their standard errors."""
+    """The benefit of each mechanism: differences from the loop as it is, means over seeds and their standard errors."""
     files = sorted((HERE / "results" / "ablation").glob("*.json"))
     if not files:
         return ""
@@ -302,7 +302,7 @@ def compared() -> list[Path]:
 
 
 def pages() -> dict[Path, str]:
-    """Every page with tables, and its text with the tables of today."""
+    """Every page with tables, and its text with the current tables."""
     tables = {
         HERE / "README.md": [ablation()]
         + [comparison(f) for f in compared()]

@@ -1,12 +1,13 @@
-"""DiffEMImputer beside scikit-learn's imputers: how close to what was deleted, and how honest.
+"""DiffEMImputer compared with scikit-learn's imputers: error on deleted cells, and calibration.
 
-    python benchmarks/tables.py --seeds 0 1      # all tables, some minutes on one core; one JSON a table, in results/tables/
+    python benchmarks/tables.py --seeds 0 1      # all tables, minutes on one core; JSON in results/tables/
 
-30 % of the cells are deleted at random, or all ten `worst` columns of breast cancer together in 30 % of the rows. Numbers: RMSE of
-the deleted cells of a column, in units of its standard deviation. Categories: share of deleted cells that are right; the rivals
-see one-hot columns, and the largest wins. Coverage: how often a deleted number lies between the second smallest and the second
-largest of 39 draws: 90 %, if they are calibrated (IterativeImputer with sample_posterior). Rivals see standardised columns;
-IterativeImputer runs 10 rounds, its default, and 50, which it needs where columns are missing together.
+30 % of the cells are deleted at random, or all ten `worst` columns of breast cancer together in 30 % of the rows.
+Numbers: RMSE of the deleted cells of a column, in units of its standard deviation. Categories: share of deleted cells
+that are correct; the other imputers get one-hot columns, of which the largest is the answer. Coverage: how often a
+deleted number lies between the second smallest and the second largest of 39 draws (IterativeImputer with
+sample_posterior); 90 % if calibrated. The other imputers get standardised columns. IterativeImputer runs 10 rounds, its
+default, and 50, which it needs if columns are missing together.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ def _classes(bunch) -> pd.DataFrame:
 
 
 def fair() -> pd.DataFrame:
-    """2,000 women of a survey of 1974 on affairs (statsmodels); their occupation and their husbands' are categories."""
+    """2,000 women from a survey of 1974 on affairs (statsmodels); their and their husbands' occupations are
+    categories."""
     import statsmodels.api as sm
 
     table = sm.datasets.fair.load_pandas().data.sample(2000, random_state=0).reset_index(drop=True)
@@ -57,7 +59,7 @@ def fair() -> pd.DataFrame:
 
 
 def income() -> pd.DataFrame:
-    """Income N(5e4, 2e4), ratio N(.3, .1) and age, correlated: columns of unlike scale."""
+    """Income N(5e4, 2e4), ratio N(.3, .1) and age, correlated: columns of very different scale."""
     correlation = [[1, 0.6, 0.5], [0.6, 1, 0.3], [0.5, 0.3, 1]]
     z = np.random.default_rng(0).multivariate_normal(np.zeros(3), correlation, 1000)
     return pd.DataFrame({"income": 5e4 + 2e4 * z[:, 0], "ratio": 0.3 + 0.1 * z[:, 1], "age": 45 + 12 * z[:, 2]})
@@ -84,8 +86,9 @@ TABLES: dict[str, tuple[Callable[[], pd.DataFrame], Callable]] = {
 
 
 class OneHot:
-    """A rival that sees numbers: standardised columns, and one for each level of a category but the first. With all levels, each
-    would be predicted from the others, which are missing with it, and IterativeImputer gives the mode."""
+    """An imputer for numbers: it gets standardised columns, and one column for each level of a category but the first.
+    With all levels, each would be predicted from the others, which are missing with it, and IterativeImputer gives the
+    mode."""
 
     def __init__(self, make: Callable) -> None:
         self.make = make
@@ -112,7 +115,7 @@ class OneHot:
 
 
 def compared(filled: pd.DataFrame, table: pd.DataFrame, hide: np.ndarray) -> dict:
-    """RMSE by column of numbers and their mean, and accuracy by category."""
+    """RMSE by numeric column, their mean, and accuracy by categorical column."""
     rmse, accuracy = {}, {}
     for j, name in enumerate(table):
         if not hide[:, j].any():
@@ -126,7 +129,7 @@ def compared(filled: pd.DataFrame, table: pd.DataFrame, hide: np.ndarray) -> dic
 
 
 def coverage(draws: list[pd.DataFrame], table: pd.DataFrame, hide: np.ndarray) -> float:
-    """Of the deleted numbers: the share between the second smallest and the second largest of the draws."""
+    """The share of deleted numbers between the second smallest and the second largest of the draws."""
     numbers = [j for j, name in enumerate(table) if table[name].dtype.kind == "f"]
     values = np.sort([d.iloc[:, numbers].to_numpy(float) for d in draws], 0)
     truth = table.iloc[:, numbers].to_numpy(float)

@@ -1,15 +1,15 @@
-"""Runs whose quality turns: is the iteration that observations choose the one that clean data would have chosen?
+"""Runs that get better and then worse: do observations choose the same iteration as clean data would?
 
-    python benchmarks/turning.py --seeds 0 1 2            # all tasks; one JSON a run, in results/turning/
-    python benchmarks/turning.py --seeds 0 1 2 --paper    # the same as in the paper: plain DDPM, lambda 1
+    python benchmarks/turning.py --seeds 0 1 2            # all tasks; one JSON per run, in results/turning/
+    python benchmarks/turning.py --seeds 0 1 2 --paper    # the same with the paper's settings: plain DDPM, lambda 1
     python benchmarks/table.py                            # the table
 
-EM on 600 digits, without patience. After each iteration the reconstructions are compared with the digits that the run never
-sees: energy distance in pixels, Frechet distance in the features of a classifier, means of four draws. The selection decides
-as in every run, but ends none.
-The channels: a mask of 90 %; the same and three levels of grey, which the run takes for Gaussian noise of the same variance; a
-mask of 90 % that it takes for one of 85 %, and one of 75 % for 50 %; coarse quantisation of what is noisy (a black box); and a
-noise that it takes for one half as large again.
+EM on 600 digits, without early stopping. After each iteration the reconstructions are compared with digits that the run
+never sees: energy distance in pixels, Frechet distance in the features of a classifier, means of four draws. The
+selection decides as in every run, but does not end it.
+The corruptions: a mask of 90 %; the same with three grey levels, which the run models as Gaussian noise of the same
+variance; a mask of 90 % modelled as 85 %, and one of 75 % modelled as 50 %; coarse quantisation of noisy data (a black
+box); and a noise that is modelled as half as large again.
 """
 
 from __future__ import annotations
@@ -39,19 +39,19 @@ HERE = Path(__file__).parent
 ITEMS = 600
 SETTINGS = {"em.iterations": "20", "em.patience": "0", "prior.steps": "1"}
 DRAWS = 4  # of each observation, for the distances to clean data
-STEP = 8  # between levels of grey
+STEP = 8  # between grey levels
 PAPER = {"sampler.width": "0", "m_step.imputed_weight": "1"}
 
 SMALL = {"network.channels": "[16, 32]", "network.blocks": "[1, 1]", "m_step.steps": "100", "em.iterations": "14"}
 
 
 def coarse(x: Tensor) -> Tensor:
-    """Three levels of what has 17, after much noise."""
+    """Adds strong noise, and rounds 17 grey levels to three."""
     return STEP * torch.round((x + 4.5 * torch.randn_like(x)) / STEP)
 
 
 class Quantised(RandomMask):
-    """A mask, and three levels of what has 17 on what is left."""
+    """A mask; the 17 grey levels of the remaining pixels are rounded to three."""
 
     def apply(self, x: Tensor, params: Params, generator: torch.Generator) -> Tensor:
         return STEP * torch.round(super().apply(x, params, generator) / STEP) * params["mask"]
@@ -59,7 +59,7 @@ class Quantised(RandomMask):
 
 @dataclass(frozen=True)
 class Task:
-    """What made the observations, what a run takes for it, and settings of its own."""
+    """The true corruption, the one that the run assumes, and settings of the task."""
 
     made: Callable[[], Corruption]
     assumed: Callable[[], Corruption] | None = None
@@ -77,7 +77,7 @@ TASKS = {
 
 
 def watch(clean: Tensor, labels: Tensor) -> Hook:
-    """Compares every iteration with clean items that the run does not see, in the units of the data."""
+    """A hook that compares every iteration with clean items that the run does not see, in the units of the data."""
     model: list[torch.nn.Module] = []
 
     @torch.no_grad()
@@ -93,7 +93,7 @@ def watch(clean: Tensor, labels: Tensor) -> Hook:
 
 
 def run(task: str, seed: int, settings: dict[str, str], folder: Path) -> list[dict]:
-    """The rows of a run."""
+    """The metrics rows of a run."""
     data = datasets.load("digits")
     order = np.random.default_rng(seed).permutation(len(data.items))
     x = torch.from_numpy(np.asarray(data.items, dtype=np.float32))[order]

@@ -91,7 +91,7 @@ _MODULE = {name: module for module, names in _HOME.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    # Imported when asked for, so that `import diffem` is quick.
+    # Imported on first use, so that `import diffem` is quick.
     if name in __all__:
         from importlib import import_module
 

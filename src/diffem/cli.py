@@ -64,7 +64,7 @@ Without --name fill in DIR/corruption.yaml; `diffem check DIR` says what is miss
 
 
 class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):  # one line instead of the usage
+    def error(self, message: str):  # an error of one line instead of the usage text
         raise DiffemError(f"{self.prog}: {message}")
 
 
@@ -224,8 +224,8 @@ def _add_device(parser: argparse.ArgumentParser) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; the exit status is 0, 1 if a check finds a problem, or 2 after an error of the user's that is said
-    on one line."""
+    """Runs a command. The exit status is 0; 1 if a check finds a problem; 2 after a :class:`DiffemError`, which is
+    printed on one line."""
     try:
         words, settings = _separate(sys.argv[1:] if argv is None else argv)
         parser = _parser()
@@ -236,7 +236,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise DiffemError(f"diffem: {rest[0]}: give a command first; diffem --help lists them")
             parser.print_help()
             return 0
-        import diffem.rivals  # noqa: F401 - here, so that --help is quick; their samplers can be named, too
+        import diffem.rivals  # noqa: F401 - registers their samplers; imported here so that --help is quick
 
         if rest and arguments.command not in ("train", "import", "check", "corrupt"):
             raise DiffemError(f"diffem {arguments.command}: unknown argument {rest[0]}")
@@ -268,7 +268,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class Stopped(BaseException):
-    """A run was stopped by a signal, after it had saved. No `except Exception` may swallow it."""
+    """A run was stopped by a signal, and has saved its state. No `except Exception` may swallow it."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -276,7 +276,7 @@ class Stopped(BaseException):
 
 
 def say(text: str) -> None:
-    """Prints a line; where nobody reads any more (`| head`), nothing, and the work goes on."""
+    """Prints a line; if the reader has gone (`| head`), prints nothing, and the work goes on."""
     try:
         print(text, flush=True)
     except BrokenPipeError:
@@ -284,7 +284,8 @@ def say(text: str) -> None:
 
 
 def _separate(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The words for argparse, and `--section.field value`, whose value it would take for the preset."""
+    """The words for argparse, and separately `--section.field value`, whose value argparse would take for the
+    preset."""
     words, settings, left = [], [], list(argv)
     while left:
         word = left.pop(0)
@@ -296,7 +297,7 @@ def _separate(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def overrides(rest: Sequence[str], command: str = "train") -> list[tuple[str, str]]:
-    """Settings, `--section.field value`."""
+    """Parses settings, `--section.field value`."""
     pairs = list(options(rest, command, "settings are written --section.field value").items())
     for key, _ in pairs:
         if "." not in key:
@@ -305,7 +306,7 @@ def overrides(rest: Sequence[str], command: str = "train") -> list[tuple[str, st
 
 
 def options(rest: Sequence[str], command: str, otherwise: str = "options are written --name value") -> dict[str, str]:
-    """What stands in words `--name value` or `--name=value`."""
+    """Parses words `--name value` or `--name=value`."""
     found, words = {}, list(rest)
     while words:
         word = words.pop(0)
@@ -321,7 +322,7 @@ def options(rest: Sequence[str], command: str, otherwise: str = "options are wri
 
 
 def _meant(name: str) -> str:
-    """The settings of which one may be meant."""
+    """A hint at the settings that an unknown option may mean."""
     from diffem.config import Config
 
     settings = [f"{section}.{field}" for section, fields in Config().to_dict().items() for field in fields]
@@ -360,7 +361,7 @@ def _train(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     observations = Observations.load(folder, own)
     if not (arguments.force or (out / "config.yaml").exists()):
         _refuse_problems(observations)
-    if reference is not None:  # now, not when the first iteration has been made
+    if reference is not None:  # now, not after the first iteration
         check_reference(reference, observations)
     bar = ProgressBar()
     em = (trained_kind(config.sampler).algorithm or DiffEM)(
@@ -393,7 +394,7 @@ def _train(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
 
 
 def _refuse_problems(observations: Observations) -> None:
-    """Raises a DiffemError if `diffem check` would find a problem, as far as that takes seconds."""
+    """Raises a DiffemError if the quick part of `diffem check` finds a problem."""
     from diffem.diagnostics.check import quick
 
     if problems := quick(observations):
@@ -403,12 +404,13 @@ def _refuse_problems(observations: Observations) -> None:
 
 
 def _until_stopped(em: DiffEM) -> Iterator[dict]:
-    """The rows of a run. SIGTERM and the first Ctrl-C let it save before it ends; a second Ctrl-C does not wait."""
+    """The rows of a run. After SIGTERM or a first Ctrl-C the run saves before it ends; a second Ctrl-C ends it at
+    once."""
 
     def stop(number: int, _frame: object) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         em.stop = lambda: _raise(Stopped(number))
-        if em.state.step not in ("m_step", "e_step", "prior"):  # what has nothing to save that is not saved
+        if em.state.step not in ("m_step", "e_step", "prior"):  # other steps have nothing new to save
             em.stop()
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -424,7 +426,7 @@ def _raise(error: BaseException) -> NoReturn:
 
 
 def _place(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Where, how precisely, and how much at a time things are drawn."""
+    """Device, precision and batch size."""
     if arguments.batch is not None and arguments.batch < 1:
         raise DiffemError(f"diffem {arguments.command}: --batch: must be at least 1, got {arguments.batch}")
     return {"device": arguments.device, "precision": arguments.precision, "batch": arguments.batch}
@@ -484,7 +486,7 @@ def _check(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
 
 
 def _estimate(arguments: argparse.Namespace) -> int:
-    """Says how large the noise is, and shows or writes the corruption.yaml that says so."""
+    """Estimates the noise, and shows or writes the corresponding corruption.yaml."""
     import yaml
 
     from diffem import files
@@ -504,7 +506,7 @@ def _estimate(arguments: argparse.Namespace) -> int:
         raise DiffemError(f"{file}: is there already; --overwrite replaces it")
     config = read_mapping(file)
     stated = {key: value for key, value in config.items() if key not in NO_ARGUMENTS}
-    if stated.get("name", "PoissonGaussian") == "PoissonGaussian":  # the estimate says whether it is
+    if stated.get("name", "PoissonGaussian") == "PoissonGaussian":  # the estimate decides which one it is
         stated = {"name": "GaussianNoise"}
     corruption = from_config({**stated, "noise": 0.0}, str(file))
     try:
@@ -530,7 +532,7 @@ def make_observations(
     root: str | None = None,
     own: Corruption | type[Corruption] | None = None,
 ) -> None:
-    """Writes the observations that a preset makes for itself, with the clean items beside them."""
+    """Writes the observations that a preset makes from clean data, together with the clean items."""
     from diffem.clean import datasets
     from diffem.corruptions import from_config
 
@@ -543,7 +545,7 @@ def make_observations(
 
 
 class ProgressBar:
-    """A progress bar with what is being done; silent where standard error is not a terminal."""
+    """A progress bar with the current step; silent if standard error is not a terminal."""
 
     def __init__(self) -> None:
         self.bar: Any = None
@@ -602,13 +604,13 @@ def _model(arguments: argparse.Namespace, name: str) -> Posterior:
 
     if not (Path(arguments.run) / "config.yaml").exists():
         raise DiffemError(f"{arguments.run}: is not a run folder (no config.yaml)")
-    own = _own(arguments)  # a class is known from now on
+    own = _own(arguments)  # importing it registers a class
     given = None if isinstance(own, type) else own
     return from_pretrained(Path(arguments.run) / name, given, device=arguments.device, precision=arguments.precision)
 
 
 def _observations(folder: str | Path, posterior: Posterior, arguments: argparse.Namespace) -> Observations:
-    """An observation folder; it never names a black box, which the posterior was trained for."""
+    """The observations of a folder. The folder never names a black box, which is taken from the posterior."""
     from diffem.corruptions import BlackBox
     from diffem.data import Observations
 
@@ -670,7 +672,7 @@ def _reconstruct(arguments: argparse.Namespace) -> None:
 
 
 def _facts(run: Path) -> dict:
-    """What a run says of the observations that it was trained on; nothing if it is not a run."""
+    """The facts that a run recorded about its training observations; empty if it is not a run."""
     import yaml
 
     file = run / "config.yaml"
@@ -724,7 +726,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 
 def _trained_on(arguments: argparse.Namespace) -> Path | None:
-    """The folder of observations that is named, or else that of the run, if it is still where it was."""
+    """The observation folder that the arguments name, or else the one that the run read, if it still exists."""
     if arguments.observations:
         return Path(arguments.observations)
     run = Path(arguments.run)
@@ -752,7 +754,7 @@ def _diagnose(arguments: argparse.Namespace) -> None:
 
 
 def _write_diagnostics(run: Path, observations: Observations, full: bool, **place: Any) -> dict:
-    """Writes diagnostics.json into a run folder; returns what is in it."""
+    """Writes diagnostics.json into a run folder; returns its content."""
     from diffem import files
     from diffem.diagnostics import diagnose
 
@@ -762,7 +764,7 @@ def _write_diagnostics(run: Path, observations: Observations, full: bool, **plac
 
 
 def _print_warnings(found: dict) -> None:
-    """The warnings of diagnostics, or that there are none."""
+    """Prints the warnings of the diagnostics, or that there are none."""
     for text in found["warnings"] or ["nothing is wrong that held-out observations could show"]:
         say(f"{'warning' if found['warnings'] else 'diagnostics'}: {text}")
 

@@ -23,12 +23,12 @@ from diffem.trainer import MStepConfig
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Observations that a preset makes for itself from a clean data set (benchmarks); unused with --observations.
+    """Observations that a preset makes from a clean data set (for benchmarks); unused with --observations.
 
     Attributes:
-        source: A name or path as in `diffem corrupt`, or empty.
+        source: Name or path of the clean data set, as in `diffem corrupt`; empty for none.
         corruption: Name and arguments of the corruption.
-        limit: At most this many items.
+        limit: The largest number of items; 0 for all.
     """
 
     source: str = ""
@@ -42,12 +42,13 @@ class EMConfig:
 
     Attributes:
         iterations: Number of EM iterations.
-        seed: Seed of everything that is drawn.
-        refresh: The fraction of the reconstructions that an E-step replaces; the last one replaces all.
-        score_items: Validation observations that score an iteration.
-        guard: Whether validation observations decide: which iterations are accepted and kept, when the run ends
-            (:mod:`diffem.selection`), and how wide its last draws are. If not, all are accepted, and the last one is kept.
-        patience: So many iterations in a row without a new best end the run; 0 never does.
+        seed: Seed of all random numbers.
+        refresh: Fraction of the reconstructions that an E-step draws anew; the last E-step draws all of them.
+        score_items: The largest number of validation observations on which an iteration is scored.
+        guard: Whether validation observations decide which iterations are accepted and kept, when the run ends
+            (see `diffem.selection`), and how wide the final draws are. If false, every iteration is accepted, and the
+            last one is kept.
+        patience: Early stopping: the run ends after this many iterations in a row without a new best. 0 turns it off.
     """
 
     iterations: int = 20
@@ -71,11 +72,11 @@ class PriorConfig:
     """The prior that generates new data.
 
     Attributes:
-        kind: `unconditional`: after the last iteration the denoiser goes on training without observations,
-            on the best reconstructions (the paper's separate model); `joint`: the posterior's own network,
-            its observation withheld.
-        steps: Optimiser steps of `unconditional`.
-        sampler_steps: Steps of its sampler.
+        kind: `unconditional`: after the last iteration, the denoiser is trained further, without observations, on the
+            best reconstructions (the paper's separate model); `joint`: the posterior's own network, with the
+            observation withheld.
+        steps: Optimiser steps of this training (`unconditional` only).
+        sampler_steps: Steps of the prior's sampler (`unconditional` only; `joint` uses sampler.steps).
     """
 
     kind: str = "unconditional"
@@ -91,7 +92,7 @@ class PriorConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """A whole run; the sections are the fields."""
+    """The configuration of a whole run; its fields are the sections."""
 
     data: DataConfig = field(default_factory=DataConfig)
     start: StartConfig = field(default_factory=StartConfig)
@@ -112,7 +113,7 @@ class Config:
 
 
 def described() -> list[tuple[str, object, str]]:
-    """Every setting: section.field, its default, and what it is, from the docstring of its section."""
+    """Every setting: section.field, its default, and its description in the docstring of the section."""
     found = []
     for section in dataclasses.fields(Config):
         default = section.default_factory() if callable(section.default_factory) else None
@@ -137,10 +138,11 @@ def presets() -> list[str]:
 def load_config(
     preset: str | None = None, overrides: Mapping[str, object] | Sequence[tuple[str, object]] = ()
 ) -> Config:
-    """A preset (a name, or a path to a YAML file) with overrides: {'section.field': value}, or pairs; text is read as YAML.
+    """A preset (a name, or the path of a YAML file) with overrides: {'section.field': value}, or pairs; text is read as
+    YAML.
 
     Raises:
-        DiffemError: Naming the unknown preset, section or field with a suggestion, or the value that does not fit.
+        DiffemError: If a preset, section or field is unknown (with a suggestion), or a value does not fit.
     """
     values: dict = {}
     source = preset or "configuration"
@@ -171,7 +173,7 @@ def _yaml(text: str, where: str) -> typing.Any:
 
 
 def from_dict(values: Mapping, source: str = "configuration") -> Config:
-    """A configuration from nested mappings; what is missing has its default."""
+    """A configuration from nested mappings; missing settings have their defaults."""
     sections = {f.name: typing.get_type_hints(Config)[f.name] for f in dataclasses.fields(Config)}
     built = {}
     for section, content in values.items():

@@ -1,7 +1,8 @@
-"""What a run costs on this machine: the start, an update and a draw are timed at their real sizes, and multiplied.
+"""The cost of a run on this machine: the start, an update and a draw are timed at their real sizes, and multiplied.
 
-The start is timed by one and by two rounds of EM on few items, for the candidates of the largest rank; a fit usually takes
-about :data:`FIT` rounds on all of them, for each rank. Other work on the machine lengthens what is timed as it lengthens a run.
+The start is timed with one and with two rounds of EM on a subset of the items, for the candidates of the largest rank.
+A fit usually takes about :data:`FIT` rounds on all items, for each rank. Other work on the machine slows down the
+timing as it slows down a run.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ FIT_ITEMS = 1024
 
 
 def forecast(observations: Observations, config: Config) -> str:
-    """How long a run on these observations will take, in words.
+    """The time and memory that a run on these observations will take, in words.
 
     Arguments:
         observations: The observations.
@@ -65,9 +66,9 @@ def forecast(observations: Observations, config: Config) -> str:
     scored = DRAWS * em.data.corruption.predictable
     often = min(em_config.score_items, len(em.validation)) * SPLITS * scored
     draws = iterations * (em_config.refresh * n + often)
-    if iterations:  # the end: widths, the reconstructions, and the test
+    if iterations:  # the end: choice of the width, reconstructions, test score
         rated, tested = (min(len(part), PREDICTIONS) for part in (em.validation, em.test))
-        draws += n + scored * (3 * rated * final_splits(rated) + tested * final_splits(tested))  # three widths, or so
+        draws += n + scored * (3 * rated * final_splits(rated) + tested * final_splits(tested))  # about three widths
         updates += config.prior.steps * (config.prior.kind == "unconditional")
     whole, parts = fit + updates * update + draws * draw, (fit, updates * update, draws * draw)
     size = m_step.micro_batch or m_step.batch
@@ -76,7 +77,7 @@ def forecast(observations: Observations, config: Config) -> str:
 
 
 def _seconds(work: Callable[[], object]) -> float:
-    """Seconds that it takes: the median of three after a slower first one, or that one if it took seconds."""
+    """Seconds that `work` takes: the median of three calls after a first, slower one, or the first if it took 2 s."""
     times: list[float] = []
     while len(times) < 4 and (not times or times[0] < 2):
         begin = time.perf_counter()

@@ -11,29 +11,29 @@ was observed. There are two references (`denoiser.precondition`):
 
 * `plain`: N(0, I), and y is not used. Then :math:`m = x_t / (\sigma^2 + 1)`, :math:`S = \sigma /
   \sqrt{\sigma^2 + 1}`: the preconditioning of EDM with unit data variance.
-* `start`: the mixture fitted to the observations. The untrained denoiser is then the exact posterior of
-  the initial prior, and training only has to learn what a mixture cannot say.
+* `start`: the mixture fitted to the observations. The untrained denoiser is then the exact posterior mean under
+  the initial prior, and training only has to learn what a mixture cannot represent.
 
-It is trained on reconstructions :math:`x` and simulated observations :math:`y'` of them. The loss of an item is
+The denoiser is trained on reconstructions :math:`x` and their simulated observations :math:`y'`. The loss of an item is
 
 .. math:: \frac{1}{\mathrm{tr} \, S S^T} \left\| W^{1/2} \left( x - d(x_t, \sigma_t, y') \right) \right\|^2
     \, , \qquad W = \lambda I + (1 - \lambda) P \, ,
 
-with P the part of x that the real observation measured (:meth:`Corruption.measured`), and :math:`\lambda` =
-`m_step.imputed_weight`. With :math:`\lambda = 1` and the plain reference it is the loss of the DiffEM paper, weighted by
-:math:`1 / \sigma^2 + 1`.
+where P x is the part of x that the real observation measured (:meth:`Corruption.measured`), and :math:`\lambda` is
+`m_step.imputed_weight`. With :math:`\lambda = 1` and the plain reference, this is the loss of the DiffEM paper,
+weighted by :math:`1 / \sigma^2 + 1`.
 
-When y is withheld the same network is the prior's denoiser.
+When y is withheld, the same network is the prior's denoiser.
 
-A second head of the network predicts the squared error of the first, entry by entry, as the share :math:`v` of the
-reference posterior's variance that is left,
+A second head of the network predicts the squared error of the first, entry by entry, as the remaining share :math:`v`
+of the reference posterior's variance,
 
 .. math:: v(x_t, \sigma_t, y) \quad \text{trained by} \quad
     E \left[ \frac{e^T W e}{v} + w \log v \right] \, , \qquad e = S^{-1} (x - d) \, ,
 
-with w the diagonal of W, which is least at :math:`v = E[e^T W e \mid x_t, y] / w`. Samplers put this variance back
-(:mod:`diffem.samplers`). Where :math:`S` is not diagonal (a blur, a projection) an item has one share, the mean over
-its entries: scaling them one by one would turn what is uncertain into directions that were observed.
+where w is the diagonal of W. This loss is smallest at :math:`v = E[e^T W e \mid x_t, y] / w`. Samplers put this
+variance back (:mod:`diffem.samplers`). Where :math:`S` is not diagonal (a blur, a projection), an item has one share,
+the mean over its entries: scaling entries separately would leak variance from uncertain into observed directions.
 
 References:
     | Elucidating the Design Space of Diffusion-Based Generative Models (Karras et al., 2022)
@@ -59,11 +59,11 @@ from diffem.networks import Given, NetworkConfig
 
 OTHER_WEIGHTS = "its weights are not those of its network and its observations"
 TIME_ALPHA = 3.0
-LEAST = 0.001  # the lower bound of v, so that one outlier cannot rule an update
+LEAST = 0.001  # the lower bound of v, so that one outlier cannot dominate an update
 
 
 def share(h: Tensor) -> Tensor:
-    """exp(h) up to 1, and 1 + h beyond: an exponential would turn what the network has never seen into draws that explode."""
+    """exp(h) for h < 0, and 1 + h beyond: an exponential could explode on inputs unlike the training data."""
     return 1 + torch.nn.functional.elu(h)
 
 
@@ -72,11 +72,12 @@ class DenoiserConfig:
     """Preconditioning, noise schedule and loss. Noise levels are in model units (data about [-1, 1]).
 
     Attributes:
-        precondition: `plain`, `start`, or `auto`: `start` where the start is a mixture, else `plain`.
-        sigma_min: The least noise level.
+        precondition: The reference posterior that the network corrects: `plain` (of a standard Gaussian), `start` (of
+            the start's mixture), or `auto`: `start` where the start is a mixture, else `plain`.
+        sigma_min: The smallest noise level.
         sigma_max: The largest noise level.
-        time_beta: Training times have the Beta density with parameters 3 and this one: a smaller one trains high noise levels more.
-        observation_dropout: The fraction of training items whose observation is withheld.
+        time_beta: Training times have the density Beta(3, time_beta): smaller values train high noise levels more.
+        observation_dropout: Fraction of training items whose observation is withheld from the network.
     """
 
     precondition: str = "auto"
@@ -103,7 +104,7 @@ class Denoiser(nn.Module):
         corruption: The corruption in model units.
         shape: The shape of an item.
         config: See :class:`DenoiserConfig`.
-        network: What builds the backbone: :class:`diffem.networks.NetworkConfig`, or :class:`diffem.networks.Given`.
+        network: Builds the backbone: a :class:`diffem.networks.NetworkConfig` or :class:`diffem.networks.Given`.
         start: The mixture of the start, for `precondition: start`.
         weights: The expected shapes of the network's weights, by name; they are checked before memory is allocated.
     """
@@ -142,7 +143,7 @@ class Denoiser(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """The device on which it computes."""
         return self.reference.mean.device
 
     def with_network(self, network: nn.Module) -> Denoiser:
@@ -176,7 +177,7 @@ class Denoiser(nn.Module):
     def predict(
         self, x_t: Tensor, sigma: Tensor, y: Tensor, params: Params, withheld: Tensor | None = None
     ) -> tuple[ExactPosterior, Tensor, Tensor]:
-        """The reference posterior, the network's correction f (B, d), and v (B, d): all of the flattened item.
+        """The reference posterior, the network's correction f (B, d), and v (B, d), for flattened items.
 
         Arguments:
             x_t: Noisy items, shape (B, *shape).
@@ -213,16 +214,16 @@ class Denoiser(nn.Module):
     ) -> Tensor:
         """The denoising loss of a batch of items and their observations, in model units; a scalar.
 
-        Its gradient also trains the variances; its value is that of the mean alone.
+        Its gradient also trains the variances; its value is the loss of the mean alone.
 
         Arguments:
             x: Items, shape (B, *shape).
             y: Their observations, shape (B, *y shape).
             params: Operator parameters.
-            generator: Draws times, noise, and whose observation is withheld.
+            generator: Draws times, noise, and which observations are withheld.
             dropout: The fraction of the observations that is withheld.
-            weigh: W, a symmetric map of (B, *shape), B the number of `rows`; the identity by default.
-            rows: The part of the batch whose loss it is; what is drawn is drawn for all.
+            weigh: W, a symmetric linear map of (B, *shape), where B is the number of `rows`; the identity by default.
+            rows: The part of the batch whose loss is returned; random numbers are drawn for the whole batch.
         """
         device = generator.device
         sigma = self.times(len(x), generator).to(x)
@@ -242,7 +243,7 @@ class Denoiser(nn.Module):
             left = posterior.variance.mean(1).to(x)
             if signs is None:
                 weight = torch.ones_like(target)
-            else:  # z W z with random signs z: the diagonal of W, or in the mean its trace
+            else:  # z W z with random signs z: the diagonal of W, or, averaged, an estimate of its trace
                 weight = product(signs[rows].flatten(1), signs[rows].flatten(1))
         missed = target - f
         error = posterior.scale(missed).to(x)
@@ -255,7 +256,7 @@ class Denoiser(nn.Module):
 
     def times(self, n: int, generator: torch.Generator) -> Tensor:
         """Noise levels to train at, shape (n,)."""
-        # by inversion: torch's Beta takes no generator
+        # by inversion of the distribution function: torch's Beta takes no generator
         return self.schedule.sigma(_beta(n, TIME_ALPHA, self.config.time_beta, generator))
 
 

@@ -1,4 +1,4 @@
-"""Where the networks run and how precisely."""
+"""The device and the precision of the networks' arithmetic."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def choose(device: str = "auto", precision: str = "auto") -> tuple[torch.device,
         precision: `auto` (bfloat16 on a CUDA GPU, float32 elsewhere), `float32` or `bfloat16`.
 
     Raises:
-        DiffemError: If there is no such device or precision.
+        DiffemError: If the device cannot be used, or the precision is unknown.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -2,19 +2,20 @@
 
     start: reconstructions x_i ~ q_0(. | y_i) from the initial prior
     for k = 1 .. K
-        M-step: train the denoiser d(x_t, t, y) on pairs (x_i, y'), where y' is a new simulated observation of x_i, or the real
-                y_i with a part of it hidden; entries of x_i that y_i measured count more than those that were imputed
+        M-step: train the denoiser d(x_t, t, y) on pairs (x_i, y'), where y' is a new simulated observation of x_i, or
+                the real y_i with a part hidden; measured entries of x_i have more weight than imputed ones
         E-step: draw x_i ~ q_k(. | y_i) for every observation
-        judge:  refuse the iteration if validation observations say that it is worse; keep it if it is the best; stop in time
+        judge:  score q_k on validation observations; refuse it if it is worse, keep it if it is the best, stop early
     end: choose the width of the best q_k, draw again, and report its score on test observations
     prior: train the denoiser without an observation, d(x_t, t), on the best reconstructions
 
-Held-out observations are never trained on. What is scored is how well q_k predicts hidden parts of them (of a black box, whether
-its reconstructions, corrupted again, look like observations). Half of them, the validation part, selects: see
-:mod:`diffem.selection`. The other half, the test part, only reports.
+Held-out observations are never trained on. The score is how well q_k predicts hidden parts of them (for a black box:
+whether its reconstructions, corrupted again, look like observations). One half, the validation part, is used for
+selection (:mod:`diffem.selection`). The other half, the test part, is only used for reporting.
 
-A run is a sequence of the steps below. Each begins from what the run folder holds, and ends with a checkpoint that names the
-next one: :data:`STEPS`. A run that is killed repeats the part of a step that was not finished, with the same random numbers.
+A run is a sequence of the steps below (:data:`STEPS`). Each step begins from the contents of the run folder, and ends
+with a checkpoint that names the next step. A killed run repeats the unfinished part of a step with the same random
+numbers.
 """
 
 from __future__ import annotations
@@ -46,14 +47,14 @@ from diffem.samplers import DiffusionSampler, Sampler, trained_kind
 from diffem.selection import Selection, to_start
 from diffem.trainer import Examples, Trainer
 
-REFRESH = 20_000  # the random stream that says whose reconstruction is drawn anew
-ABOUT_THE_END = ("prior.json", "pictures.npz", "diagnostics.json", "report.html")  # files of a run that has ended
-FAILURES = 4  # how often a run rolls back from what is not finite, before it ends
+REFRESH = 20_000  # the random stream that decides which reconstructions are drawn anew
+ABOUT_THE_END = ("prior.json", "pictures.npz", "diagnostics.json", "report.html")  # files of a finished run
+FAILURES = 4  # rollbacks after values that are not finite, before the run ends with an error
 
 
 @dataclass(frozen=True)
 class Progress:
-    """What is being done: `step` of `iteration`, `done` of `total`; in the M-step also the mean `loss` so far."""
+    """Progress of a run: `step` of `iteration`, `done` of `total`; in the M-step also the mean `loss` so far."""
 
     step: str
     iteration: int
@@ -67,19 +68,19 @@ Hook = Callable[["DiffEM", dict], dict | None]
 
 @dataclass
 class State:
-    """Where a run is: what a checkpoint holds beside tensors.
+    """The state of a run: everything in a checkpoint except the tensors.
 
     Attributes:
-        step: The step that is next, or half done.
-        iteration: 0 is the start; the final draws get a number of their own.
-        updates: Updates of the network that were made in this iteration; `loss_sum` is the sum of their losses.
-        drawn: Reconstructions that the E-step drew with the network.
+        step: The step that is next or unfinished.
+        iteration: 0 is the start; the final draws have their own number.
+        updates: Network updates made in this iteration; `loss_sum` is the sum of their losses.
+        drawn: Number of reconstructions that the E-step drew.
         width: The width of the E-step's draws; None at the start.
-        of: At the end, the iteration that the run ends with.
-        failures: How often something was not finite: each time the learning rate is halved.
-        batch: Observations at a time: chosen once, since rounding depends on it.
-        seconds: What this iteration took; `score_seconds` of them went to scores.
-        row: The metrics of the iteration that waits for its commit; `rows` those of all before it.
+        of: At the end, the iteration whose model is the result of the run.
+        failures: How often values were not finite; each time the learning rate is halved.
+        batch: Observations per batch of draws: chosen once, since rounding depends on it.
+        seconds: Duration of this iteration, of which `score_seconds` were spent on scores.
+        row: The metrics of the iteration that waits for its commit; `rows` holds those of all earlier ones.
     """
 
     step: str = "start"
@@ -98,28 +99,28 @@ class State:
 
 
 class DiffEM:
-    """A run of the algorithm; :meth:`iterate` yields a row of metrics after the start and every iteration, and a last one, with `of`,
-    of what the run ends with, on test observations.
+    """A run of the algorithm; :meth:`iterate` yields a row of metrics after the start and after every iteration, and a
+    last row, with `of`, that scores the final model on test observations.
 
     Arguments:
         config: The configuration, or the name of a preset.
         observations: The observations, or their folder.
-        out: The run folder; if it holds an unfinished run of the same configuration, that one goes on.
-        start: A posterior to start from, instead of what the configuration names.
+        out: The run folder; an unfinished run of the same configuration in it is resumed.
+        start: A posterior to start from, instead of the start that the configuration names.
         network: A network of your own, see :class:`diffem.networks.Given`.
-        hooks: Called after every iteration with this object and the iteration's row of metrics. A dictionary that is returned
-            is added to the row; it decides nothing.
-        progress: Called with a :class:`Progress` as the work goes on.
-        allow_unobserved: Go on although some entry is in no observation.
+        hooks: Called after every iteration with this object and the iteration's row of metrics. A returned dictionary
+            is added to the row; it does not influence the run.
+        progress: Called with a :class:`Progress` during the work.
+        allow_unobserved: Go on even if some entry is never observed.
         device: Where networks run; see :func:`diffem.devices.choose`.
-        precision: How precisely; likewise.
-        batch: Observations at a time, wherever something is drawn; as many as fit by default (:mod:`diffem.memory`).
-        checkpoint_minutes: At most so much work is lost when the run is killed.
+        precision: Their arithmetic; see :func:`diffem.devices.choose`.
+        batch: Observations per batch of draws; by default as many as fit in memory (:mod:`diffem.memory`).
+        checkpoint_minutes: Minutes between checkpoints: the most work that a killed run loses.
     """
 
     steps = {}  # by name, see the end of the module  # noqa: RUF012
     stop: Callable[[], object] | None = (
-        None  # if set, it is called after the next checkpoint, and raises to end the run
+        None  # if set, called after the next checkpoint; it raises an exception to end the run
     )
     trainer: Trainer
     start: Posterior
@@ -191,7 +192,7 @@ class DiffEM:
         return self.state.rows
 
     def iterate(self) -> Iterator[dict]:
-        """Runs what is left of the algorithm, yielding each finished row of metrics (finished ones first)."""
+        """Runs the rest of the algorithm and yields each row of metrics, first those of finished iterations."""
         with self.run.open():
             self._resume()
             self._saved, known = time.monotonic(), 0
@@ -211,7 +212,7 @@ class DiffEM:
         return self.start.sampler if self.state.width is None else self.diffusion(width=self.state.width)
 
     def diffusion(self, **changes) -> DiffusionSampler:
-        """Reverse diffusion with the averaged network; `changes` are of its :class:`SamplerConfig`."""
+        """Reverse diffusion with the averaged network; `changes` override fields of its :class:`SamplerConfig`."""
         return self.sampler_class(self.trainer.averaged, dataclasses.replace(self.config.sampler, **changes))
 
     def items(self, name: str) -> Items:
@@ -220,29 +221,29 @@ class DiffEM:
 
     @property
     def reconstructions(self) -> np.memmap:
-        """What this iteration drew, row i of observation i, in the units and the layout of y."""
+        """The draws of this iteration, row i for observation i, in the units and the layout of y."""
         return self.run.array("next" if (self.run.folder / "next.npy").exists() else "current")
 
     def posterior(self, sampler: Sampler) -> Posterior:
-        """A sampler in the units of y."""
+        """A sampler as a :class:`Posterior`, in the units of y."""
         of = self.observations
         return Posterior(sampler, of.corruption, self.data.units, self.trained_on, of.layout, of.item_layout)
 
     def losses(self, x: Items, generator: torch.Generator, dropout: float) -> Iterable[Tensor]:
-        """The loss of one update on reconstructions x, in parts."""
+        """The loss of one update on reconstructions x, as summands (one per micro-batch)."""
         batch = self.examples.batch(x, generator, self.trainer.updates, alone=dropout == 1)
         return self.trainer.losses(batch, generator, dropout)
 
     # --- state ---------------------------------------------------------------------------------------
 
     def next(self, step: str, **changes) -> None:
-        """A checkpoint, from which `step` begins."""
+        """Saves a checkpoint from which `step` begins."""
         self.state = dataclasses.replace(self.state, step=step, **changes)
         self.checkpoint()
         self.run.forget_parts()
 
     def next_iteration(self, step: str, **changes) -> None:
-        """The same with counters at zero; the rows are written out, and the weights are those to which a run rolls back."""
+        """Like :meth:`next`, with counters at zero; also writes the metrics, and keeps the checkpoint for rollbacks."""
         state = self.state
         self.run.save_metrics(state.rows)
         self._clock = time.monotonic()
@@ -255,7 +256,7 @@ class DiffEM:
         return self.stop is not None or time.monotonic() - self._saved >= 60 * self.checkpoint_minutes
 
     def checkpoint(self) -> None:
-        """Saves all that a run goes on from."""
+        """Saves everything that a resumed run needs."""
         self.state.seconds = time.monotonic() - self._clock
         tensors, facts = self.trainer.state(), dataclasses.asdict(self.state)
         if hasattr(self, "selection"):
@@ -264,7 +265,7 @@ class DiffEM:
         self._saved = time.monotonic()
 
     def build(self) -> None:
-        """Loads the start, and builds the trainer: of new weights, or of an earlier run's."""
+        """Loads the start, and builds the trainer, with new weights or with those of an earlier run."""
         self.start = from_pretrained(self.run.folder / "start", self.observations.corruption, **self.place)
         earlier = self.start.sampler
         mixture = None if earlier.mixture is None else earlier.mixture.copied("cpu")
@@ -300,9 +301,9 @@ class DiffEM:
         elif self.state.step == "done":
             finish(self)
         elif self.state.step in ("m_step", "prior") and not self.state.updates:
-            self.run.keep_checkpoint()  # it was killed before it did
+            self.run.keep_checkpoint()  # the run may have been killed before it kept this one
         self.run.save_metrics(self.rows)
-        self.run.save_config()  # last, so that a longer run that is killed before still knows that it is longer
+        self.run.save_config()  # last: a run that is killed before this is still recognised as extended
 
 
 # --- the steps -------------------------------------------------------------------------------------------
@@ -316,7 +317,7 @@ def start(em: DiffEM) -> None:
         "metrics.jsonl",
         "reconstructions.npy",
         "good.safetensors",
-    ):  # of a run that was here before
+    ):  # of an earlier run in this folder
         (folder / name).unlink(missing_ok=True)
     if em.given_start is not None:
         posterior, about = em.given_start, {"kind": em.given_start.sampler.kind, "run": em.config.start.run}
@@ -347,12 +348,12 @@ def m_step(em: DiffEM) -> None:
 
 
 def train(em: DiffEM, steps: int, dropout: float) -> bool:
-    """Updates of the network until there were `steps` in this iteration; `dropout` is the share without an observation. False
-    if it rolled back instead."""
+    """Updates the network until this iteration has `steps` updates; `dropout` is the fraction of items without an
+    observation. Returns False after a rollback."""
     state, trainer, x = em.state, em.trainer, em.items("current")
     purpose = (
         "prior_step" if state.step == "prior" else "m_step"
-    )  # a run that goes on counts iterations on from the last
+    )  # separate random streams: an extended run uses this iteration number again
     trainer.denoiser.network.train()
     while state.updates < steps:
         keys = state.iteration, purpose, state.updates
@@ -373,16 +374,17 @@ def train(em: DiffEM, steps: int, dropout: float) -> bool:
 
 
 def learning_rate(em: DiffEM, within: float) -> float:
-    """That of the next update, when a share `within` of this iteration's has been made."""
+    """The learning rate of the next update, when a fraction `within` of this iteration's updates is done."""
     iterations, done = em.config.em.iterations, em.state.iteration - 1 + within
     return em.config.m_step.rate(within if em.state.step == "prior" else done / iterations) / 2**em.state.failures
 
 
 def roll_back(em: DiffEM, what: str) -> None:
-    """Back to the weights of the last commit, with half the learning rate; a few times, and then the run ends."""
+    """Returns to the weights of the last commit, with half the learning rate; the run ends after :data:`FAILURES`
+    rollbacks."""
     (em.run.folder / "next.npy").unlink(missing_ok=True)
     em.run.forget_parts()
-    if em.state.of is not None:  # draws of another width: those of the best iteration are kept
+    if em.state.of is not None:  # the final draws failed: keep the draws of the best iteration
         best = next(row for row in reversed(em.rows) if row["best"])
         em.next("judge", width=best["width"])
         return
@@ -398,11 +400,11 @@ def roll_back(em: DiffEM, what: str) -> None:
 
 
 def e_step(em: DiffEM) -> None:
-    """Draw a reconstruction of every observation, or of a part of them (em.refresh); the others keep theirs."""
+    """Draw a reconstruction of every observation, or of a fraction of them (em.refresh); the others keep theirs."""
     state, sampler, refresh = em.state, em.sampler, em.config.em.refresh
     before = em.run.array("current") if refresh < 1 and state.iteration and state.of is None else None
     out, done = em.run.growing("next", em.data.array_shape, state.iteration, em.observations.item_layout.dtype)
-    purpose = "e_step" if state.of is None else "end"  # a run that goes on counts iterations on from the last
+    purpose = "e_step" if state.of is None else "end"  # an extended run uses this iteration number again
     for rows in em.data.chunks(np.arange(done, len(em.data)), em.batch):
         seeds = seeding.item_seeds(em.seed, state.iteration, purpose, rows)
         fresh = np.ones(len(rows), dtype=bool)
@@ -437,7 +439,7 @@ def e_step(em: DiffEM) -> None:
 def judge(em: DiffEM) -> None:
     """Score the iteration, and decide whether it is accepted, and whether it is the best."""
     state, config, sampler = em.state, em.config.em, em.sampler
-    if state.of is not None:  # what the run ends with is told on test observations, and decides nothing
+    if state.of is not None:  # the final model is scored on test observations; this score decides nothing
         first, current = closely(em, "start", em.start.sampler, em.test), closely(em, "end", sampler, em.test)
         verdict = {"accepted": True, "best": True, "of": state.of, **to_start(current, first)}
         verdict |= {"start_score": first.mean, "start_score_se": first.standard_error, "start_ratio": first.ratio}
@@ -455,7 +457,7 @@ def judge(em: DiffEM) -> None:
 
 
 def _checked(added: dict) -> dict:
-    """What a hook adds to a row, if it can be saved."""
+    """What a hook adds to a row, checked to be JSON."""
     try:
         return json.loads(json.dumps(added, default=lambda value: value.item()))  # numbers of numpy and torch
     except (TypeError, ValueError, AttributeError, RuntimeError) as error:
@@ -463,7 +465,7 @@ def _checked(added: dict) -> dict:
 
 
 def commit(em: DiffEM) -> None:
-    """Put what the iteration made in its place. Every action can be done twice: a run killed between two repeats the first."""
+    """Put the results of the iteration in place. Every action can be done twice, since a killed run repeats some."""
     state, folder = em.state, em.run.folder
     if (folder / "next.npy").exists():
         if state.row["accepted"]:
@@ -491,7 +493,7 @@ def commit(em: DiffEM) -> None:
 
 
 def end(em: DiffEM) -> None:
-    """What the run ends with: the best iteration at its best width, with reconstructions that are all drawn from it; or the
+    """Choose the final model: the best iteration at its best width, from which all reconstructions are drawn; or the
     start."""
     state, folder = em.state, em.run.folder
     best = next(row for row in reversed(state.rows) if row["best"])
@@ -528,7 +530,7 @@ DiffEM.steps = STEPS
 
 
 def go_on(em: DiffEM) -> None:
-    """A run that has ended becomes one that goes on, from what it ended with."""
+    """Extends a finished run: it goes on from its final model."""
     folder, rows = em.run.folder, [row for row in em.rows if "of" not in row]
     files.link(folder / "reconstructions.npy", folder / "current.npy")
     for name in ("next.npy", *ABOUT_THE_END):
@@ -544,6 +546,6 @@ def go_on(em: DiffEM) -> None:
 
 
 def finish(em: DiffEM) -> None:
-    """Removes what only a run that goes on needs."""
+    """Removes files that only an unfinished run needs."""
     for name in ("current.npy", "good.safetensors"):
         (em.run.folder / name).unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""The one exception that users are meant to see: one line that says what is wrong and what would be right."""
+"""The only exception meant for users: one line that says what is wrong and how to correct it."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 
 
 class DiffemError(Exception):
-    """Something that the user can put right. The command line prints it on one line and exits with status 2."""
+    """An error that the user can correct. The command line prints it on one line and exits with status 2."""
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
-    """' Did you mean ...?' if one of the known names is close, and the list of them."""
+    """' did you mean ...?' if one of the known names is close, and the list of all known names."""
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=1)
     hint = f" did you mean {close[0]!r}?" if close else ""
@@ -21,7 +21,7 @@ def suggest(name: str, known: Iterable[str]) -> str:
 
 
 def optional(module: str, extra: str) -> Any:
-    """A module that only an extra of this package brings; without it one line that says what to install."""
+    """Imports a module of an optional extra; if it is missing, the error says what to install."""
     try:
         return importlib.import_module(module)
     except ImportError:

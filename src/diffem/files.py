@@ -1,4 +1,4 @@
-"""Files are replaced as a whole, or not at all."""
+"""Atomic replacement of files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from numpy.typing import DTypeLike
 
 
 def replace(file: Path, content: bytes) -> None:
-    """Writes `content` beside `file`, to the disk, and then puts it in the place of `file`."""
+    """Writes `content` to a temporary file next to `file`, flushes it to disk, and renames it to `file`."""
     temporary = file.with_name(file.name + ".tmp")
     try:
         with open(temporary, "wb") as stream:
@@ -25,7 +25,8 @@ def replace(file: Path, content: bytes) -> None:
 
 
 def make_array(file: Path, shape: tuple[int, ...], dtype: DTypeLike = np.float32) -> np.memmap:
-    """A new memory-mapped array whose space is taken now: on a full disk, writing to the map would kill the process."""
+    """A new memory-mapped array with its disk space allocated: on a full disk, writing to the map would kill the
+    process."""
     try:
         array = np.lib.format.open_memmap(file, mode="w+", dtype=dtype, shape=shape)
         if hasattr(os, "posix_fallocate"):  # not on macOS
@@ -38,9 +39,9 @@ def make_array(file: Path, shape: tuple[int, ...], dtype: DTypeLike = np.float32
 
 
 def link(source: Path, target: Path) -> None:
-    """Puts the content of `source` in the place of `target`, without a copy where the file system allows it.
+    """Replaces `target` by the content of `source`, as a hard link where the file system allows it.
 
-    Neither may be written to afterwards, only replaced.
+    Afterwards neither file may be written to, only replaced.
     """
     temporary = target.with_name(target.name + ".tmp")
     temporary.unlink(missing_ok=True)
@@ -49,4 +50,4 @@ def link(source: Path, target: Path) -> None:
     except OSError:
         shutil.copyfile(source, temporary)
     os.replace(temporary, target)
-    temporary.unlink(missing_ok=True)  # it stays where both names are of one file already
+    temporary.unlink(missing_ok=True)  # it remains if both names already were one file

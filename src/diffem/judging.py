@@ -1,4 +1,4 @@
-"""What held-out observations say of an iteration, and of what a run ends with."""
+"""Scores of an iteration, and of the final model of a run, on held-out observations."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from diffem.selection import GATE
 if TYPE_CHECKING:
     from diffem.em import DiffEM
 
-COMPARED, CORRUPTED = 2048, 4  # at most 2,048 reconstructions score a black box; each is corrupted 4 times
-DRAWS, SPLITS = 2, 2  # of a validation observation: draws a split, and how often it is split, to score an iteration
-WIDTHS = (0.5, 0.7, 1.0, 1.5, 2.5, 4.0, 6.0, 9.0)  # the end chooses among them
+COMPARED, CORRUPTED = 2048, 4  # a black box is scored on at most 2,048 reconstructions, each corrupted 4 times
+DRAWS, SPLITS = 2, 2  # to score an iteration: draws per split, and splits per validation observation
+WIDTHS = (0.5, 0.7, 1.0, 1.5, 2.5, 4.0, 6.0, 9.0)  # candidates for the final width
 
 
 def compared(em: DiffEM, sampler: Sampler) -> Score:
-    """What the selection compares: the score of validation observations; of a black box, how far its reconstructions of
-    training observations, observed anew, are from the observations."""
+    """The score that the selection compares, on validation observations. For a black box: the distance between
+    training observations and their reconstructions, observed anew."""
     config = em.config.em
     if em.data.corruption.predictable:
         return scored(em, sampler, evenly(em.validation, config.score_items), SPLITS)
@@ -46,7 +46,8 @@ def scored(em: DiffEM, sampler: Sampler, rows: np.ndarray, splits: int) -> Score
 
 
 def closely(em: DiffEM, name: str, sampler: Sampler, part: np.ndarray) -> Score:
-    """The score of many predictions of a part of the observations; it is not made again after a kill."""
+    """The score of many predictions on a part of the observations; it is saved, and a resumed run does not repeat
+    it."""
     rows = evenly(part, PREDICTIONS)
     found: list[Score] = []
 
@@ -59,7 +60,8 @@ def closely(em: DiffEM, name: str, sampler: Sampler, part: np.ndarray) -> Score:
 
 
 def chosen_width(em: DiffEM, width: float) -> float:
-    """1, or the width that is better on validation observations, by more than the error."""
+    """1, or a width whose criterion on validation observations is better by more than :data:`GATE` standard errors;
+    `width` itself where there is nothing to choose."""
     if not (em.sampler_class.widens and em.data.corruption.predictable and em.config.em.guard and width):
         return width
     found: dict[int, Score] = {}
@@ -80,7 +82,7 @@ def chosen_width(em: DiffEM, width: float) -> float:
 
 
 def row_of(em: DiffEM, sampler: Sampler, current: Score, verdict: dict) -> dict:
-    """The metrics of an iteration; `verdict` is the selection's."""
+    """The metrics of an iteration; `verdict` comes from the selection."""
     state = em.state
     examples = state.updates * em.config.m_step.batch
     of_draws = 0 if state.width is None else state.drawn * em.sampler_class.evaluations(em.config.sampler)

@@ -1,4 +1,4 @@
-"""How much memory the work takes, before it is done: from one item, and how much there is."""
+"""Memory: how much is free, and how much a batch will take, estimated from one item."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torch import Tensor, nn
 
 from diffem.errors import DiffemError
 
-SHARE = 0.25  # of the memory that is available, for a batch of draws
-MOST = 256  # items at a time: more are no quicker
-UNKNOWN = 4 * 2**30  # bytes, where the system does not say
+SHARE = 0.25  # fraction of the available memory for a batch of draws
+MOST = 256  # items at a time: larger batches are no faster
+UNKNOWN = 4 * 2**30  # bytes assumed free, where the system does not tell
 NUMBERS = 2**25  # single-precision numbers in an array of many items: 128 MB
 CURRENT, KEPT = 4, 8  # evaluating a network takes about 4 of its largest outputs at once, and an eighth of all
 
 
 class TooLarge(DiffemError):
-    """What is asked for does not fit in memory."""
+    """The requested work does not fit in memory."""
 
 
 def available(device: torch.device) -> int:
@@ -33,14 +33,14 @@ def available(device: torch.device) -> int:
         free = [1024 * int(lines["MemAvailable"].split()[0])]
         limit, used, stat = (Path(f"/sys/fs/cgroup/memory.{name}").read_text() for name in ("max", "current", "stat"))
         cached = dict(line.split() for line in stat.splitlines())["inactive_file"]
-        free.append(int(limit) - int(used) + int(cached))  # of a container; `max` if there is no limit
+        free.append(int(limit) - int(used) + int(cached))  # limit of a container; the file holds `max` if there is none
     except (OSError, KeyError, ValueError):
         pass
     return min(free)
 
 
 def of_draw(network: nn.Module, evaluate: Callable[[], object]) -> int:
-    """Bytes that one item takes while a network is evaluated without derivatives; `evaluate` does so, on one item."""
+    """Bytes per item of evaluating a network without derivatives; `evaluate` evaluates it on one item."""
     sizes: list[int] = []
     leaves = [module for module in network.modules() if not [*module.children()]]
 
@@ -59,7 +59,8 @@ def of_draw(network: nn.Module, evaluate: Callable[[], object]) -> int:
 
 @contextmanager
 def of_update(network: nn.Module) -> Iterator[list[int]]:
-    """Counts the bytes that are kept for derivatives, without the weights of the network. The list that it gives has one entry."""
+    """Counts the bytes that are kept for derivatives, without the weights of the network. It yields a list of one
+    entry, the count."""
     weights = {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
     seen: dict[int, int] = {}
     total = [0]
@@ -76,13 +77,13 @@ def of_update(network: nn.Module) -> Iterator[list[int]]:
 
 
 def batch(item: int, device: torch.device) -> int:
-    """How many items, of so many bytes each, are drawn at a time: a power of two that fits, at most :data:`MOST`."""
+    """How many items of `item` bytes are drawn at a time: the largest power of two that fits, at most :data:`MOST`."""
     fits = int(SHARE * available(device)) // max(item, 1)
     return min(MOST, 1 << max(fits, 1).bit_length() - 1)
 
 
 def at_once(numbers: int, most: int, limit: int = NUMBERS) -> int:
-    """How many items, of so many numbers each, are held in one array: at most `most`, and no more numbers than the limit."""
+    """How many items of `numbers` numbers each one array holds: at most `most`, and at most `limit` numbers in all."""
     return max(1, min(most, limit // max(numbers, 1)))
 
 

@@ -1,9 +1,9 @@
 """Backbones: an MLP for vectors and a U-Net for signals and images, both modulated by the noise level.
 
-A backbone maps a list of tensors (what the denoiser shows it: means, x_t, y, masks, ...) and log sigma to
-two tensors of the shape of an item: the correction of a mean, and what a share of a variance is made of. Both begin at zero,
-so that an untrained denoiser is its reference posterior (see :mod:`diffem.denoiser`). :class:`Given` makes a backbone of any
-module.
+A backbone maps a list of input tensors (x_t, means, y, masks, ...) and log sigma to two tensors of the shape of an
+item: the correction of a mean, and h, from which the share of a variance is computed. Both are zero before training, so
+that an untrained denoiser equals its reference posterior (see :mod:`diffem.denoiser`). :class:`Given` turns any module
+into a backbone.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from diffem.errors import DiffemError
 
-HEADS = 4  # of a self-attention
+HEADS = 4  # of each self-attention layer
 VARIANCE_GRADIENT = 0.1  # the share of the variance head's gradient that reaches the features
 
 
@@ -36,7 +36,7 @@ class NetworkConfig:
         channels: Channels of the U-Net at each level, finest first.
         blocks: Blocks of the U-Net at each level, on the way down and again on the way up.
         attention: Levels of the U-Net (0 = finest) that have self-attention after each block.
-        embedding: Features of the embedding of the noise level.
+        embedding: Features of the noise level embedding.
         dropout: Dropout rate inside the blocks.
     """
 
@@ -64,7 +64,7 @@ class NetworkConfig:
             )
 
     def build(self, shape: tuple[int, ...], inputs: list[tuple[int, ...]]) -> nn.Module:
-        """The backbone for items of `shape` that is shown tensors of the shapes `inputs` (without the batch)."""
+        """The backbone for items of `shape` and input tensors of the shapes `inputs` (without the batch)."""
         if self.kind == "mlp" or (self.kind == "auto" and len(shape) == 1):
             return MLP(self, shape, sum(torch.Size(s).numel() for s in inputs))
         if len(shape) == 1:
@@ -81,10 +81,10 @@ class Given:
     """A backbone of the user's own.
 
     Attributes:
-        make: Called with the number of input channels (features, of vectors) and the shape of an item. It returns a module
-            that maps an input (B, channels, *spatial) and log sigma (B,) to (B, 2 * shape[0], *spatial): the correction of the
-            mean, then h, with the share exp(h) of the reference's variance left (1 + h where h > 0). A last layer that begins
-            at zero trains best.
+        make: Called with the number of input channels (for vectors: features) and the shape of an item. It returns a
+            module that maps an input (B, channels, *spatial) and log sigma (B,) to (B, 2 * shape[0], *spatial): the
+            correction of the mean, then h, where exp(h) is the remaining share of the reference's variance (1 + h where
+            h > 0). A last layer that is initialised to zero trains best.
     """
 
     make: Network
@@ -107,7 +107,7 @@ def _check_spatial(shape: tuple[int, ...], inputs: list[tuple[int, ...]]) -> Non
 
 
 class Joined(nn.Module):
-    """A user's module, shown its inputs in one tensor."""
+    """A user's module, with its inputs concatenated into one tensor."""
 
     def __init__(self, module: nn.Module, shape: tuple[int, ...]) -> None:
         super().__init__()
@@ -149,13 +149,13 @@ class ResidualBlock(nn.Module):
 
 
 class Heads(nn.Module):
-    """Two heads, whose last layers begin at zero: a mean and what a variance is made of. Both shape the features.
+    """Two heads, whose last layers are initialised to zero: the mean, and h of the variance. Both train the features.
 
-    The variance is easier to learn than the mean. Its gradient starts features that the mean needs, too.
+    The variance is easier to learn than the mean. Its gradient helps to form features that the mean needs, too.
 
     Arguments:
-        hidden: The second one's hidden layer, of features to as many.
-        last: The last layer of the first, copied for the second.
+        hidden: The hidden layer of the variance head, with as many outputs as inputs.
+        last: The last layer of the mean head; the variance head gets a copy.
     """
 
     def __init__(self, hidden: nn.Module, last: nn.Module) -> None:
@@ -204,9 +204,9 @@ class SpatialAttention(nn.Module):
 
 
 class ChannelNorm(nn.Module):
-    """Standardises (B, C, *spatial) over its channels, as azula's LayerNorm does (but for N - 1 in the place of N).
+    """Standardises (B, C, *spatial) over its channels, like azula's LayerNorm (which divides by N - 1 instead of N).
 
-    One kernel in the place of five: a training step takes a quarter less on a CPU.
+    One kernel instead of five: a training step takes a quarter less time on a CPU.
     """
 
     def __init__(self, eps: float) -> None:
@@ -247,7 +247,7 @@ class ModulatedUNet(nn.Module):
         finest = cast(nn.ModuleList, self.unet.ascent[-1])
         hidden = ConvNd(config.channels[0], config.channels[0], spatial=len(shape) - 1, kernel_size=1)
         self.last, finest[-1] = Heads(hidden, finest[-1]), nn.Identity()
-        # the layout in which convolutions are quickest, by 7 % on a CPU
+        # the memory layout with the fastest convolutions (by 7 % on a CPU)
         self.layout = torch.channels_last if len(shape) == 3 else torch.contiguous_format
         self.to(memory_format=self.layout)
 

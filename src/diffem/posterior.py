@@ -1,4 +1,4 @@
-"""What a run gives, and what users call: draws of clean items given observations, in the units of y."""
+"""The trained model that users call: draws of clean items given observations, in the units of y."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ class Posterior(nn.Module):
     Arguments:
         sampler: Draws in model units.
         corruption: The corruption, in the units of y.
-        units: The units of models.
-        trained_on: A checksum of the observations that it was trained on, and the seed that held out some of them.
-        layout: How observations lie, see :mod:`diffem.data.layout`; as models see them by default.
-        item_layout: How items lie; likewise.
+        units: The conversion between the units of y and model units.
+        trained_on: A checksum of the training observations, and the seed that decided which ones were held out.
+        layout: The axes of observations, see :mod:`diffem.data.layout`; by default the layout of the model.
+        item_layout: The axes of items, in the same way.
     """
 
     def __init__(
@@ -69,19 +69,19 @@ class Posterior(nn.Module):
         """n draws for each observation.
 
         Arguments:
-            y: Observations, shape (B, ...), as those that it was trained on lay; what stands where a mask is false does not
-                matter. Images larger than those are drawn by tiles, see :mod:`diffem.tiles`.
+            y: Observations, shape (B, ...), with the axes of the training observations; values where a mask is false do
+                not matter. Images larger than the training images are drawn in tiles, see :mod:`diffem.tiles`.
             params: Their parameters by name, e.g. {"mask": mask}; a mask is true where y was observed.
-            n: Draws for each.
-            generator: Draws the keys of the items; torch's own by default.
-            seeds: One key an item instead, (B,): equal keys give equal draws, in a batch of any size.
-            batch: Observations at a time; as many as fit by default, see :mod:`diffem.memory`.
+            n: Draws for each observation.
+            generator: Draws the keys of the items; by default torch's global generator.
+            seeds: One key per item instead, (B,): equal keys give equal draws, in a batch of any size.
+            batch: Observations at a time; by default as many as fit in memory, see :mod:`diffem.memory`.
 
         Returns:
             Shape (n, B, ...), in the units and the layout of y: a tensor, or an array if y is one.
 
         Raises:
-            DiffemError: If y or the parameters are not those of the corruption.
+            DiffemError: If y or the parameters do not fit the corruption.
         """
         if n < 1:
             raise DiffemError(f"n: must be at least 1, got {n}")
@@ -117,8 +117,8 @@ class Posterior(nn.Module):
         return x.numpy() if arrays else x
 
     def _drawing(self, shape: tuple[int, ...], batch: int | None, what: str) -> tuple[Sampler, int]:
-        """What draws items of a shape, and how many observations at a time where `batch` items of the model are; `what` begins the
-        error if nothing draws them."""
+        """The sampler for items of a shape, and the batch size that takes as much memory as `batch` items of the
+        model's shape; `what` begins the error if there is no such sampler."""
         batch = batch or self.batch
         if shape == self.shape:
             return self.sampler, batch
@@ -144,8 +144,8 @@ class Posterior(nn.Module):
         """n new items, without an observation, shape (n, ...), in the units and the layout of y.
 
         Arguments:
-            n: How many.
-            generator: Draws their keys; torch's own by default.
+            n: How many items.
+            generator: Draws their keys; by default torch's global generator.
             batch: Items at a time.
         """
         if n < 1:
@@ -159,10 +159,11 @@ class Posterior(nn.Module):
     ) -> Tensor:
         """n draws for each of the observations `rows`, shape (n, len(rows), ...), in the units and the layout of y.
 
-        They depend on the seed and on the row, not on the batch. Images larger than those that it was trained on are drawn by tiles.
+        They depend on the seed and on the row, not on the batch. Images larger than the training images are drawn in
+        tiles.
 
         Raises:
-            DiffemError: If they came about in another way than those that it was trained on.
+            DiffemError: If the observations have another corruption than the training observations.
         """
         self.refuse_others(observations)
         data = Dataset(observations, self.units)
@@ -174,7 +175,7 @@ class Posterior(nn.Module):
         return self._restored(samplers.prior_samples(self.sampler, n, seed, batch or self.batch))
 
     def refuse_others(self, observations: Observations) -> None:
-        """Raises a DiffemError if observations came about in another way than those that it was trained on."""
+        """Raises a DiffemError if observations have another corruption or layout than the training observations."""
         where, ours, theirs = observations.source, self.corruption.law, observations.corruption.law
         self._drawing(observations.shape, 1, f"{where}:")
         for name in {**ours, **theirs}:
@@ -193,12 +194,12 @@ class Posterior(nn.Module):
 
     @cached_property
     def batch(self) -> int:
-        """How many items are drawn at a time, if nobody says."""
+        """The default number of items that are drawn at a time."""
         return memory.batch(self.sampler.footprint(), self.device)
 
     @property
     def device(self) -> torch.device:
-        """Where it computes; draws are returned to where y was."""
+        """The device on which it computes; draws are returned on the device of y."""
         return self.sampler.device
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -241,13 +242,13 @@ def from_pretrained(
 
     Arguments:
         folder: The folder.
-        corruption: Used instead of the saved one; needed where that is not on the shelf.
-        network: What made the network, where that is not one of diffem's; see :class:`diffem.networks.Given`.
+        corruption: Used instead of the saved one; needed if that is not one of diffem's.
+        network: The function that made the network, if it is not one of diffem's; see :class:`diffem.networks.Given`.
         device: Where it computes; see :func:`diffem.devices.choose`.
-        precision: How precisely its network does; likewise.
+        precision: The arithmetic of its network; see :func:`diffem.devices.choose`.
 
     Raises:
-        DiffemError: If the folder does not hold a whole model.
+        DiffemError: If the folder does not hold a complete model.
     """
     folder = Path(folder)
     where, dtype = devices.choose(device, precision)
@@ -263,7 +264,7 @@ def from_pretrained(
         layouts = [None if config.get(k) is None else Layout(*config[k]) for k in ("layout", "item_layout")]
         corruption = _corruption(config["corruption"], corruption, shape)
         kind = samplers.kind_of(config["kind"], "config.json: kind")
-        with seeding.global_generators("cpu", 0):  # initial weights are drawn, and then loaded
+        with seeding.global_generators("cpu", 0):  # initial weights are drawn, then overwritten
             own = None if network is None else Given(network)
             sampler = kind.rebuild(config, tensors, corruption.scaled(units), shape, own)
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
@@ -283,14 +284,15 @@ def from_pretrained(
 
 
 def _corruption(saved: dict, given: Corruption | None, shape: tuple[int, ...]) -> Corruption:
-    """The corruption of a saved model: what the caller gave, or else the one on the shelf that it names."""
+    """The corruption of a saved model: the one that the caller gave, or else the registered one that the model
+    names."""
     if given is None and saved["name"] == "BlackBox":
-        return BlackBox(lambda x, params: x, saved.get("function"))  # draws only ask it how y is scaled
+        return BlackBox(lambda x, params: x, saved.get("function"))  # draws only use its scaling of y
     if given is None and saved["name"] not in REGISTRY:
         raise DiffemError(f"its corruption {saved['name']} is not one of diffem's; give it with corruption=")
     if given is None:
         return from_config(saved, "config.json: corruption")
-    # what does not fit in a file, as an array, is not in `saved`: then only the caller's can be had
+    # `saved` lacks arguments that do not fit in a file, such as arrays: the caller's corruption has them
     other = saved != given.config and saved["name"] in REGISTRY
     if other and from_config(saved).basis(shape) != given.basis(shape):
         raise DiffemError(f"its mixture is written for {saved}, not for {given.config}")

@@ -1,19 +1,19 @@
-"""The run folder: what is on disk, written so that a kill at any moment leaves it whole.
+"""The run folder: its files, written so that a kill at any moment leaves them consistent.
 
 run.json                marks the folder as a run; locked while it runs
 config.yaml             the configuration; resuming with another one is refused
-checkpoint.safetensors  weights, average, optimiser; the rest of the state in its header
+checkpoint.safetensors  weights, average, optimiser; the rest of the state is in its header
 metrics.jsonl           one object per iteration, the start first
-reconstructions.npy     row i belongs to observation i; the best iteration
-prior.json              what the training of the prior took
-pictures.npz *.png report.html   what the report shows
-observations/           of a preset that makes its own
+reconstructions.npy     of the best iteration; row i belongs to observation i
+prior.json              steps, time and loss of the training of the prior
+pictures.npz *.png report.html   the report and its contents
+observations/           observations that a benchmark preset made
 posterior/ prior/       the best models
 start/ start.json       the start, for comparison
-diagnostics.json        what held-out observations say of the best models: see diffem.diagnostics.diagnose
-current.npy             while it runs: the last accepted reconstructions, which train
-good.safetensors        while it runs: the weights to which it rolls back if something is not finite
-next.npy partial/       while it runs: what a step has finished of its work
+diagnostics.json        diagnostics of the best models on held-out observations: see diffem.diagnostics.diagnose
+current.npy             while it runs: the last accepted reconstructions, on which the M-step trains
+good.safetensors        while it runs: the weights for a rollback, if a value is not finite
+next.npy partial/       while it runs: the finished part of an unfinished step
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Run:
                 raise DiffemError(
                     f"{self.folder}: holds {foreign[0]} but no {MARKER}, so it is not a run; use an empty --out"
                 )
-        self.longer = False  # than when it ran last
+        self.longer = False  # whether the configuration extends the run that is here
         if marked and (self.folder / "checkpoint.safetensors").exists():
             present = yaml.safe_load(file.read_text())
             changed = _differences(present, config) if isinstance(present, dict) else ["config.yaml"]
@@ -75,7 +75,7 @@ class Run:
 
     @contextlib.contextmanager
     def open(self) -> Iterator[None]:
-        """Makes the folder this run's, and keeps other processes out.
+        """Claims the folder for this run, and keeps other processes out.
 
         Raises:
             DiffemError: If another process runs here.
@@ -91,7 +91,7 @@ class Run:
             yield
 
     def save_config(self, first: bool = False) -> None:
-        """Writes config.yaml, if it is another one; `first`: nothing that was begun with another one is of use."""
+        """Writes config.yaml, if it differs; with `first`, also discards parts begun with the other configuration."""
         file, content = self.folder / "config.yaml", yaml.safe_dump(self.config, sort_keys=False).encode()
         if not file.exists() or file.read_bytes() != content:
             if first:
@@ -119,20 +119,21 @@ class Run:
             raise DiffemError(f"{file}: is truncated or not a checkpoint of diffem; remove it to start again") from None
 
     def keep_checkpoint(self) -> None:
-        """The checkpoint is the one to which a run rolls back."""
+        """Keeps the present checkpoint for rollbacks."""
         files.link(self.folder / "checkpoint.safetensors", self.folder / "good.safetensors")
 
     def kept_checkpoint(self) -> dict[str, Tensor]:
-        """The tensors of that one."""
+        """The tensors of the checkpoint for rollbacks."""
         return load_file(self.folder / "good.safetensors")
 
     def save_metrics(self, rows: list[dict]) -> None:
-        """Replaces metrics.jsonl; rows after a resume are those of an uninterrupted run. What is not finite is null there."""
+        """Replaces metrics.jsonl; values that are not finite become null. A resumed run writes the same rows as one
+        without interruption."""
         lines = (json.dumps(_finite(row), allow_nan=False) + "\n" for row in rows)
         self.write("metrics.jsonl", "".join(lines).encode())
 
     def array(self, name: str, shape: tuple[int, ...] | None = None, dtype: DTypeLike = np.float32) -> np.memmap:
-        """A memory-mapped array: made if a shape is given, else opened read-only."""
+        """A memory-mapped array: created if a shape is given, else opened read-only."""
         file = self.folder / f"{name}.npy"
         if shape is None:
             return np.lib.format.open_memmap(file, mode="r")
@@ -141,31 +142,31 @@ class Run:
     # --- parts of a step -----------------------------------------------------------------------------
 
     def once(self, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """What `make` returns; after a kill within this step, the copy of it that was saved."""
+        """The result of `make`, which is saved; after a kill within this step, the saved copy."""
         file = self.folder / "partial" / f"{name}.safetensors"
         if file.exists():
             return load_file(file)
         file.parent.mkdir(exist_ok=True)
         self._write_tensors(f"partial/{file.name}", make(), None)
-        return load_file(file)  # laid out in memory as after a kill: strides change the rounding of products
+        return load_file(file)  # same memory layout as after a kill: strides change the rounding of products
 
     def growing(
         self, name: str, shape: tuple[int, ...], iteration: int, dtype: DTypeLike = np.float32
     ) -> tuple[np.memmap, int]:
-        """An array that is filled from its first row on in an iteration, and how many rows are filled already."""
+        """An array that an iteration fills row by row, and how many rows are filled already."""
         file, done = self.folder / f"{name}.npy", self.folder / "partial" / f"{iteration}-{name}.json"
         if not (file.exists() and done.exists()):
             return self.array(name, shape, dtype), 0
         return np.lib.format.open_memmap(file, mode="r+"), int(json.loads(done.read_text()))
 
     def grown(self, name: str, array: np.memmap, rows: int, iteration: int) -> None:
-        """So many rows of a growing array are filled."""
-        array.flush()  # before anything says so
+        """Records that the first `rows` rows of a growing array are filled."""
+        array.flush()  # before the record is written
         (self.folder / "partial").mkdir(exist_ok=True)
         self.write(f"partial/{iteration}-{name}.json", json.dumps(rows).encode())
 
     def forget_parts(self) -> None:
-        """The step is finished, and its result is in place."""
+        """Removes partial results, when a step is finished."""
         shutil.rmtree(self.folder / "partial", ignore_errors=True)
 
     def _write_tensors(self, name: str, tensors: dict[str, Tensor], metadata: dict[str, str] | None) -> None:
@@ -175,7 +176,7 @@ class Run:
 
 
 def _lock(stream, folder: Path) -> None:
-    """Holds the file until it is closed, or its process is gone."""
+    """Locks the file until it is closed, or the process ends."""
     try:
         import fcntl
     except ImportError:  # Windows
@@ -206,8 +207,8 @@ def _differences(a: dict, b: dict, path: str = "") -> list[str]:
 
 
 def _harmless(name: str, config: dict) -> bool:
-    """Whether a setting changes nothing but rounding: gradients in parts, where nothing is drawn inside the network; or where the
-    observations lie, since a checksum says that they are the same."""
+    """Whether a setting changes nothing but rounding: micro-batches, if the network draws no random numbers; or the
+    path of the observations, since a checksum ensures that they are the same."""
     own, dropout = config.get("facts", {}).get("own_network"), config.get("network", {}).get("dropout")
     return name == "facts.source" or (name == "m_step.micro_batch" and not own and not dropout)
 

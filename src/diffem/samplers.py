@@ -1,4 +1,4 @@
-r"""Samplers of q(x | y), in model units: what the E-step draws from.
+r"""Samplers of q(x | y), in model units; the E-step draws from them.
 
 :class:`DiffusionSampler` runs the reverse diffusion from :math:`\sigma_t` to :math:`\sigma_s` in steps
 
@@ -6,20 +6,21 @@ r"""Samplers of q(x | y), in model units: what the E-step draws from.
     \tau = 1 - \sigma_s^2 / \sigma_t^2 \, , \qquad
     \hat x = d(x_t, \sigma_t, y) + \sqrt{w_t \, v} \, (r - m) \, .
 
-With width :math:`w = 0` this is DDPM, the sampler of the paper, which loses variance at few steps. With :math:`w = 1` the
-residual variance of the denoiser is put back: :math:`r` is a draw from the reference posterior, :math:`m` its mean, and
-:math:`v(x_t, \sigma_t, y)` the share of its variance that the denoiser says it leaves unexplained
-(:mod:`diffem.denoiser`; NPR-DPM, Bao et al., arXiv 2206.07309).
+With width :math:`w = 0` this is DDPM, the sampler of the paper, which loses variance when the steps are few. With
+:math:`w = 1` the residual variance of the denoiser is put back: :math:`r` is a draw from the reference posterior,
+:math:`m` its mean, and :math:`v(x_t, \sigma_t, y)` the share of its variance that the denoiser leaves unexplained, as
+predicted by its second head (:mod:`diffem.denoiser`; NPR-DPM, Bao et al., arXiv 2206.07309).
 
-An imperfect network is still over-confident, and :math:`w > 1` puts back more, where there is room for error. With the
-variances :math:`s_t^2` of the entries under the reference posterior,
+With an imperfect network the draws are still over-confident. :math:`w > 1` puts back more variance, in entries that are
+uncertain. With the variances :math:`s_t^2` of the entries under the reference posterior,
 
 .. math:: w_t = \min(w, 1) + \max(w - 1, 0) \, s_t^2 / \max s_T^2
 
-for every entry: all of it for the least known one at the first step, T, and hardly any for what was observed, for what never
-varies, and at low noise. The same factor everywhere would lay noise over these.
+for every entry: the full w for the most uncertain entry at the first step T, and hardly more than 1 for entries that
+were observed or never vary, and at low noise. The same factor everywhere would add visible noise there.
 
-A sampler of your own is a subclass of :class:`Sampler`, with a `kind`, under :func:`register_sampler`.
+To add your own sampler, write a subclass of :class:`Sampler` with a `kind`, and decorate it with
+:func:`register_sampler`.
 """
 
 from __future__ import annotations
@@ -40,9 +41,9 @@ from diffem.errors import DiffemError, suggest
 from diffem.mixtures import Mixture
 from diffem.networks import Given, NetworkConfig
 
-MOST_STEPS = 3000  # each takes three random streams; others begin at 10,000
+MOST_STEPS = 3000  # each step uses three random streams; streams of other purposes begin at 10,000
 WIDEST = 100.0
-BATCH = 256  # items at a time, where a caller does not say
+BATCH = 256  # default number of items at a time
 
 
 @dataclass(frozen=True)
@@ -50,12 +51,12 @@ class SamplerConfig:
     """The sampler.
 
     Attributes:
-        kind: `diffusion`, or another registered one.
-        steps: Number of steps.
-        width: How much of the residual variance the draws of an E-step put back: 1 all of it, 0 none (plain DDPM, as in the
-            paper). At the end of a guarded run the width is 1, or another one if that is better; 0 stays 0, and so does any width
-            where nothing can be predicted (black boxes).
-        options: Arguments of kinds that have more.
+        kind: `diffusion`, or the name of another registered sampler.
+        steps: Number of sampling steps.
+        width: How much of the residual variance the draws of an E-step put back: 1 for all of it, 0 for none (plain
+            DDPM, as in the paper). For the final draws, with em.guard, the width is 1, or another value if that scores
+            better. A width of 0 is kept, and so is any width for black boxes, where predictions cannot be scored.
+        options: Further arguments, for kinds that have them.
     """
 
     kind: str = "diffusion"
@@ -83,29 +84,29 @@ class Sampler(nn.Module):
         self.corruption, self.shape = corruption, tuple(shape)
 
     def draw(self, y: Tensor, params: Params, seeds: Tensor, withheld: Tensor | None = None) -> Tensor:
-        """One draw an observation, shape (B, *shape).
+        """One draw per observation, shape (B, *shape).
 
         Arguments:
             y: Observations in model units, shape (B, *y shape), on :attr:`device`.
             params: Their parameters.
-            seeds: One key an item (:func:`diffem.seeding.item_seeds`), shape (B,): all that is drawn depends on these.
-            withheld: True where the observation must not be used, shape (B,); nowhere by default. With none used it is a draw
-                from the prior.
+            seeds: One key per item (:func:`diffem.seeding.item_seeds`), shape (B,); they determine all random numbers.
+            withheld: True where the observation must not be used, shape (B,); nowhere by default. Without its
+                observation an item is drawn from the prior.
         """
         raise NotImplementedError
 
     @property
     def mixture(self) -> Mixture | None:
-        """What may be the reference of a denoiser that goes on from here."""
+        """The mixture that can be the reference of a denoiser trained from this start; None if there is none."""
         return None
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """The device on which it computes."""
         return torch.device("cpu")
 
     def footprint(self) -> int:
-        """Bytes that one item takes while it is drawn, about."""
+        """Approximate memory that drawing takes per item, in bytes."""
         d, mixture = math.prod(self.shape), self.mixture
         floats = 16 * d
         if mixture is not None:
@@ -114,7 +115,7 @@ class Sampler(nn.Module):
 
     @property
     def config(self) -> dict:
-        """What rebuilds it, beside its tensors."""
+        """Values from which :meth:`rebuild` restores it, in addition to its tensors."""
         return {}
 
     @classmethod
@@ -126,7 +127,7 @@ class Sampler(nn.Module):
         shape: tuple[int, ...],
         network: Given | None = None,
     ) -> Sampler:
-        """The sampler of a :attr:`config`, of the form of its tensors; their values are loaded later."""
+        """A sampler with this :attr:`config` and tensors of these shapes, whose values are loaded later."""
         return cls(corruption, shape)
 
 
@@ -134,20 +135,20 @@ SAMPLERS: dict[str, type[Sampler]] = {}
 
 
 def register_sampler(kind: type[Sampler]) -> type[Sampler]:
-    """Makes a class of samplers known under its `kind`: to configurations and to saved models. A decorator."""
+    """Registers a class of samplers under its `kind`, for configurations and saved models. A decorator."""
     SAMPLERS[kind.kind] = kind
     return kind
 
 
 def kind_of(name: str, where: str) -> type[Sampler]:
-    """The class of samplers of that name; `where` names the setting or the file in errors."""
+    """The class of samplers with that name; `where` is the setting or the file that an error names."""
     if name not in SAMPLERS:
         raise DiffemError(f"{where}: unknown sampler {name!r};{suggest(str(name), SAMPLERS)}; is its module imported?")
     return SAMPLERS[name]
 
 
 def trained_kind(config: SamplerConfig) -> type[DiffusionSampler]:
-    """The class of samplers that a configuration names."""
+    """The class of samplers that a configuration names; it must be trainable."""
     kind = kind_of(config.kind, "sampler.kind")
     if not issubclass(kind, DiffusionSampler):
         raise DiffemError(f"sampler.kind: {config.kind} has no network that could be trained; use diffusion")
@@ -156,8 +157,9 @@ def trained_kind(config: SamplerConfig) -> type[DiffusionSampler]:
 
 @register_sampler
 class ObservationSampler(Sampler):
-    """What the corruption makes of an observation by itself (:meth:`Corruption.initial`): the observation, as a rule, with the
-    middle of the range where nothing was observed; or a draw from :meth:`Corruption.interval`, uniformly."""
+    """The corruption's own reconstruction of an observation (:meth:`Corruption.initial`): usually the observation
+    itself, with the middle of the range where nothing was observed; or a uniform draw from
+    :meth:`Corruption.interval`."""
 
     kind = "observation"
 
@@ -208,8 +210,8 @@ class DiffusionSampler(Sampler):
 
     Arguments:
         denoiser: In model units.
-        sampler: See :class:`SamplerConfig`; `width` is w: up to 1 the share of the residual variance that is put back;
-            beyond, see the module.
+        sampler: See :class:`SamplerConfig`; `width` is w. Up to 1 it is the share of the residual variance that is put
+            back; for larger values see the module.
     """
 
     kind = "diffusion"
@@ -223,13 +225,13 @@ class DiffusionSampler(Sampler):
 
     @classmethod
     def suits(cls, corruption: Corruption, sampler: SamplerConfig, denoiser: DenoiserConfig) -> None:
-        """Raises a DiffemError if it cannot sample through this corruption, or with these settings."""
+        """Raises a DiffemError if it does not support this corruption or these settings."""
         if sampler.options:
             raise DiffemError(f"sampler.options: {next(iter(sampler.options))}: {cls.kind} has no options")
 
     @classmethod
     def evaluations(cls, sampler: SamplerConfig) -> int:
-        """What one draw costs, in evaluations of the network; a derivative through it counts as two more."""
+        """The cost of one draw in evaluations of the network; a derivative through the network counts as two more."""
         return sampler.steps + 1
 
     @property
@@ -294,20 +296,21 @@ class DiffusionSampler(Sampler):
         return x
 
     def estimate(self, x: Tensor, sigma: Tensor, tau: Tensor, query: Query, stream: int) -> Tensor:
-        """The item that a step goes towards, (B, *shape) or flat: the mean, and what the mean leaves of the variance.
+        """The clean item that a step moves towards, (B, *shape) or flat: the mean plus a draw of the residual variance.
 
         Arguments:
             x: Noisy items (B, *shape).
             sigma: Their noise level, a scalar.
-            tau: The share of the way to the estimate that the step goes.
-            query: What is drawn, given what.
-            stream: The first of two random streams of the items that are free.
+            tau: The fraction of the way to the estimate that the step covers.
+            query: The arguments of the draw.
+            stream: The first of two unused random streams of the items.
         """
         mean, rest = self.parts(x, sigma, query, stream)
         return mean + rest
 
     def parts(self, x: Tensor, sigma: Tensor, query: Query, stream: int) -> tuple[Tensor, Tensor]:
-        """The mean, and a draw of what is put back of the variance that it leaves; both flat. Arguments as for :meth:`estimate`."""
+        """The mean, and the draw of the residual variance that is added to it; both flat. Arguments as for
+        :meth:`estimate`."""
         params = query.params if query.shown is None else query.shown
         posterior, f, v = self.denoiser.predict(x, sigma.expand(len(x)), query.y, params, query.withheld)
         mean = posterior.mean + posterior.scale(f)
@@ -326,13 +329,14 @@ class DiffusionSampler(Sampler):
 
 @dataclass
 class Query:
-    """The arguments of one call of :meth:`Sampler.draw`, and what is computed once for all of its steps.
+    """The arguments of one call of :meth:`Sampler.draw`, and values computed once for all of its steps.
 
     Attributes:
-        y: Observations (B, *y shape); `params` their parameters, `withheld` where they must not be used (B,).
+        y: Observations (B, *y shape); `params` are their parameters, `withheld` is true where they must not be used
+            (B,).
         seeds: Keys of the items (B,).
         widest: The largest variance of an entry at the first step, (B, 1).
-        shown: The parameters that the network is shown, if these are not `params`.
+        shown: The parameters that the network is shown, if they differ from `params`.
     """
 
     y: Tensor
@@ -351,7 +355,7 @@ def _mixture(tensors: dict[str, Tensor], prefix: str, corruption: Corruption, sh
 
 
 def draw_from(sampler: Sampler, y: Tensor, params: Params, seeds: Tensor, batch: int = BATCH) -> Tensor:
-    """Draws given observations in model units, (B, *shape), `batch` at a time; all of it on the CPU."""
+    """Draws given observations in model units, (B, *shape), `batch` at a time; arguments and result are on the CPU."""
     found = []
     for rows in torch.arange(len(y)).split(batch):
         here = [v[rows].to(sampler.device) for v in (y, seeds, *params.values())]
@@ -375,7 +379,7 @@ def sample_prior(sampler: Sampler, seeds: Tensor, batch: int = BATCH) -> Tensor:
     """One draw from the prior of a sampler for each of the keys, shape (len(seeds), *shape), on the CPU."""
     found = []
     for keys in seeds.split(batch):
-        # Observations of the right shape. They are withheld, so that their values do not matter.
+        # Observations of the right shape. They are withheld, so their values do not matter.
         nothing = torch.zeros(len(keys), *sampler.shape)
         y, params = sampler.corruption.observe(nothing, torch.Generator().manual_seed(0))
         y, params = y.to(sampler.device), {k: v.to(sampler.device) for k, v in params.items()}

@@ -1,9 +1,9 @@
-r"""Random numbers that depend on what is drawn, never on how the work was cut up.
+r"""Random numbers that depend on what is drawn, never on how the work is split into batches or interrupted.
 
-Two needs, two tools:
+There are two tools:
 
-* :func:`generator`: a :class:`torch.Generator` for one named step of the work, e.g. M-step 17 of
-  iteration 3. All that a training step draws comes from it, so a resumed run draws the same.
+* :func:`generator`: a :class:`torch.Generator` for one named step of the work, e.g. update 17 of the M-step of
+  iteration 3. All random numbers of a training step come from it, so a resumed run draws the same.
 * :func:`normal` and :func:`uniform`: numbers for single items, keyed by their global index. They are
   counter-based: number j of the stream with key k is the SplitMix64 hash of :math:`k + j \gamma`, so
   an item gets the same numbers in a batch of 7 and in one of 256, on the CPU and on a GPU.
@@ -24,7 +24,7 @@ from torch import Tensor
 
 _GAMMA = 0x9E3779B97F4A7C15
 _MASK = (1 << 64) - 1
-# A name for every kind of work that draws: the numbers are part of what a seed means, so only append.
+# The kinds of work that draw random numbers. Their order determines the numbers that a seed gives, so only append.
 PHASES = {
     name: number
     for number, name in enumerate(
@@ -58,7 +58,8 @@ def generator(
 def global_generators(
     device: str | torch.device, seed: int, iteration: int = 0, phase: str = "init", step: int = 0
 ) -> Iterator[None]:
-    """Torch's global generators are keyed like :func:`generator` meanwhile, and then as they were."""
+    """Within this context, torch's global generators are seeded like :func:`generator`; afterwards they are
+    restored."""
     device = torch.device(device)
     key, on_cpu = fold(seed, iteration, PHASES[phase], step) >> 1, device.type == "cpu"
     with torch.random.fork_rng([] if on_cpu else [device], device_type="cuda" if on_cpu else device.type):
@@ -79,7 +80,7 @@ def item_seeds(seed: int, iteration: int, phase: str, indices: Sequence[int] | n
 
 
 def again(seeds: Tensor, number: int) -> Tensor:
-    """The keys of draw `number` of the same items, shape (N,); those of draw 0 are the seeds."""
+    """The keys of draw `number` of the same items, shape (N,); for draw 0 they are the seeds themselves."""
     return _hash(seeds + _signed(fold(number))) if number else seeds
 
 
@@ -88,7 +89,7 @@ def _signed(value: int) -> int:
 
 
 def _shift(value: Tensor, bits: int) -> Tensor:
-    return (value >> bits) & ((1 << (64 - bits)) - 1)  # logical, where torch shifts the sign in
+    return (value >> bits) & ((1 << (64 - bits)) - 1)  # a logical shift; torch's is arithmetic
 
 
 def _hash(value: Tensor) -> Tensor:
@@ -98,7 +99,7 @@ def _hash(value: Tensor) -> Tensor:
 
 
 def _bits(seeds: Tensor, count: int, stream: int) -> Tensor:
-    # Every stream has a key of its own; within it the counter runs over the numbers of the item.
+    # Every stream has its own key; within a stream the counter runs over the numbers of the item.
     keys = _hash(seeds + _signed((stream + 1) * 0xD1342543DE82EF95 & _MASK))
     counters = torch.arange(1, count + 1, device=seeds.device) * _signed(_GAMMA)
     return _hash(keys[:, None] + counters)

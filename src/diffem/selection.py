@@ -1,14 +1,14 @@
-"""What validation observations decide: whether an iteration is accepted, which one is kept, and when a run ends.
+"""Model selection on validation observations: which iterations are accepted, which one is kept, and when a run ends.
 
-One number compares two models: the criterion of their scores (:mod:`diffem.diagnostics.scores`). Its difference is taken in
-pairs, observation by observation, and has a standard error.
+Two models are compared by one number, the criterion of their scores (:mod:`diffem.diagnostics.scores`). The difference
+is paired, observation by observation, and has a standard error.
 
-accepted  the criterion is not worse than the best so far by more than :data:`GATE` standard errors. What is refused trains
-          nothing: the next M-step goes on with the reconstructions that were there
-best      accepted, and the criterion is smaller than the best so far; the first to beat is the start
+accepted  the criterion is not worse than the best so far by more than :data:`GATE` standard errors. The draws of a
+          refused iteration are discarded: the next M-step trains on the previous reconstructions
+best      accepted, and the criterion is smaller than the best so far (at first, that of the start)
 stop      `em.patience` iterations in a row were not the best
 
-A criterion that is not a number is refused.
+An iteration whose criterion is not a number is refused.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ class Selection:
 
     Attributes:
         guard: Whether scores decide; if not, every iteration is accepted, and the last one is the best.
-        patience: Iterations in a row without a new best that end the run; 0 never does.
+        patience: The run ends after this many iterations in a row without a new best; with 0, never.
         first: The score of the start.
-        best: The score of the best iteration; at first the start's.
+        best: The score of the best iteration; at first that of the start.
         stale: Iterations since the last best one.
     """
 
@@ -51,14 +51,14 @@ class Selection:
         return self.guard and 0 < self.patience <= self.stale
 
     def decide(self, current: Score) -> dict[str, float | bool]:
-        """Whether an iteration is `accepted` and `best`, and the differences that say so, each with its standard error
-        (NAME_se): `criterion_delta` to the best before, `start_delta` of the score to the start.
+        """Whether an iteration is `accepted` and `best`, and two differences, each with its standard error (NAME_se):
+        `criterion_delta`, of the criterion from the previous best, and `start_delta`, of the score from the start's.
 
         Arguments:
             current: The score of the iteration.
         """
         delta, error = current.criterion_difference(self.best)
-        first = math.isfinite(current.criterion) and not math.isfinite(self.best.criterion)  # anything beats no number
+        first = math.isfinite(current.criterion) and not math.isfinite(self.best.criterion)  # any number beats none
         accepted = not self.guard or first or delta <= GATE * error
         best = not self.guard or first or (accepted and delta < 0)
         self.stale = 0 if best else self.stale + 1
@@ -70,7 +70,7 @@ class Selection:
 
     @property
     def facts(self) -> dict:
-        """What a checkpoint holds of it beside :attr:`tensors`."""
+        """Values stored in the checkpoint in addition to :attr:`tensors`."""
         return {"name": self.first.name, "stale": self.stale}
 
     @property
@@ -87,5 +87,5 @@ class Selection:
 
 
 def to_start(current: Score, start: Score) -> dict[str, float]:
-    """The paired difference of a score to the start's, and its standard error."""
+    """The paired difference between a score and that of the start, and its standard error."""
     return dict(zip(("start_delta", "start_delta_se"), current.difference(start), strict=True))

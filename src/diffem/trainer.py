@@ -1,4 +1,4 @@
-"""The M-step: what it trains on, and one update at a time."""
+"""The M-step: its training examples, and single updates of the network."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from diffem.data import Dataset, Items, open_array
 from diffem.denoiser import Denoiser
 from diffem.errors import DiffemError
 
-LEAST_RATE = 0.05  # of the learning rate, at the end of a linear schedule
+LEAST_RATE = 0.05  # fraction of the learning rate at the end of a linear schedule
 CLIP = 1.0  # the largest norm of a gradient
-PASSES = 20  # passes over the data in which every item shows a part of its real observation; after n, PASSES / n do
+PASSES = 20  # in the first passes over the data all items show a part of their real observation; after n, PASSES / n do
 
 
 @dataclass(frozen=True)
@@ -32,18 +32,20 @@ class MStepConfig:
         steps: Optimiser steps per iteration.
         first_steps: Steps of the first iteration.
         batch: Items per step.
-        micro_batch: So many of them go through the network at a time, and gradients are added up; 0 for all at once.
-        learning_rate: Of Adam.
-        schedule: `constant`, or `linear`: falls to a twentieth over all iterations, and again over the prior's steps.
+        micro_batch: Items that go through the network at a time; gradients are accumulated. 0 for the whole batch.
+        learning_rate: Learning rate of Adam.
+        schedule: Learning rate schedule: `constant`, or `linear`, which falls to a twentieth over all iterations, and
+            again over the training of the prior.
         ema: Decay of the exponential moving average of the weights, which the E-step uses.
-        thinned: The share of the simulated observations of which a part is hidden, too.
-        imputed_weight: How much imputed entries of a reconstruction weigh beside measured ones (lambda of
-            :mod:`diffem.denoiser`). With 1 the M-step is the paper's, which never shows the network a real observation.
-            Taken as 1 for noise, blurs and black boxes, whose observations all measure the same, and in guided runs.
-        optimizer: `carry` or `reset` its state between iterations.
-        flip: Mirror half of the items left to right before they are corrupted; for images that may be.
-        clean_examples: A .npy of a few clean items, shape (n, *shape), in the units of y; none by default.
-        clean_share: The fraction of a batch that is taken from them.
+        thinned: Fraction of the simulated observations in which a further part is hidden.
+        imputed_weight: Weight of imputed entries of a reconstruction in the loss; measured ones have weight 1 (lambda
+            in `diffem.denoiser`). With 1 the M-step is the paper's, which never shows the network a real
+            observation. Always 1 for noise, blurs and black boxes, whose observations all measure the same, and with
+            guided samplers.
+        optimizer: Whether to `carry` or `reset` the state of the optimiser between iterations.
+        flip: Mirror half of the items left to right before they are corrupted; for images with no preferred side.
+        clean_examples: A .npy file of a few clean items, shape (n, *shape), in the units of y; empty for none.
+        clean_share: Fraction of each batch that is taken from the clean examples.
     """
 
     steps: int = 150
@@ -75,7 +77,7 @@ class MStepConfig:
             raise DiffemError(f"m_step.optimizer: must be carry or reset, got {self.optimizer!r}")
 
     def rate(self, done: float) -> float:
-        """The learning rate when a share `done` of the updates has been made."""
+        """The learning rate when a fraction `done` of the updates has been made."""
         return self.learning_rate * (1.0 if self.schedule == "constant" else max(LEAST_RATE, 1 - done))
 
 
@@ -85,9 +87,9 @@ class Batch:
 
     Attributes:
         x: Items (B, *shape): reconstructions, and clean examples.
-        y: Observations of them (B, *y shape), simulated or real.
-        params: The parameters of these.
-        source: The parameters of the real observations behind the items; None where all entries weigh the same.
+        y: Their observations (B, *y shape), simulated or real.
+        params: The parameters of y.
+        source: The parameters of the real observations behind the items; None where all entries have equal weight.
         reconstructed: Which items are reconstructions (B,).
         mirrored: Which of the items were mirrored (B,).
     """
@@ -107,11 +109,11 @@ class Batch:
 
 
 class Examples:
-    """What the M-step trains on: reconstructions, observed anew at every update.
+    """Training examples of the M-step: reconstructions, observed anew at every update.
 
     Arguments:
         data: The observations.
-        train: The rows that train.
+        train: The rows of the training observations.
         config: See :class:`MStepConfig`.
         device: Where batches are made.
     """
@@ -122,7 +124,7 @@ class Examples:
 
     @property
     def digest(self) -> str | None:
-        """A checksum of the clean examples; None without."""
+        """A checksum of the clean examples; None if there are none."""
         return None if self.clean is None else hashlib.sha256(self.clean.array.tobytes()).hexdigest()[:16]
 
     def _clean(self) -> Items | None:
@@ -142,10 +144,10 @@ class Examples:
         """A batch of items and their observations.
 
         Arguments:
-            x: The reconstructions, row i of observation i.
-            generator: Draws all that is drawn.
-            updates: How many updates the weights have seen: real observations are shown less and less.
-            alone: The observations will not be shown, so that none is real and all entries weigh the same.
+            x: The reconstructions, row i for observation i.
+            generator: The source of all random numbers.
+            updates: How many updates the weights have had: real observations become rarer with it.
+            alone: Whether all observations are withheld; then none is real, and all entries weigh the same.
         """
         config, data, device = self.config, self.data, self.device
         rows = self.train[self._integers(len(self.train), generator)]
@@ -160,7 +162,7 @@ class Examples:
             mirrored = torch.rand(len(items), generator=generator, device=device) < 0.5
             items = pick(mirrored, items.flip(-1), items)
         simulated, source = self.simulate(items, generator), None
-        # without parameters every observation measures the same, and there is nothing to weigh
+        # without parameters every observation measures the same, and all entries have equal weight
         if not alone and config.imputed_weight < 1 and data.observations.params:
             real = data.batch(rows, device)
             source = real[1]
@@ -168,7 +170,7 @@ class Examples:
         return Batch(items, *simulated, source, reconstructed, mirrored)
 
     def simulate(self, x: Tensor, generator: torch.Generator) -> Observed:
-        """Fresh observations of items, a part of them thinned."""
+        """New observations of items, some of them thinned."""
         y, params = self.data.corruption.observe(x, generator)
         split = self.data.corruption.thin(y, params, generator)
         if split is None or not self.config.thinned:
@@ -181,15 +183,16 @@ class Examples:
     ) -> Observed:
         """The simulated observations, some of them replaced by a thinned part of the real ones.
 
-        What is hidden of them is real, too: this is what a network on the splitting loss learns from. All are replaced in the
-        first :data:`PASSES` over the training observations; after n passes PASSES / n of them, or they would be learned by heart.
+        The hidden part is real data, too: it is the target of a splitting loss. All observations are replaced in the
+        first :data:`PASSES` passes over the training data. After n passes only PASSES / n of them are, to avoid
+        overfitting.
 
         Arguments:
             simulated: Observations of reconstructions.
             real: The observations that were reconstructed.
             allowed: Which ones may be replaced (B,).
-            generator: Draws which ones are, and what is hidden of them.
-            updates: How many updates there were.
+            generator: Draws which ones are replaced, and which part is hidden.
+            updates: How many updates have been made.
         """
         split = self.data.corruption.thin(*real, generator)
         if split is None:
@@ -205,13 +208,13 @@ class Examples:
 
 
 def weigh(x: Tensor, batch: Batch, corruption: Corruption, share: float) -> Tensor:
-    """W x of :mod:`diffem.denoiser`: what the source observations measured of x, and `share` of the rest.
+    """W x of :mod:`diffem.denoiser`: the part of x that the source observations measured, plus `share` times the rest.
 
-    Clean examples are measured in every entry.
+    Clean examples count as measured in every entry.
 
     Arguments:
         x: Shape (B, *shape), in model units.
-        batch: Whose items they are.
+        batch: The batch of the items.
         corruption: The corruption in model units.
         share: lambda.
     """
@@ -227,7 +230,7 @@ def pick(chosen: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 def _mixed(chosen: Tensor, a: Observed, b: Observed) -> Observed:
-    """The observations of a that are chosen (B,), and those of b that are not; b may lack masks, as where all is shown."""
+    """The observations of a that are chosen (B,), and those of b that are not; a mask that b lacks is all true."""
     params = {k: pick(chosen, v, b[1].get(k, torch.ones_like(v))) for k, v in a[1].items()}
     return pick(chosen, a[0], b[0]), params
 
@@ -241,7 +244,7 @@ class Trainer:
 
     Attributes:
         averaged: The same denoiser with the average of the weights; the E-step draws with it.
-        updates: How many there were.
+        updates: How many updates have been made.
     """
 
     def __init__(self, denoiser: Denoiser, config: MStepConfig) -> None:
@@ -249,11 +252,11 @@ class Trainer:
         self.restart()
 
     def restart(self) -> None:
-        """Goes on from the weights as they are, with a new average and a new optimiser."""
+        """Goes on from the current weights, with a new average and a new optimiser."""
 
         def blend(average, current, _) -> None:
-            count = int(self.average.n_averaged)  # on the CPU, where the one that is given may not be
-            decay = min(self.config.ema, (1 + count) / (10 + count))  # a young average forgets quickly
+            count = int(self.average.n_averaged)  # on the CPU; the argument may be elsewhere
+            decay = min(self.config.ema, (1 + count) / (10 + count))  # early on, the average forgets faster
             torch._foreach_lerp_([*average], [*current], 1 - decay)
 
         self.average = AveragedModel(self.denoiser.network, multi_avg_fn=blend)
@@ -271,9 +274,9 @@ class Trainer:
         self.optimizer = torch.optim.Adam(weights, lr=rate, fused=True)
 
     def footprint(self) -> int:
-        """Bytes that one item of an update takes."""
+        """Memory that an update takes per item, in bytes."""
         denoiser = self.denoiser
-        x = torch.zeros(2, *denoiser.shape)  # one alone has no statistics over a batch
+        x = torch.zeros(2, *denoiser.shape)  # two: batch statistics need more than one
         y, params = denoiser.corruption.observe(x, torch.Generator().manual_seed(0))
         x, y, params = x.to(self.device), y.to(self.device), {k: v.to(self.device) for k, v in params.items()}
         with memory.of_update(denoiser.network) as kept, seeding.global_generators(self.device, 0):
@@ -293,12 +296,12 @@ class Trainer:
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """The device of the denoiser."""
         return self.denoiser.device
 
     def losses(self, batch: Batch, generator: torch.Generator, dropout: float) -> Iterator[Tensor]:
-        """The loss of a batch in parts that add up to it, scalars; `dropout` is the fraction of its observations that is
-        withheld."""
+        """The loss of a batch as scalar summands, one per micro-batch; `dropout` is the fraction of withheld
+        observations."""
         n = len(batch.x)
         size, state = self.config.micro_batch or n, generator.get_state()
         for start in range(0, n, size):
@@ -315,10 +318,10 @@ class Trainer:
         return lambda x: weigh(x, batch, self.denoiser.corruption, self.config.imputed_weight)
 
     def update(self, losses: Iterable[Tensor], rate: float) -> float:
-        """One step down the gradient of the sum of `losses`, at a learning rate, and one step of the average.
+        """One optimiser step on the sum of `losses` with learning rate `rate`, and one step of the average.
 
         Returns:
-            The sum. If it is not finite nothing was changed.
+            The sum. If it is not finite, nothing was changed.
         """
         self.optimizer.zero_grad()
         total = 0.0
@@ -345,7 +348,7 @@ class Trainer:
         return {**tensors, "updates": torch.tensor(self.updates)}
 
     def load(self, tensors: dict[str, Tensor]) -> None:
-        """Takes back what :meth:`state` gave."""
+        """Restores what :meth:`state` returned."""
 
         def part(prefix: str) -> dict[str, Tensor]:
             return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
@@ -356,7 +359,7 @@ class Trainer:
         slots: dict[int, dict[str, Tensor]] = {}
         for i, (name, parameter) in enumerate(self.denoiser.network.named_parameters()):
             if found := part(f"optimizer.{name}."):
-                # laid out as before: strides change the rounding of the fused update
+                # in the memory layout of before: strides change the rounding of the fused update
                 slots[i] = {k: torch.empty_like(parameter).copy_(v) if v.ndim else v for k, v in found.items()}
         if slots:
             self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": slots})

@@ -1,29 +1,30 @@
 r"""Whether posterior and prior fit each other: simulation-based calibration and coverage.
 
-Draw :math:`x \sim p`, :math:`y \sim Q(\cdot \mid x)`, and :math:`x_1 \dots x_M \sim q(\cdot \mid y)`. If q is the posterior of p,
-then x and the draws have one law given y and are exchangeable, and for any number :math:`f(x, y)` the rank
+Draw :math:`x \sim p`, :math:`y \sim Q(\cdot \mid x)`, and :math:`x_1 \dots x_M \sim q(\cdot \mid y)`. If q is the
+posterior of p, then x and the draws have the same distribution given y and are exchangeable. For any scalar
+:math:`f(x, y)`, the rank
 
 .. math:: r = \#\{ j : f(x_j, y) < f(x, y) \} \quad \text{is uniform on } \{0, \dots, M\}
 
-(ties are broken at random). Draws that are too narrow make ranks heap up at both ends, too wide ones in the middle,
-biased ones at one end. The numbers:
+(ties are broken at random). If draws are too narrow, ranks pile up at both ends; if too wide, in the middle; if biased,
+at one end. The test quantities f are:
 
-* **SBC** (Talts et al., 2018): random projections of x, and its squared norm, which do not look at y; and
+* **SBC** (Talts et al., 2018): random projections of x, and its squared norm, which do not depend on y; and
   the log likelihood :math:`\log Q(y \mid x)`, which does (Modrak et al., 2023).
-* **TARP** (Lemos et al., 2023): the distance of x to a reference point that does not depend on x. The share of x whose
-  credible ball around its reference has level below :math:`\alpha`, the expected coverage, is :math:`\alpha` for all
-  :math:`\alpha`. In many dimensions narrow draws fall short of x on every side, and the coverage falls below the
-  diagonal; wide draws lift it above.
+* **TARP** (Lemos et al., 2023): the distance of x to a reference point that does not depend on x. The expected coverage
+  is the share of x whose credible ball around its reference has level below :math:`\alpha`; it is :math:`\alpha` for
+  all :math:`\alpha`. In many dimensions, draws that are too narrow miss x on every side, and the coverage falls below
+  the diagonal; draws that are too wide lift it above.
 
-What this can prove, and what not:
+What these tests can and cannot show:
 
-* A small p-value proves that q is not the posterior of this p under this Q. It does not say which one is wrong.
-* Self-consistency is not truth. If p is wrong and q its exact posterior, all passes. Whether simulated
-  observations look like the real ones is for :mod:`diffem.diagnostics.divergence` to say.
-* A posterior that ignores y and returns the prior passes everything that does not look at y: projections, norm and TARP.
-  Only the log likelihood finds it out; a black box has none.
-* Where clean items are known and their observations were simulated, the same numbers (:func:`calibration` of
-  :class:`Trials` with those) do judge against the truth, up to the same blindness.
+* A small p-value shows that q is not the posterior of this p under this Q. It does not say which of them is wrong.
+* Self-consistency is not truth. If p is wrong and q is its exact posterior, all tests pass. Whether simulated
+  observations look like the real ones is tested in :mod:`diffem.diagnostics.divergence`.
+* A posterior that ignores y and returns the prior passes all tests whose quantity does not depend on y: projections,
+  norm and TARP. Only the log likelihood detects it; a black box has none.
+* If clean items are known and their observations were simulated, the same tests (:func:`calibration` of :class:`Trials`
+  made of them) compare with the truth, with the same blind spots.
 
 References:
     | Validating Bayesian Inference Algorithms with Simulation-Based Calibration (Talts et al., 2018), arXiv 1804.06788
@@ -49,7 +50,7 @@ from diffem.samplers import BATCH, Sampler, draw_from, prior_samples
 
 NUMBERS = 2**27
 PROJECTIONS = 4
-BINS = 8  # of a histogram of ranks: more of them see finer faults, and need more items
+BINS = 8  # of a histogram of ranks: more bins show finer faults, and need more items
 LEVELS = 20  # of the coverage curve, 0.05 apart
 
 
@@ -78,9 +79,9 @@ class Coverage:
 
     Attributes:
         levels: Credible levels alpha, shape (21,).
-        coverage: The share of items that their credible region of that level holds, shape (21,).
-        deviation: The difference coverage - alpha that is largest in size, over all alpha; below 0 for narrow draws.
-        p_value: Of the Kolmogorov-Smirnov test that it is 0.
+        coverage: The share of items inside their credible region of that level, shape (21,).
+        deviation: The difference coverage - alpha of largest absolute value; negative if draws are too narrow.
+        p_value: Of the Kolmogorov-Smirnov test that the deviation is 0.
     """
 
     levels: Tensor
@@ -92,14 +93,15 @@ class Coverage:
 def ranks(draws: Tensor, truth: Tensor, generator: torch.Generator) -> Tensor:
     """How many draws (M, *) are smaller than the truth (*), ties broken at random: integers 0 .. M, shape (*)."""
     ties = (draws == truth).sum(0)
-    chance = torch.rand(truth.shape, generator=generator, dtype=torch.float64)  # rank among 1 + ties that are equal
+    chance = torch.rand(truth.shape, generator=generator, dtype=torch.float64)  # rank among the 1 + ties equal values
     return (draws < truth).sum(0) + (chance * (1 + ties)).long()
 
 
 def histogram(ranks: Tensor, draws: int, bins: int = BINS) -> tuple[Tensor, Tensor]:
-    """Counts of ranks (n,) in at most `bins` bins of 0 .. draws, and what is expected of uniform ones, both (bins,).
+    """Counts of ranks (n,) in at most `bins` bins of 0 .. draws, and the expected counts of uniform ranks, both
+    (bins,).
 
-    Bins are as even as they can be; where draws + 1 is no multiple of them the expected counts differ.
+    Bins are as equal as possible; if draws + 1 is not a multiple of their number, the expected counts differ.
     """
     bins = min(bins, draws + 1)
     place = torch.arange(draws + 1) * bins // (draws + 1)
@@ -120,12 +122,12 @@ def tarp_coverage(draws: Tensor, truth: Tensor, references: Tensor, generator: t
         draws: Draws (M, n, d).
         truth: The items (n, d).
         references: One point for each (n, d), which must not depend on the item.
-        generator: Breaks ties, and spreads the M + 1 ranks over [0, 1] evenly, so that the law of the p-value is exact.
+        generator: Breaks ties, and spreads the M + 1 ranks evenly over [0, 1], so that the p-value is exact.
     """
     distance = lambda a: (a.double() - references.double()).norm(dim=-1)  # noqa: E731
     rank = ranks(distance(draws), distance(truth), generator)
     level = (rank + torch.rand(rank.shape, generator=generator, dtype=torch.float64)) / (len(draws) + 1)
-    found = stats.kstest(level.numpy(), "uniform")  # its sign is of empirical minus uniform, which is coverage - alpha
+    found = stats.kstest(level.numpy(), "uniform")  # the sign of empirical minus uniform, that is coverage - alpha
     alpha = torch.linspace(0, 1, LEVELS + 1, dtype=torch.float64)
     coverage = (level[:, None] <= alpha).double().mean(0)
     return Coverage(alpha, coverage, float(found.statistic_sign * found.statistic), float(found.pvalue))
@@ -135,7 +137,7 @@ def simulate(posterior: Sampler, prior: Sampler, n: int, draws: int, seed: int, 
     """Items from the prior, an observation of each by the posterior's corruption, and `draws` posterior draws given each.
 
     Raises:
-        DiffemError: If the prior and the posterior are not of items of one shape.
+        DiffemError: If the items of the prior and of the posterior differ in shape.
     """
     if prior.shape != posterior.shape:
         raise DiffemError(f"prior: makes items of shape {prior.shape}, the posterior {posterior.shape}")
@@ -153,10 +155,10 @@ def simulate(posterior: Sampler, prior: Sampler, n: int, draws: int, seed: int, 
 
 
 def quantities(trials: Trials, generator: torch.Generator, projections: int = PROJECTIONS) -> dict[str, tuple]:
-    """The numbers that are ranked: by name, those of the draws (M, n) and of the items (n,).
+    """The quantities that are ranked: by name, their values for the draws (M, n) and for the items (n,).
 
-    Random projections; the squared norm; and the log likelihood, where there is one: a black box has none, and one without
-    noise is met by the items exactly, by draws with an assumed least noise not.
+    Random projections; the squared norm; and the log likelihood, except for a black box, which has none, and for
+    observations without noise, which the items fit exactly, while draws assume a least noise.
     """
     truth, draws = trials.x.flatten(1).double(), trials.draws.flatten(2).double()
     directions = torch.randn(truth.shape[1], projections, generator=generator, dtype=torch.float64)
@@ -192,9 +194,9 @@ def calibration(trials: Trials, seed: int) -> dict:
     """SBC and TARP of trials, ready for JSON and for plots.
 
     Returns:
-        `items` and `draws`, how many; under `sbc`, by quantity, its `counts` of ranks, what is `expected` of each, and
-        `p_value`; under `tarp`, `levels`, `coverage`, `deviation` and `p_value` (see :class:`Coverage`); and `p_value`
-        of them all, by Bonferroni.
+        `items` and `draws`, their numbers; under `sbc`, for each quantity, the `counts` of its ranks, the `expected`
+        counts, and `p_value`; under `tarp`, `levels`, `coverage`, `deviation` and `p_value` (see :class:`Coverage`);
+        and a joint `p_value`, by Bonferroni.
     """
     n, draws = len(trials.x), len(trials.draws)
     table = {}
@@ -220,14 +222,14 @@ def calibration(trials: Trials, seed: int) -> dict:
 def self_consistency(
     posterior: Sampler, prior: Sampler, seed: int, n: int = 256, draws: int = 15, batch: int = BATCH
 ) -> dict:
-    """:func:`calibration` of a posterior under its prior, on simulated observations; nothing real enters.
+    """:func:`calibration` of a posterior under its prior, on simulated observations only.
 
     Arguments:
-        posterior: What is judged.
-        prior: Whose posterior it should be.
+        posterior: The posterior to test.
+        prior: The prior that it should be the posterior of.
         seed: Seed of the run.
-        n: Items, or fewer if they are so large that all draws would be more than :data:`NUMBERS` numbers.
-        draws: Draws for each; it takes n * draws draws in all.
+        n: Number of items; fewer if all draws together would exceed :data:`NUMBERS` numbers.
+        draws: Draws for each item; n * draws in all.
         batch: Items at a time.
     """
     n = memory.at_once(draws * math.prod(posterior.shape), n, NUMBERS)
@@ -235,7 +237,7 @@ def self_consistency(
 
 
 def _log_likelihood(trials: Trials, x: Tensor) -> Tensor:
-    """log Q(y | x) of items (n, *shape), up to what does not depend on x; (n,)."""
+    """log Q(y | x) of items (n, *shape), up to a term that does not depend on x; (n,)."""
     corruption = trials.corruption
     assert isinstance(corruption, LinearCorruption)
     error = (corruption.forward(x, trials.params) - trials.y) / corruption.noise_std(trials.y, trials.params)

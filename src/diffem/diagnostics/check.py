@@ -1,8 +1,8 @@
-r"""Can these observations be learned from at all? What can be said before any training, in seconds.
+r"""Checks of the observations before any training, in seconds: can a model learn from them at all?
 
-:func:`check` gives all findings, problems first; each comes from a function that looks at one thing. One pass over all
-observations counts what they show (:class:`Survey`); values and second moments are those of a part of them
-(:class:`Sample`), so that memory does not grow with their number (but for three numbers of each).
+:func:`check` returns all findings, problems first; each comes from a function that checks one property. One pass over
+all observations counts what they show (:class:`Survey`). Values and second moments come from a subset
+(:class:`Sample`), so that memory does not grow with the number of observations (except for three numbers each).
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from diffem.diagnostics.spectrum import DIRECTIONS, Spectrum
 from diffem.errors import DiffemError
 
 LEVELS = ("problem", "warning", "note")
-SAMPLE = 8192  # observations that are looked at closely,
-NUMBERS = 2**23  # and numbers in them
+SAMPLE = 8192  # the largest number of observations in the sample,
+NUMBERS = 2**23  # and of numbers in them
 CHUNK = 1024
-FEW = 20  # observations of an entry that are too few to learn from
-SURE = 5.0  # standard errors, where the smallest of thousands is looked at
-CLIPPED = 0.01  # a share of the values at the least, or the largest, that noise does not leave there
-DETAIL = 0.08  # details of images without noise, beside the standard deviation of their pixels
-UNEQUAL, FAR_APART = 1.25, 2.0  # the noise in the bright over that in the dark: a warning, a problem
+FEW = 20  # fewer observations of an entry are too few to learn from
+SURE = 5.0  # standard errors, large since the smallest of thousands of values is tested
+CLIPPED = 0.01  # a larger share of values at the minimum or maximum means clipping
+DETAIL = 0.08  # details of images without noise, as a fraction of the standard deviation of their pixels
+UNEQUAL, FAR_APART = 1.25, 2.0  # noise in bright over noise in dark regions: limits of a warning and of a problem
 SENTINELS = (-999, -9999, -99999, -32768, 32767, 65535, 2**31 - 1, -(2**31), 1e20, 1e30, -1e20, -1e30, 9.96921e36)
-SHARED = 1e-3  # a share of the values that are exactly the same,
-FAR_VALUE = 10.0  # and so many times the range of all others away from them; a known sentinel, half of it
+SHARED = 1e-3  # a sentinel is a value that at least this share of entries has,
+FAR_VALUE = 10.0  # at a distance of this many ranges of the other values (0.5 for a known sentinel)
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Finding:
 
 
 def quick(observations: Observations) -> list[Finding]:
-    """Problems that a part of the observations shows, in seconds: what a run looks for before it trains."""
+    """Problems that a sample of the observations shows, in seconds; a run checks for them before it trains."""
     sample = Sample(observations)
     quiet = noise(observations, sample, None) if isinstance(observations.corruption.noise, float) else []
     findings = [
@@ -70,8 +70,8 @@ def check(observations: Observations, seed: int = 0) -> list[Finding]:
     """All findings, problems first.
 
     Arguments:
-        observations: The observations; they are only read.
-        seed: Of the run; it says which observations are held out.
+        observations: The observations; they are not changed.
+        seed: Seed of the run; it decides which observations are held out.
 
     Raises:
         DiffemError: If there are too few observations.
@@ -80,7 +80,7 @@ def check(observations: Observations, seed: int = 0) -> list[Finding]:
     observations.rehearse(observations.units(train))
     survey, sample = Survey(observations), Sample(observations)
     known, level = observations.corruption.diagonal or sample.matrix is not None, observations.corruption.noise
-    uniform = isinstance(level, float)  # else nothing is said of the noise
+    uniform = isinstance(level, float)  # else the noise is not checked
     spectrum = Spectrum.of(sample.z, sample.seen, sample.matrix, level) if known and uniform else None
     quiet = noise(observations, sample, spectrum) if uniform else []
     findings = [
@@ -94,26 +94,26 @@ def check(observations: Observations, seed: int = 0) -> list[Finding]:
         *sentinels(sample),
         *value_range(observations, sample),
     ]
-    if uniform and all(finding.level == "note" for finding in quiet):  # these are told beyond the declared noise
+    if uniform and all(finding.level == "note" for finding in quiet):  # these tests rely on the declared noise
         findings += constant_entries(observations, sample)
         findings += constant_directions(observations, spectrum)
     return sorted(findings, key=lambda finding: LEVELS.index(finding.level))
 
 
-# --- what is read ------------------------------------------------------------------------------------
+# --- what is read from the observations --------------------------------------------------------------
 
 
 class Survey:
-    """What one pass over all observations tells.
+    """Counts from one pass over all observations.
 
     Attributes:
-        looks: The sum of A^T A: its diagonal (d,) where all A are diagonal in one basis, else (features, features);
-            None of a black box, and of more than :data:`DIRECTIONS` features in matrices.
-        together: How many observations show both of two entries, (d, d); None without masks, or of more than
-            :data:`DIRECTIONS`.
-        hidden: The fraction of its mask that is false, of each observation, (N,); 0 without masks.
+        looks: The sum of A^T A: its diagonal (d,) if all A are diagonal in one basis, else (features, features);
+            None for a black box, and for matrices of more than :data:`DIRECTIONS` features.
+        together: How many observations show both entries of a pair, (d, d); None without masks, or for more than
+            :data:`DIRECTIONS` entries.
+        hidden: The fraction of false entries in the mask of each observation, (N,); 0 without masks.
         shown: How many entries of y each observation shows, (N,).
-        keys: A checksum of what each observation shows, and of how, (N,).
+        keys: A checksum of the values and parameters of each observation, (N,).
     """
 
     def __init__(self, observations: Observations) -> None:
@@ -140,15 +140,15 @@ class Survey:
 
 
 class Sample:
-    """Observations from everywhere, so many as fit in memory.
+    """An evenly spaced sample of the observations, limited by memory.
 
     Attributes:
         y: Observations (n, *y shape), 0 where nothing was observed.
-        seen: Which of their entries were, (n, d).
-        z: The coefficients that `seen` speaks of, (n, d): y, or its cosines if it is blurred.
+        seen: Which of the coefficients z were observed, (n, d).
+        z: Coefficients (n, d): the entries of y, or its cosine coefficients if it is blurred.
         matrix: Matrices (n, m, features), or None.
-        values: The observed values in one row.
-        whole: Whether they are whole numbers, as those of digital cameras.
+        values: All observed values, flattened.
+        whole: Whether they are integers, as from digital cameras.
         count, mean, variance: Of each coefficient, over the observations that show it, (d,).
     """
 
@@ -172,7 +172,7 @@ def _keys(tensors: list[Tensor]) -> np.ndarray:
 
 
 def _gain(observations: Observations) -> np.ndarray:
-    """What a diagonal corruption leaves of each coefficient, (d,): 1, or less if it blurs."""
+    """The factor by which a diagonal corruption multiplies each coefficient, (d,): 1, or less if it blurs."""
     corruption, shape = observations.corruption, tuple(observations.y.shape[1:])
     assert isinstance(corruption, DiagonalCorruption)
     return torch.as_tensor(corruption.gains(shape)[1]).double().expand(shape).flatten().numpy()
@@ -182,11 +182,11 @@ def _blurs(observations: Observations) -> bool:
     return observations.corruption.diagonal and bool((_gain(observations) != 1).any())
 
 
-# --- how they lie ------------------------------------------------------------------------------------
+# --- axes --------------------------------------------------------------------------------------------
 
 
 def layout(observations: Observations) -> list[Finding]:
-    """Images whose channels seem to be last: a problem. A lone (N, A, B), which may be images or several series: a note."""
+    """Images whose channels seem to be last: a problem. A shape (N, A, B), which may be images or series: a note."""
     shape = tuple(observations.y.shape)
     if observations.axes is None and len(shape) == 4 and shape[-1] <= FEW_CHANNELS < shape[1]:
         text = f"y of shape {shape} is read as {shape[1]} channels of {shape[2]} x {shape[3]} pixels; if its channels are last add `axes: NHWC` to corruption.yaml, else `axes: NCHW`"
@@ -201,12 +201,12 @@ def layout(observations: Observations) -> list[Finding]:
 
 
 def observed(observations: Observations, survey: Survey) -> list[Finding]:
-    """Directions that no operator sees, or hardly any: eigenvectors of the mean of A^T A.
+    """Directions that no operator observes, or hardly any: eigenvectors of the mean of A^T A.
 
-    Its eigenvalues are the fractions of the observations that show an entry, of masks; of matrices, whose rows have
-    length 1, how many rows an observation has along a direction; squared gains of cosines, of a blur. A problem if one
-    is 0 (not of a blur, whose nature it is), a warning if it stands for fewer than :data:`FEW` observations; else a
-    note.
+    For masks, its eigenvalues are the fractions of observations that show an entry; for matrices, whose rows have
+    length 1, the number of rows per observation along a direction; for a blur, squared gains of cosine coefficients. A
+    problem if an eigenvalue is 0 (except for a blur, where this is normal), a warning if it corresponds to fewer than
+    :data:`FEW` observations, else a note.
     """
     if not observations.corruption.linear:
         return [Finding("note", "black-box", "what a black box hides cannot be told from its observations")]
@@ -237,7 +237,7 @@ def observed(observations: Observations, survey: Survey) -> list[Finding]:
 
 
 def never_together(observations: Observations, survey: Survey) -> list[Finding]:
-    """Pairs of entries that no observation shows both of, though each is shown: a warning."""
+    """Pairs of entries that are never observed together, though each is observed: a warning."""
     if survey.together is None:
         return []
     shown = survey.together.diagonal() > 0
@@ -251,7 +251,7 @@ def never_together(observations: Observations, survey: Survey) -> list[Finding]:
 
 
 def mask_rate(observations: Observations, survey: Survey) -> list[Finding]:
-    """Masks that delete more or less than a formula would, by more than 0.01 and four standard errors: a problem."""
+    """Masks whose rate differs from the declared formula, by more than 0.01 and four standard errors: a problem."""
     if "mask" not in observations.params or not observations.formula:
         return []
     corruption, rate = observations.corruption, float(survey.hidden.mean())
@@ -264,7 +264,7 @@ def mask_rate(observations: Observations, survey: Survey) -> list[Finding]:
 
 
 def inverted(observations: Observations) -> list[Finding]:
-    """Masks that show nothing but zeros and hide what is none: a problem, since a mask is true where y was observed."""
+    """Masks that show only zeros and hide other values: a problem, since a mask is true where y was observed."""
     if "mask" not in observations.params:
         return []
     rows = evenly(np.arange(len(observations)), memory.at_once(math.prod(observations.y.shape[1:]), CHUNK, NUMBERS))
@@ -277,9 +277,9 @@ def inverted(observations: Observations) -> list[Finding]:
 
 
 def duplicates(survey: Survey, train: np.ndarray, held_out: np.ndarray) -> list[Finding]:
-    """Observations that equal an earlier one in all that they show, and in how: a warning.
+    """Observations whose values and parameters equal those of an earlier one: a warning.
 
-    What shows fewer than four entries may well be alike, and does not count.
+    Observations of fewer than four entries do not count: they may be equal by chance.
     """
     _, first, inverse = np.unique(survey.keys, return_index=True, return_inverse=True)
     telling = survey.shown >= max(1, min(4, survey.shown.max()))
@@ -299,7 +299,7 @@ def duplicates(survey: Survey, train: np.ndarray, held_out: np.ndarray) -> list[
 def constant_entries(observations: Observations, sample: Sample) -> list[Finding]:
     """Entries whose variance is that of the declared noise, s^2, within :data:`SURE` standard errors, s^2 sqrt(2 / n).
 
-    A note: such entries cost nothing but time. A problem if it is all of them.
+    A note, since such entries only cost time; a problem if all entries are constant.
     """
     if not observations.corruption.diagonal or not len(sample.values):
         return []
@@ -321,7 +321,7 @@ def constant_entries(observations: Observations, sample: Sample) -> list[Finding
 def constant_directions(observations: Observations, spectrum: Spectrum | None) -> list[Finding]:
     """Weighted sums of varying entries that do not vary beyond the noise: a warning.
 
-    See :class:`Spectrum`. Of more than :data:`DIRECTIONS` entries, or of pairs seldom seen together, it is not decided.
+    See :class:`Spectrum`. Not tested for more than :data:`DIRECTIONS` entries, or if some pair is seldom seen together.
     """
     if spectrum is None or not (count := spectrum.constant):
         return []
@@ -336,8 +336,8 @@ def constant_directions(observations: Observations, spectrum: Spectrum | None) -
 
 @dataclass(frozen=True)
 class Quiet:
-    """What varies by `value`, and surely by no more than `bound`: so does the noise. If it is likely nothing but noise,
-    any `value` beyond `least` tells that the noise is larger than declared."""
+    """A quantity with standard deviation `value`, surely at most `bound`; the noise cannot be larger. If the quantity
+    is likely pure noise, a `value` above `least` means that the noise is larger than declared."""
 
     where: str
     value: float
@@ -346,16 +346,17 @@ class Quiet:
 
 
 def noise(observations: Observations, sample: Sample, spectrum: Spectrum | None) -> list[Finding]:
-    """The declared noise against its estimate, and the quietest that the data have: coefficients, directions, details.
+    """Compares the declared noise with its estimate, and with the quantities of the data that vary least: coefficients,
+    directions, details.
 
-    A problem if it is larger, by a tenth and :data:`SURE` standard errors; a warning if it is smaller than the estimate, or
-    by half than what is likely nothing but noise. `noise-not-uniform`, if the noise grows with the signal. Another warning,
-    `clipped`, if values are exactly the least, or the largest.
+    A problem if the declared noise is larger, by a tenth and :data:`SURE` standard errors. A warning if it is smaller
+    than the estimate, or than a quantity that is likely pure noise and half as large again. `noise-not-uniform` if the
+    noise grows with the signal. The warning `clipped` if many values are exactly the minimum or the maximum.
     """
     declared, values = _noise(observations), sample.values
     if not observations.corruption.linear or not len(values):
         return []
-    told = _estimate_or_none(sample) if observations.corruption.same_units else None  # else y is no image
+    told = _estimate_or_none(sample) if observations.corruption.same_units else None  # otherwise y is not an image
     if told is not None and (found := _not_uniform(observations, told, values)):
         return found
     end, count = max(((v, (values == v).sum()) for v in (values.min(), values.max())), key=lambda pair: pair[1])
@@ -382,19 +383,19 @@ def noise(observations: Observations, sample: Sample, spectrum: Spectrum | None)
 
 
 def estimated(sample: Sample) -> Noise:
-    """What the observations say of their noise: see :func:`diffem.diagnostics.noise.estimate`."""
+    """The noise estimated from the observations: see :func:`diffem.diagnostics.noise.estimate`."""
     return estimate(sample.y.numpy(), sample.seen.reshape(sample.y.shape))
 
 
 def _estimate_or_none(sample: Sample) -> Noise | None:
     try:
         return estimated(sample)
-    except DiffemError:  # which says why it cannot be told
+    except DiffemError:  # the noise cannot be estimated
         return None
 
 
 def _not_uniform(observations: Observations, told: Noise, values: np.ndarray) -> list[Finding]:
-    """Noise that grows with the signal, where that matters."""
+    """Noise that grows with the signal, if that matters."""
     dark, bright = (told.std(signal) for signal in told.ends)
     mean, std = float(values.mean(dtype=np.float64)), float(values.std(dtype=np.float64))
     if bright < UNEQUAL * dark or told.std(mean) < DETAIL * std:
@@ -414,20 +415,20 @@ def _not_uniform(observations: Observations, told: Noise, values: np.ndarray) ->
 
 
 def _noise(observations: Observations) -> float:
-    """The declared noise, where it is the same everywhere."""
+    """The declared noise, which must be the same everywhere."""
     level = observations.corruption.noise
     assert isinstance(level, float)
     return level
 
 
 def _quietest(where: str, std: np.ndarray, error: np.ndarray, declared: float) -> Quiet:
-    """The first of the standard deviations; likely noise if three agree, far below the others."""
+    """The first of the sorted standard deviations; likely pure noise if the first three agree, far below the others."""
     agree = len(std) > 3 and std[2] <= min(1.1 * std[0] + 4 * error[0], 0.1 * np.sqrt(np.square(std).mean()))
     return Quiet(where, float(std[0]), float(std[0] + SURE * error[0]), 1.5 * declared if agree else math.inf)
 
 
 def _quiet_coefficients(observations: Observations, sample: Sample) -> list[Quiet]:
-    """Entries of y, or cosines of a blur: of those that it deletes nothing but the noise is left."""
+    """Entries of y, or cosine coefficients of a blur; those that the blur deletes contain only noise."""
     use = np.flatnonzero(sample.count >= FEW)
     if not observations.corruption.diagonal or not len(use):
         return []
@@ -437,16 +438,17 @@ def _quiet_coefficients(observations: Observations, sample: Sample) -> list[Quie
         least = 1.1 * declared + LEAST_GAIN * math.sqrt(sample.variance.max())
         return [Quiet("coefficients that the blur deletes", value, value * (1 + SURE / math.sqrt(2 * count)), least)]
     use = use[np.argsort(sample.variance[use])]
-    std = np.sqrt(sample.variance[use] + sample.whole / 4)  # rounding hides what is less
+    std = np.sqrt(sample.variance[use] + sample.whole / 4)  # rounding hides smaller variations
     where = f"the quietest coefficients ({_where(observations, use[:1])} and others)"
     return [_quietest(where, std, std / np.sqrt(2 * sample.count[use]), math.hypot(declared, sample.whole / 2))]
 
 
 def _quiet_details(observations: Observations, sample: Sample, told: Noise | None) -> list[Quiet]:
-    """Flat patches, if `told` was found in them; else diagonal details (a - b - c + d) / 2 of 2x2 pixels that are all seen; likely noise if large beside the pixels.
+    """Flat patches, if the estimate `told` comes from them; else diagonal details (a - b - c + d) / 2 of 2x2 observed
+    pixels, which are likely noise if they are large compared with the pixels.
 
-    A quartile of their absolute values over that of a Gaussian, 0.3186, in the manner of the median in Donoho &
-    Johnstone (1994), Ideal spatial adaptation by wavelet shrinkage. An image only raises it (Anderson, 1955).
+    The value is the lower quartile of their absolute values, divided by that of a Gaussian, 0.3186, like the median in
+    Donoho & Johnstone (1994), Ideal spatial adaptation by wavelet shrinkage. An image only raises it (Anderson, 1955).
     """
     least = DETAIL * float(sample.values.std(dtype=np.float64))
     if told is not None and not told.gain:
@@ -455,7 +457,7 @@ def _quiet_details(observations: Observations, sample: Sample, told: Noise | Non
     y, seen = sample.y, torch.from_numpy(sample.seen).view_as(sample.y)
     if y.ndim != 4 or not observations.corruption.diagonal:
         return []
-    if sample.whole:  # quantiles of rounded values are rounded: spread them evenly
+    if sample.whole:  # quantiles of rounded values are rounded, so undo the rounding by uniform noise
         y = y + torch.rand(y.shape, generator=torch.Generator().manual_seed(0)) - 0.5
     for axis in (2, 3):
         first, second = (torch.arange(start, y.shape[axis] - 1 + start, 2) for start in (0, 1))
@@ -472,9 +474,9 @@ def _quiet_details(observations: Observations, sample: Sample, told: Noise | Non
 
 
 def sentinels(sample: Sample) -> list[Finding]:
-    """A value far from all others that many entries share, as -999 where nothing was measured: a problem.
+    """A value far from all others that many entries share, such as -999 for missing data: a problem.
 
-    It is looked for in each channel (column) by itself.
+    Each channel (column) is searched separately.
     """
     y, seen = sample.y.numpy(), sample.seen.reshape(sample.y.shape)
     for channel in range(y.shape[1]):
@@ -494,12 +496,12 @@ def sentinels(sample: Sample) -> list[Finding]:
 
 
 def value_range(observations: Observations, sample: Sample) -> list[Finding]:
-    """Values of another range than the stated one, and 8-bit images that were read as floats.
+    """Values that do not fit the stated range, and 8-bit images that were read as floats.
 
-    A problem if more than a thousandth of the values lies outside of it by more than five times the noise and a tenth
-    of it; a warning if 998 of a thousand span less than a fifth of it. Whole numbers from 0 to 255 as floats are a
-    warning if no range is stated. Nothing is said of projections, whose values are not in the units of x, nor of black
-    boxes.
+    A problem if more than a thousandth of the values lie outside the range by more than five times the noise plus a
+    tenth of the range; a warning if 99.8 % of them span less than a fifth of it. Integers from 0 to 255 stored as
+    floats are a warning if no range is stated. Projections, whose values are not in the units of x, and black boxes are
+    not checked.
     """
     corruption, stated, values = observations.corruption, observations.range, sample.values
     if not corruption.diagonal or not len(values):
@@ -529,7 +531,8 @@ def value_range(observations: Observations, sample: Sample) -> list[Finding]:
 
 
 def _where(observations: Observations, indices: np.ndarray, vectors: np.ndarray | None = None) -> str:
-    """The first of some entries of the flattened item, and how many more; or those that directions (columns) weigh."""
+    """In words: the first of some entries of the flattened item, and how many more; or the main entries of directions
+    (columns of `vectors`)."""
     if vectors is not None:
         weight = np.square(vectors[:, indices]).sum(1)
         heavy = np.argsort(-weight)[: (weight > 0.02 * weight.max()).sum()]

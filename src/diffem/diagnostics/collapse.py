@@ -1,29 +1,29 @@
 r"""Collapse watch: whether reconstructions or prior samples have become too narrow, too few, copies, or impossible.
 
-EM with an imperfect sampler goes wrong by losing variance: draws narrow, kinds of items die out, and the next model
-learns from what is left. Every number here compares two things whose laws are equal while all is well, so that its
-healthy value is known without clean data; :data:`NUMBERS` says of each what it is, what is healthy, and what is not. With
-:math:`x_i` a reconstruction of held-out observation :math:`y_i`, :math:`y'_i` that observed anew, and :math:`z_i` as
-many prior samples:
+EM with an imperfect sampler fails by losing variance: draws become narrow, kinds of items die out, and the next model
+learns from the rest. Every number here compares two quantities whose distributions are equal in a healthy run, so that
+its healthy value is known without clean data; :data:`NUMBERS` gives the meaning, healthy value and limit of each. Let
+:math:`x_i` be a reconstruction of the held-out observation :math:`y_i`, :math:`y'_i` a new observation of it, and
+:math:`z_i` prior samples, equally many:
 
-* **spread**: the calibration ratio of :mod:`diffem.diagnostics.scores`, as the run measured it.
-* **diversity** of reconstructions: :math:`E|y'_i - y'_j| \,/\, E|y_i - y_j|`, of the rows that
-  :mod:`diffem.diagnostics.divergence` compares; **prior diversity** likewise, with the :math:`z_i` observed anew. Noise
-  and masks add to both sides, so that what the observations hardly show is hardly seen here.
+* **spread**: the calibration ratio of :mod:`diffem.diagnostics.scores`, as measured by the run.
+* **diversity** of reconstructions: :math:`E|y'_i - y'_j| \,/\, E|y_i - y_j|`, with the rows that
+  :mod:`diffem.diagnostics.divergence` compares; **prior diversity**: the same with new observations of the :math:`z_i`.
+  Noise and masks add to both sides, so this hardly detects differences that the observations hardly show.
 * **neighbours**: :math:`E \min_j |z_i - z_j| \,/\, E \min_j |x_i - x_j|`. It compares the two models: if both have
-  collapsed alike it is 1.
-* **duplicates**: the share of the :math:`z_i` that lie nearer to another one than all but 5 % of the reconstructions do
-  to theirs; **memorised**: nearer to a reconstruction of a training observation. Held-out reconstructions are drawn by
-  a model that was trained on those too: what both copy, it does not see. A prior that is too narrow crowds, and shows
-  here too.
-* **nearest**: how far :math:`y_i` is from the nearest :math:`A_i x_j`, :math:`j \neq i`, over how far :math:`y'_i` is
-  from the nearest :math:`A'_i x_j`: root mean squares over the entries that are seen. Above 1, there are observations
-  unlike any reconstruction of another. It needs a forward operator: a black box has none.
-* **outside**: how far the :math:`x_i` lie outside the stated range of the data, root mean square, in halves of that range;
-  about 0. A blur that is taken for a wider one explains its observations as well as the true one does, but by what no clean
-  item can be. Where no range is stated it is not there.
+  collapsed in the same way, it is 1.
+* **duplicates**: the share of the :math:`z_i` that are nearer to another prior sample than 95 % of the reconstructions
+  are to another reconstruction; **memorised**: the same with distances to reconstructions of training observations.
+  The model of the held-out reconstructions was trained on those, too, so copying by both models goes unnoticed. A prior
+  that is too narrow also raises these shares.
+* **nearest**: the distance of :math:`y_i` from the nearest :math:`A_i x_j`, :math:`j \neq i`, divided by that of
+  :math:`y'_i` from the nearest :math:`A'_i x_j`: root mean squares over the observed entries. Above 1, some
+  observations are unlike the reconstructions of all others. It needs a forward operator: a black box has none.
+* **outside**: how far the :math:`x_i` lie outside the stated range of the data (root mean square, in units of half that
+  range); about 0. If a blur is assumed too wide, reconstructions explain the observations as well as the true items do,
+  but leave the range. Computed only if a range is stated.
 
-A number has a warning if it is beyond its limit, by more than three standard errors from what is healthy.
+A number causes a warning if it is beyond its limit and more than three standard errors from its healthy value.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ from diffem.diagnostics.divergence import observe_anew
 from diffem.diagnostics.scores import OVER_CONFIDENT
 
 ERRORS = 3.0
-CLOSE = 0.05  # the share of reconstructions that count as close neighbours
+CLOSE = 0.05  # the share of reconstructions that count as having a close neighbour
 TINY = 1e-12
 
 
 @dataclass(frozen=True)
 class Number:
-    """What is watched: its healthy value, the limit of that, what it means, and what is said beyond the limit."""
+    """A number that is watched: its healthy value, its limit, its meaning, and the warning beyond the limit."""
 
     healthy: float
     limit: float
@@ -115,20 +115,19 @@ def collapse_watch(
     seed: int,
     ratio: tuple[float, float] | None = None,
 ) -> dict[str, dict]:
-    """The numbers of :data:`NUMBERS` that can be had, ready for JSON.
+    """Those :data:`NUMBERS` that can be computed, ready for JSON.
 
     Arguments:
         x: A reconstruction of each of the observations `rows`, (n, *shape), in model units.
         samples: Prior samples (n, *shape), or None.
         training: Reconstructions of training observations (N, *shape).
         data: The observations.
-        rows: The held-out ones that were reconstructed.
-        seed: Of the operator parameters and noise with which x and samples are observed anew.
+        rows: The held-out observations that were reconstructed.
+        seed: Seed of the operator parameters and noise with which x and samples are observed anew.
         ratio: The calibration ratio and the standard error of its logarithm.
 
     Returns:
-        By name: `value`; `healthy`; `error`, the standard error of the value if it is healthy; `meaning`; and `warning`,
-        None if all is well.
+        By name: `value`; `healthy`; `error`, the standard error of a healthy value; `meaning`; and `warning`, or None.
     """
     seed, found = seeding.fold(seed, *b"collapse"), {}
     flat = lambda a: a.flatten(1).double()  # noqa: E731
@@ -161,21 +160,23 @@ def _told(number: Number, value: float, error: float) -> dict:
 def _ratio(above: Tensor, below: Tensor, parts: int = 1) -> tuple[float, float]:
     """Ratio of the means of two independent samples, and the standard error of its logarithm.
 
-    `parts` is 2 for what is averaged over pairs, given as the mean over the partners of each (Hoeffding's projection).
+    `parts` is 2 for averages over pairs, given as the mean over the partners of each item (Hoeffding's projection).
     """
     first, second = (parts**2 * a.var() / len(a) / a.mean().clamp(min=TINY) ** 2 for a in (above, below))
     return (above.mean() / below.mean().clamp(min=TINY)).item(), (first + second).sqrt().item()
 
 
 def _share(theirs: Tensor, ours: Tensor) -> tuple[float, float]:
-    """The share of their distances below all but CLOSE of ours, and its standard error if their laws are equal."""
+    """The share of `theirs` below the quantile CLOSE of `ours`, and its standard error if their distributions are
+    equal."""
     share = (theirs < ours.quantile(CLOSE)).double().mean().item()
     # The quantile is as uncertain as the share is, and neighbours come in pairs.
     return share, (2 * CLOSE * (1 - CLOSE) * (1 / len(theirs) + 1 / len(ours))) ** 0.5
 
 
 def _outside(x: Tensor, low: float, high: float) -> tuple[float, float]:
-    """How far the items lie outside the range, root mean square, in halves of it, and its standard error."""
+    """How far the items lie outside the range (root mean square, in units of half the range), and its standard
+    error."""
     beyond = (x - x.clamp(low, high)).flatten(1).double() / ((high - low) / 2)
     squares = beyond.square().mean(1)
     value = squares.mean().sqrt().item()
@@ -183,12 +184,12 @@ def _outside(x: Tensor, low: float, high: float) -> tuple[float, float]:
 
 
 def _mean_distances(rows: Tensor) -> Tensor:
-    """The mean distance of each row (n, d) to the other ones, (n,)."""
+    """The mean distance of each row (n, d) to the other rows, (n,)."""
     return torch.cdist(rows, rows).sum(1) / (len(rows) - 1)
 
 
 def _neighbours(rows: Tensor) -> Tensor:
-    """The distance of each row (n, d) to the nearest other one, (n,)."""
+    """The distance of each row (n, d) to the nearest other row, (n,)."""
     return torch.cdist(rows, rows).fill_diagonal_(torch.inf).amin(1)
 
 
@@ -203,7 +204,7 @@ def _nearest(x: Tensor, data: Dataset, rows: np.ndarray, seed: int) -> tuple[flo
             own = {name: p[i : i + 1].expand(len(x), *p.shape[1:]) for name, p in params.items()}
             error = (corruption.compared(corruption.forward(x, own)) - target[i]).square() * seen[i]
             mean = error.flatten(1).sum(1) / seen[i].sum().clamp(min=1)
-            mean[i] = torch.inf  # its own reconstruction knows it
+            mean[i] = torch.inf  # its own reconstruction depends on it
             least.append(mean.amin().sqrt())
         distances.append(torch.stack(least).double())
     observed, again = distances

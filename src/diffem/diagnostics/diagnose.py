@@ -1,4 +1,4 @@
-"""All that held-out observations say about a finished run, and the warnings in words."""
+"""All diagnostics of a finished run on held-out observations, and the warnings in words."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from diffem.errors import DiffemError
 from diffem.posterior import from_pretrained
 from diffem.samplers import draw_many, prior_samples
 
-ITEMS = 256  # held-out observations that are reconstructed once, and as many prior samples
-COVERED = 64  # of them those whose hidden parts are predicted by DRAWS draws: most of the cost; twice as many in full
+ITEMS = 256  # held-out observations, each reconstructed once; also the number of prior samples
+COVERED = 64  # observations for coverage, with DRAWS draws each: most of the cost; twice as many with `full`
 DRAWS = 39
-FEWEST = 16  # held-out observations; fewer say nothing
-NUMBERS = 2**24  # in these, in model units; fewer large ones are compared
+FEWEST = 16  # held-out observations; fewer allow no conclusion
+NUMBERS = 2**24  # numbers in all compared items; if items are large, fewer are compared
 TRAINING = 4096  # training reconstructions that prior samples are compared with
 LEVELS = (0.5, 0.8, 0.95)
-POINTS = 0.05  # by which coverage may miss its level
+POINTS = 0.05  # tolerated deviation of coverage from its level
 SIGNIFICANT = 0.01
-# Distances to the observations, as a share of the distance between two of them, that are worth a warning. On digits with the
-# right corruption they are up to 0.003 and 0.026. That of pairs has no such scale, and stays a number.
+# Distances to the observations that cause a warning, as a share of the distance between two observations. On digits
+# with the right corruption they are up to 0.003 and 0.026. The distance of pairs has no such scale, so it has no limit.
 SIZES = {"energy_distance": 0.005, "entries": 0.03}
-PERMUTATIONS = 999  # the least p-value of three tests together is 0.003
+PERMUTATIONS = 999  # the smallest joint p-value of three tests is 0.003
 
 
 def diagnose(
@@ -47,21 +47,22 @@ def diagnose(
 
     Arguments:
         run: The run folder.
-        observations: What it was trained on.
-        full: Coverage of more observations, and :func:`self_consistency` of posterior and prior; several times slower.
+        observations: The observations that it was trained on.
+        full: Whether to compute coverage on more observations, and the :func:`self_consistency` of posterior and prior;
+            several times slower.
         device: Where networks run; see :func:`diffem.devices.choose`.
-        precision: How precisely; likewise.
-        batch: Observations at a time; as many as fit by default.
+        precision: Their arithmetic; see :func:`diffem.devices.choose`.
+        batch: Observations at a time; by default as many as fit in memory.
 
     Returns:
-        Ready for JSON. `warnings`: sentences, none if all is well; `iteration`: of the models; `items`, how many held-out
-        observations were used; `seconds`; and, as far as there are enough of them and the corruption allows,
+        Ready for JSON. `warnings`: sentences, none if nothing is wrong; `iteration` of the models; `items`, the number
+        of held-out observations used; `seconds`; and, if there are enough observations and the corruption allows it,
 
-        - `coverage`: `levels` of central intervals, their `shares` of the hidden entries, `errors` (standard errors of
-          these over observations), `ranks` of the entries among the draws, and how many `observations`;
-        - `divergence`: of :func:`sample_divergence`;
-        - `collapse`: of :func:`collapse_watch`;
-        - `self_consistency`: of that function, if `full`.
+        - `coverage`: `levels` of central intervals, the `shares` of hidden entries inside them, `errors` (their
+          standard errors over observations), `ranks` of the entries among the draws, and the number of `observations`;
+        - `divergence`: the result of :func:`sample_divergence`;
+        - `collapse`: the result of :func:`collapse_watch`;
+        - `self_consistency`: the result of :func:`self_consistency`, if `full`.
 
     Raises:
         DiffemError: If the folder is not a run, or the run was trained on other observations.
@@ -86,7 +87,7 @@ def diagnose(
         prior = from_pretrained(run / "prior", observations.corruption, **place).sampler
     features = math.prod(data.shape)
     most = max(FEWEST, memory.at_once(features, ITEMS, NUMBERS))
-    rows, key = evenly(test, most), seeding.fold(seed, *b"diagnose")  # other draws than those that were trained on
+    rows, key = evenly(test, most), seeding.fold(seed, *b"diagnose")  # not the draws of the training
     result: dict = {"iteration": final["iteration"], "items": len(rows)}
     if len(rows) < FEWEST:
         few = f"{len(rows)} test observations are too few to say whether all is well; it takes {FEWEST}"
@@ -107,7 +108,7 @@ def diagnose(
 
 
 def warnings(result: dict) -> list[str]:
-    """What is wrong with a run, one sentence each, from what :func:`diagnose` found."""
+    """Warnings about a run, one sentence each, from the results of :func:`diagnose`."""
     found = []
     if table := result.get("coverage"):
         found += _intervals(table, result.get("collapse", {}).get("spread"))

@@ -1,36 +1,38 @@
-r"""Whether re-corrupted samples could be observations: the divergence of the observed from the simulated, in samples.
+r"""Whether re-corrupted samples could be observations: two-sample tests of real against simulated observations.
 
-EM lowers :math:`\mathrm{KL}(P_Y \,\|\, \pi_Y)`, where :math:`\pi_Y` is the law of :math:`y' \sim Q(\cdot \mid x')`,
-observed anew with fresh operator parameters, of items :math:`x'` from a prior, or from a posterior given each of the
-observations. Two samples, y and y', are compared without any density:
+EM lowers :math:`\mathrm{KL}(P_Y \,\|\, \pi_Y)`, where :math:`\pi_Y` is the distribution of
+:math:`y' \sim Q(\cdot \mid x')`, with new operator parameters, for items :math:`x'` from a prior, or from a posterior
+given each of the observations. The two samples, y and y', are compared without any density:
 
 .. math:: \mathcal{E} = 2 \, E|y - y'| - E|y - \tilde y| - E|y' - \tilde y'|
 
-as a share of :math:`E|y - \tilde y|`, and judged by exchanging the labels of the sample:
-p = (1 + #{exchanged >= observed}) / (1 + exchanges) is exact at any size.
+as a share of :math:`E|y - \tilde y|`. The p-value comes from a permutation test, which exchanges the labels of the
+samples: p = (1 + #{exchanged >= observed}) / (1 + exchanges) is exact at any sample size.
 
-**Prior samples** are independent of the observations, and any labels may be exchanged. **Reconstructions** are not:
-x' was drawn given y. But if the prior is right and the posterior exact, then
+**Prior samples** are independent of the observations, and any labels may be exchanged. **Reconstructions** are not
+independent: x' was drawn given y. But if the prior is right and the posterior exact, then
 
 .. math:: p(y, y') = \int p(y) \, q(x' \mid y) \, Q(y' \mid x') \, dx' = \int p(x') \, Q(y \mid x') \, Q(y' \mid x') \, dx'
 
-is symmetric, so that y and y' may change places within every pair. That is exact too, uses every observation on both
-sides, and cancels what a pair shares, so that it sees more than reconstructions of one half of the observations against
-the other half would. If only the laws of y and y' agree it holds for many pairs, as a wild bootstrap does.
+is symmetric, so that y and y' may be exchanged within every pair. This test is exact, too. It uses every observation on
+both sides, and cancels what a pair has in common, so it is more sensitive than a test of reconstructions of one half of
+the observations against the other half. If only the distributions of y and y' agree, it is valid for many pairs, like a
+wild bootstrap.
 
-**Rows.** What is compared is y in model units (half the range of the data is 1); a mask leaves zeros in it. A zero that
-lies off the mean of an entry would make masks, which are alike on both sides, outweigh what they show, so that every
-entry is centred on the mean of its seen values. The masks themselves stay out for the same reason. Random projections
-are laid back into the space of items, :math:`A^T y`: y alone forgets in which direction it was measured.
+**Rows.** The compared rows are y in model units (half the range of the data is 1), with zeros where a mask hides an
+entry. If zero were far from the mean of an entry, the masks, which have equal distributions on both sides, would
+outweigh the values. So every entry is centred on the mean of its observed values. The masks themselves are left out for
+the same reason. Random projections are mapped back to the space of items, :math:`A^T y`, since y alone does not contain
+the direction of measurement.
 
-**Three distances.** That of whole rows sees location and size best, but in many dimensions not the shape of an entry's
-distribution, nor weakly varying entries, nor, where few entries are seen together, what they have to do with each
-other. So the mean energy distance of single standardised entries stands beside it, and the mean squared difference of
-the second moments of all pairs of entries: a maximum mean discrepancy, which is the same formula with a kernel for a
-distance (Sejdinovic et al., 2013). On masked digits each finds what the others miss.
+**Three distances.** The energy distance of whole rows is most sensitive to location and scale. In many dimensions it
+misses the shape of an entry's distribution, weakly varying entries, and, if few entries are observed together, their
+dependence. So there are two more: the mean energy distance of single standardised entries, and the mean squared
+difference of the second moments of all pairs of entries. The latter is a maximum mean discrepancy: the same formula
+with a kernel as distance (Sejdinovic et al., 2013). On masked digits each finds faults that the others miss.
 
-What small p-values say: prior, posterior *or corruption* are wrong. Large ones say that so many observations do not show
-it: whatever the corruption hides is hidden from these tests too.
+A small p-value says that prior, posterior *or corruption* are wrong. A large one says that this many observations do
+not show it: what the corruption hides is hidden from these tests, too.
 
 References:
     | Energy statistics: A class of statistics based on distances (Szekely & Rizzo, 2013)
@@ -53,7 +55,7 @@ from diffem.errors import DiffemError
 from diffem.samplers import BATCH
 
 PERMUTATIONS = 499
-CONSTANT = 1e-6  # in model units: what varies less is rounding
+CONSTANT = 1e-6  # in model units: smaller variations are rounding errors
 COMPARISONS = {  # of :func:`divergence`, in words
     "energy_distance": "energy distance of whole observations",
     "entries": "energy distance of single entries",
@@ -63,7 +65,7 @@ COMPARISONS = {  # of :func:`divergence`, in words
 
 @dataclass(frozen=True)
 class Comparison:
-    """Of two samples: how far they are apart, and how likely so much is if their laws are equal."""
+    """Of two samples: their distance, and its p-value under equal distributions."""
 
     statistic: float
     p_value: float
@@ -77,16 +79,16 @@ def energy_test(
     paired: bool = False,
     distance: str = "rows",
 ) -> Comparison:
-    """The energy distance of two samples without bias, and its p-value.
+    """The unbiased energy distance of two samples, and its p-value.
 
     Arguments:
         u: Rows (N, d).
         v: Rows (M, d).
         generator: Draws the exchanges.
-        permutations: How many of them.
-        paired: u_i and v_i belong together: they change places with each other only, and are not compared.
-        distance: Of two rows: their Euclidean distance, `rows`; the mean distance of their `entries`; or minus the mean
-            product over the `pairs` of different entries, which makes it the mean squared difference of E[u_i u_j].
+        permutations: How many exchanges.
+        paired: Whether u_i and v_i belong together: exchanged only with each other, and their distance not used.
+        distance: The distance of two rows: Euclidean for `rows`; the mean distance of their `entries`; or minus the
+            mean product over `pairs` of different entries, which gives the mean squared difference of E[u_i u_j].
     """
     n, m = _sizes(u, v, paired)
     rows = torch.cat((u, v)).double()  # distances of near neighbours cancel in single precision
@@ -115,15 +117,16 @@ DISTANCES: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def observe_anew(x: Tensor, data: Dataset, indices: np.ndarray, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows of items x (n, *shape), observed anew, and of observations `indices`, which can be compared; see the module.
+    """Comparable rows of the items x (n, *shape), observed anew, and of the observations `indices`; see the module.
 
     Returns:
-        The rows of the items (n, d), those of the observations (m, d), and which entries of both were seen (n + m, d).
+        The rows of the items (n, d), those of the observations (m, d), and a mask of the observed entries of both
+        (n + m, d).
     """
     u, shown = _simulated(x, data.corruption, seed)
     v, looked = _observed(data, indices)
     rows, seen = torch.cat((u, v)), torch.cat((shown, looked))
-    # The mean of both samples, as all moments: see divergence.
+    # Centred on the mean of both samples together, for the reason given in `divergence`.
     rows = torch.where(seen, rows - (rows * seen).sum(0) / seen.sum(0).clamp(min=1), 0.0)
     return rows[: len(x)], rows[len(x) :], seen
 
@@ -140,15 +143,15 @@ def divergence(
 
     Arguments:
         x: Items (n, *shape) in model units. They must be independent of the observations, unless `paired`.
-        data: The observations; their corruption says how they come about.
-        indices: Those that are compared.
-        seed: Of the fresh operator parameters and noise, and of the tests.
-        paired: Item i was drawn given observation indices[i].
-        permutations: Of every test.
+        data: The observations, with their corruption.
+        indices: The observations that are compared.
+        seed: Seed of the new operator parameters and noise, and of the tests.
+        paired: Whether item i was drawn given observation indices[i].
+        permutations: Number of exchanges in every test.
 
     Returns:
-        `energy_distance` and `pairs` of rows, `entries` of standardised entries; the first and the last as a share of the mean
-        distance of two observations.
+        `energy_distance` and `pairs` of rows, and `entries` of standardised entries; `energy_distance` and `entries` as
+        a share of the mean distance of two observations.
 
     Raises:
         DiffemError: If there are fewer than four items or observations.
@@ -159,7 +162,7 @@ def divergence(
     seed = seeding.fold(seed, *b"divergence")
     generator = lambda step: seeding.generator(seed, 0, "user", step)  # noqa: E731
     u, v, seen = observe_anew(x, data, indices, seed)
-    # Moments of the two samples together: exchanging labels does not change them, so that the tests stay exact.
+    # Moments of both samples together: exchanging labels does not change them, so the tests stay exact.
     rows, count = torch.cat((u, v)), seen.sum(0).clamp(min=1)
     spread = (rows.square().sum(0) / count).sqrt()
     standard = torch.where(spread > CONSTANT, rows / spread, 0.0)
@@ -182,23 +185,25 @@ def energy_items(
     seed: int,
     times: int = 1,
 ) -> Tensor:
-    """What each observation adds to the energy distance of re-corrupted reconstructions from the observations, (n,).
+    """The contribution of each observation to the energy distance between re-corrupted reconstructions and
+    observations, (n,).
 
-    Their mean is the distance of :func:`energy_test` in pairs, of rows in which every entry is centred on what the
-    observations show of it, as a share of the mean distance of two observations; their standard deviation over the root
-    of n is its standard error (that of a U-statistic of two items, whose influence is twice an item's share). Equal seeds
-    draw equal parameters and noise, so that two sets of reconstructions can be compared in pairs.
+    Their mean is the distance of the paired :func:`energy_test`, as a share of the mean distance of two observations,
+    on rows in which every entry is centred on the mean of its observed values. Their standard deviation divided by
+    sqrt(n) is its standard error (that of a U-statistic of two items, whose influence is twice an item's share). Equal
+    seeds draw equal parameters and noise, so that two sets of reconstructions can be compared in pairs.
 
     Arguments:
-        x: Item i was drawn given observation indices[i]: (n, *shape), in model units.
-        data: The observations; their corruption says how they come about.
-        indices: Those that are compared.
-        seed: Of the parameters and noise.
-        times: Items are corrupted so often, and what they add is averaged: most of its noise is the corruption's.
+        x: Items (n, *shape) in model units; item i was drawn given observation indices[i].
+        data: The observations, with their corruption.
+        indices: The observations that are compared.
+        seed: Seed of the parameters and noise.
+        times: How many times items are corrupted. Contributions are averaged, since most of their noise comes from the
+            corruption.
     """
     v, seen = _observed(data, indices)
     centre = (v * seen).sum(0) / seen.sum(0).clamp(min=1)
-    v = torch.where(seen, v - centre, 0.0).float()  # faster, and sums forgive the rounding of a distance
+    v = torch.where(seen, v - centre, 0.0).float()  # single precision is faster, and rounding averages out in the sums
     theirs = torch.cdist(v, v).sum(1)
     found = []
     for each in [seed] if times == 1 else [seeding.fold(seed, again) for again in range(times)]:
@@ -225,13 +230,13 @@ def sample_divergence(
         x: A reconstruction of each of the observations `rows`, (n, *shape), in model units.
         samples: Prior samples (n, *shape), or None.
         data: The observations.
-        rows: The held-out ones.
-        seed: Of the fresh operator parameters and noise, and of the tests.
-        permutations: Of every test.
+        rows: The held-out observations.
+        seed: Seed of the new operator parameters and noise, and of the tests.
+        permutations: Number of exchanges in every test.
 
     Returns:
-        Under `reconstructions` and `prior`, ready for JSON: `items`, how many of each were compared; for each
-        comparison of :func:`divergence` NAME and NAME_p_value; and `p_value` of them all, by Bonferroni.
+        Under `reconstructions` and `prior`, ready for JSON: `items`, the number of items compared; for each comparison
+        of :func:`divergence`, NAME and NAME_p_value; and a joint `p_value`, by Bonferroni.
     """
     table = {"reconstructions": divergence(x, data, rows, seed, True, permutations)}
     if samples is not None:
@@ -246,12 +251,12 @@ def _flat(found: dict[str, Comparison]) -> dict[str, float]:
 
 
 def _observed(data: Dataset, indices: np.ndarray) -> tuple[Tensor, Tensor]:
-    """What is compared of observations, and what of it was seen: (n, d) and (n, d) of bool."""
+    """The compared entries of observations, (n, d), and a mask of the observed ones, (n, d) of bool."""
     return _joined(data.corruption.entries(*data.batch(chunk)) for chunk in data.chunks(indices, BATCH))
 
 
 def _simulated(x: Tensor, corruption: Corruption, seed: int) -> tuple[Tensor, Tensor]:
-    """The same of items, observed anew with generators of this seed."""
+    """The same for items, observed anew with generators of this seed."""
     return _joined(
         corruption.entries(*corruption.observe(chunk, seeding.generator(seed, number, "data")))
         for number, chunk in enumerate(x.split(BATCH))
@@ -270,7 +275,8 @@ def _sizes(u: Tensor, v: Tensor, paired: bool) -> tuple[int, int]:
 
 
 def _labels(n: int, m: int, permutations: int, generator: torch.Generator, paired: bool) -> Tensor:
-    """Which of the n + m rows are taken for the first sample, (1 + permutations, n + m) of 0 and 1; at first those that are."""
+    """Which of the n + m rows count as the first sample, (1 + permutations, n + m) of 0 and 1; row 0 has the true
+    labels."""
     labels = torch.zeros(permutations + 1, n + m, dtype=torch.float64)
     labels[0, :n] = 1
     if paired:
@@ -283,7 +289,7 @@ def _labels(n: int, m: int, permutations: int, generator: torch.Generator, paire
 
 
 def _judged(statistics: Tensor) -> Comparison:
-    """The comparison whose statistic is the first, the others being what exchanged labels give."""
-    tie = 1e-10 * statistics.abs().max()  # equal in exact arithmetic, not after rounding
+    """The comparison from its statistic (the first) and the statistics with exchanged labels (all others)."""
+    tie = 1e-10 * statistics.abs().max()  # equal in exact arithmetic, but not after rounding
     larger = (statistics[1:] >= statistics[0] - tie).sum().item()
     return Comparison(statistics[0].item(), (1 + larger) / len(statistics))

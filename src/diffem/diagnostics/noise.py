@@ -1,18 +1,20 @@
-r"""Noise that nobody told us: how large it is, estimated from the observations themselves.
+r"""Estimation of unknown noise from the observations themselves.
 
-Two models: white Gaussian noise of one standard deviation, or a line, the noise of photons and of their read-out,
+There are two models: white Gaussian noise with one standard deviation, or photon noise with read-out noise, whose
+variance is a line,
 
 .. math:: \mathrm{variance} = \mathrm{gain} \cdot \mathrm{signal} + \mathrm{read}^2 .
 
-Patches are cut into cells of two pixels an axis (of eight samples, of series). The Hadamard transform of a cell gives its details:
-of white noise they are independent and have its variance, while an image adds least to the one that changes sign along every
-axis. Of patches of like brightness those are kept whose first half of cells varies least (Liu et al., 2013, choose patches by
-their texture, too); as many as have, in the second half, other details no larger than that one. The halves share no pixel, so that
-the choice does not bias what is measured. Where no patch passes, neighbours depend on each other: texture, or noise that is not white.
+Patches are cut into cells of two pixels per axis (eight samples, for series). The Hadamard transform of a cell gives
+its details. For white noise they are independent and have its variance; an image contributes least to the detail that
+changes sign along every axis (the last one). Among patches of similar brightness, those whose first half of cells
+varies least are kept (Liu et al., 2013, also choose patches by texture): as many as possible while, in the second half,
+the other details are no larger than the last one. The halves share no pixel, so that the choice does not bias the
+measurement. If no patch passes, neighbours are correlated: by texture, or by noise that is not white.
 
-The variances over brightness are fitted as by Foi et al. (2008), Practical Poissonian-Gaussian noise modeling and fitting for
-single-image raw data, IEEE TIP 17(10): values at the ends of the range are clipped in the model as they are in the data. Rounding
-to whole numbers adds 1/12.
+The variances over brightness are fitted as in Foi et al. (2008), Practical Poissonian-Gaussian noise modeling and
+fitting for single-image raw data, IEEE TIP 17(10): the model clips values at the ends of the range, as the data are
+clipped. Rounding to integers adds 1/12.
 """
 
 from __future__ import annotations
@@ -32,20 +34,20 @@ SIDE = {
     1: (32, 16),
     2: (8, 4),
     3: (4, 4),
-}  # of patches by the number of axes; of items that have fewer than four along one
+}  # side of patches, by the number of axes; the second if an item has fewer than four such patches along an axis
 CELL = {1: 8, 2: 2, 3: 2}  # the side of cells
-BINS, PER_BIN = 16, 150  # of brightness at most, and patches of each at least
-LEAST = 128  # details by which a bin is judged at the least
-WHITE = 1.1  # how much larger the other details may be, beside twice their standard error
-CLIPPED = 1e-3  # a share of the values at the least, or the largest, that tells of an end of the range
-BRIGHT = 0.999  # the quantile of brightness that is called the bright
-OUTLIER = 20.0  # a patch that varies so many times more than half of them has a dead pixel
-UNSURE = 0.01  # of such a share, beside chance: signals differ within a bin
-HALF = 0.6  # a share of values inside of the ends that tells of a signal at the lower end: about half is cut off
-INSIDE = 0.4  # a share of values inside of the ends, below which nothing can be told of the noise
-DIFFERS = 1.1  # standard deviations that differ less, in the dark and in the bright, or between channels, are one
+BINS, PER_BIN = 16, 150  # the largest number of brightness bins, and the smallest number of patches in each
+LEAST = 128  # the smallest number of details for a decision on a bin
+WHITE = 1.1  # how much larger the other details may be, in addition to twice their standard error
+CLIPPED = 1e-3  # a larger share of values at the minimum or maximum marks an end of the range
+BRIGHT = 0.999  # the quantile of brightness that is reported as bright
+OUTLIER = 20.0  # a patch whose variance is this many times the median has a dead pixel
+UNSURE = 0.01  # error of the share of values inside of the ends, in addition to chance: signals differ within a bin
+HALF = 0.6  # below this share of values inside of the ends, the signal is at the lower end: about half is cut off
+INSIDE = 0.4  # below this share of values inside of the ends, the noise cannot be estimated
+DIFFERS = 1.1  # standard deviations within this factor (dark and bright, or channels) count as equal
 SURE = 5.0  # standard errors
-COUNTS = 100  # photons beyond which their noise is as good as Gaussian
+COUNTS = 100  # with more photons, their noise counts as Gaussian
 
 
 @dataclass(frozen=True)
@@ -53,11 +55,11 @@ class Noise:
     """The noise of observations.
 
     Attributes:
-        variance: That of a signal of 0; less than 0 if zero photons are not at the value 0.
-        gain: What the signal adds, in the units of y; 0 if the noise is the same everywhere.
+        variance: The variance at a signal of 0; negative if zero photons do not give the value 0.
+        gain: The increase of the variance with the signal, in the units of y; 0 if the noise is the same everywhere.
         variance_error, gain_error: Standard errors.
-        ends: The least and the largest signal that was seen.
-        channels: Where channels differ, the standard deviation of each.
+        ends: The smallest and the largest observed signal.
+        channels: The standard deviation of each channel, if they differ.
     """
 
     variance: float
@@ -78,12 +80,12 @@ class Noise:
 
     @property
     def offset(self) -> float:
-        """The value at which the variance would be 0, if that is surely above 0: that of no photons; else 0."""
+        """The value of y for zero photons, where the variance is 0, if it is surely above 0; else 0."""
         return -self.variance / self.gain if self.gain and self.variance < -SURE * self.variance_error else 0.0
 
     @property
     def arguments(self) -> dict[str, float | list[float]]:
-        """What corruption.yaml says of it."""
+        """The noise as arguments in corruption.yaml."""
         if self.channels:
             return {"noise": [_short(level) for level in self.channels]}
         return {**({"gain": _short(self.gain)} if self.gain else {}), "noise": _short(self.std())}
@@ -103,7 +105,7 @@ class Noise:
 
 
 def described(config: dict[str, Any], noise: Noise) -> dict[str, Any]:
-    """A corruption.yaml with this noise, that keeps what else `config`, the one that was there, says.
+    """A corruption.yaml with this noise; other settings are kept from the present one, `config`.
 
     Raises:
         DiffemError: If no corruption of that name has such noise.
@@ -126,20 +128,20 @@ def described(config: dict[str, Any], noise: Noise) -> dict[str, Any]:
 
 
 def estimate(y: np.ndarray, seen: np.ndarray | None = None) -> Noise:
-    """The noise of observations, from neighbours that were observed together.
+    """The noise of observations, estimated from neighbours that were observed together.
 
     Arguments:
         y: Observations (N, channels, *spatial).
-        seen: Which of their entries were observed, likewise; all by default.
+        seen: Which of their entries were observed, same shape; by default those that are finite.
 
     Raises:
-        DiffemError: If it cannot be told, and why.
+        DiffemError: If the noise cannot be estimated, with the reason.
     """
     if y.ndim < 3:
         raise DiffemError("rows of a table have no neighbours that would tell their noise; state it")
     seen = np.isfinite(y) if seen is None else seen
     y = np.where(seen, y, 0)
-    while y.ndim > 2 + max(SIDE):  # slices along an axis more are taken for items
+    while y.ndim > 2 + max(SIDE):  # slices along an extra axis count as items
         y, seen = (array.swapaxes(1, 2).reshape(-1, array.shape[1], *array.shape[3:]) for array in (y, seen))
     parts = [_Bins.of(y[:, c], seen[:, c]) for c in range(y.shape[1])]
     parts = [part for part in parts if part is not None]
@@ -166,13 +168,13 @@ class _Patches:
     """Patches, each cut into halves that share no pixel, all (patches,).
 
     Attributes:
-        sorted: The brightness of the first half,
-        flat: and how much it varies: by these patches are chosen.
-        bright: The brightness of the second half,
-        inside: the share of its values inside of the ends,
-        number: how many of its cells were observed,
-        last: the sum of squares of their details that change sign along every axis,
-        others: and of all others that are nearly as fine, in the mean: by these they are measured.
+        sorted: First half, used to choose patches: its brightness.
+        flat: First half: how much it varies.
+        bright: Second half, used to measure: its brightness.
+        inside: Second half: the share of its values inside of the ends.
+        number: Second half: how many of its cells were fully observed.
+        last: Second half: the sum of squares of the details that change sign along every axis.
+        others: Second half: the same for the mean of all details that are nearly as fine.
         size: How many pixels a patch has.
     """
 
@@ -187,7 +189,7 @@ class _Patches:
 
     @classmethod
     def of(cls, y: np.ndarray, seen: np.ndarray, low: float, high: float) -> _Patches | None:
-        """Those of one channel, (N, *spatial), whose values end at `low` and `high`; None if there are none."""
+        """The patches of one channel, (N, *spatial), whose values end at `low` and `high`; None if there are none."""
         axes = y.ndim - 1
         side = SIDE[axes][min(y.shape[1:]) < 4 * SIDE[axes][0]]
         if min(y.shape[1:]) < side:
@@ -217,7 +219,8 @@ class _Patches:
         )
 
     def flattest(self, part: np.ndarray) -> tuple[float, ...] | None:
-        """What the flattest of some patches tell: a row of :class:`_Bins`; empty if none is flat, None if most is clipped."""
+        """The estimate from the flattest of some patches, a row of :class:`_Bins`; empty if none is flat, None if most
+        values are clipped."""
         part = part[self.flat[part].argsort(kind="stable")]
         typical = np.median(self.last[part] / self.number[part]) or math.inf
         part = part[self.last[part] <= OUTLIER * typical * self.number[part]]
@@ -240,11 +243,11 @@ class _Patches:
 
 @dataclass(frozen=True)
 class _Bins:
-    """Variances of the noise by brightness, all (bins,): means, variances and their relative errors, and the shares of values
-    inside of the ends and their errors.
+    """Variances of the noise by brightness, all (bins,): mean brightness, variances and their relative errors, and the
+    shares of values inside of the ends and their errors.
 
-    `low` and `high` are the values at which the data are clipped, if they are; `whole` says that they are whole numbers; `bright`
-    is the signal of the brightest.
+    `low` and `high` are the values at which the data are clipped (infinite if they are not); `whole` is true for
+    integer data; `bright` is the signal of the brightest patches.
     """
 
     mean: np.ndarray
@@ -259,7 +262,7 @@ class _Bins:
 
     @classmethod
     def of(cls, y: np.ndarray, seen: np.ndarray) -> _Bins | None:
-        """Those of one channel, (N, *spatial); None if no patch has two cells that were observed."""
+        """The bins of one channel, (N, *spatial); None if no patch has an observed cell in both halves."""
         values = y[seen]
         if not len(values):
             return None
@@ -278,14 +281,14 @@ class _Bins:
 
     @classmethod
     def joined(cls, parts: list[_Bins]) -> _Bins:
-        """Those of all channels."""
+        """The bins of all channels together."""
         names = "mean", "variance", "error", "inside", "inside_error"
         table = [np.concatenate([getattr(part, name) for part in parts]) for name in names]
         low, high, bright = min(p.low for p in parts), max(p.high for p in parts), max(p.bright for p in parts)
         return cls(*table, low=low, high=high, whole=all(p.whole for p in parts), bright=bright)
 
     def fit(self, line: bool = True) -> Noise:
-        """A line where the standard deviation surely differs between the dark and the bright, else a number."""
+        """A line if the standard deviation surely differs between dark and bright, else a constant."""
         rounding, darkest = self.whole / 12, self.mean.argmin()
         dark = self.low if math.isfinite(self.low) and self.inside[darkest] < HALF else float(self.mean[darkest])
         if line and len(self.mean) > 2:
@@ -297,9 +300,9 @@ class _Bins:
         return Noise(max(variance - rounding, 0.0), 0.0, error, 0.0, (dark, self.bright))
 
     def _least_squares(self, starts: list[list[float]]) -> tuple[list[float], list[float]]:
-        """The variance at a signal of 0, and the gain if there are two numbers in the starts, and their standard errors.
+        """The variance at a signal of 0 (and the gain, if the starts have two numbers), and their standard errors.
 
-        The numbers are the variances at the darkest and at the brightest, in units of the median.
+        The numbers of a start are the variances at the darkest and the brightest signal, in units of the median.
         """
         low, high = float(self.mean.min()), float(self.mean.max())
         span = max(high - low, 1e-9 * abs(high) + 1e-30)
@@ -320,11 +323,11 @@ class _Bins:
 
     @property
     def _least(self) -> float:
-        """A variance that is as good as none."""
+        """A variance that counts as zero."""
         return 1e-6 * float(self.variance.max()) + 1e-30
 
     def _expected(self, signal: np.ndarray, variance: float, gain: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
-        """The variances, and the shares inside of the ends, where the means are as they are, (bins,)."""
+        """The expected variances, and shares inside of the ends, at the observed means, (bins,)."""
         least = self._least
         if not np.isfinite([self.low, self.high]).any():
             return np.maximum(variance + gain * self.mean, least), np.ones(len(self.mean))
@@ -340,7 +343,7 @@ def clipped(
     signal: np.ndarray, variance: float, gain: float, low: float, high: float, rounded: float = 0.0, offset: float = 0.0
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The mean and variance of gain * Poisson((signal - offset) / gain) + offset + N(0, variance), clipped to [low, high], and
-    the share of values that lie inside by more than `rounded`."""
+    the share of values inside of the ends by more than `rounded`."""
     signal = signal - offset
     photons = np.maximum(signal, 0) / gain if gain > 0 else np.full(signal.shape, np.inf)
     std = np.sqrt(np.maximum(variance + gain * signal, 1e-3 * variance))
@@ -355,23 +358,24 @@ def clipped(
 
 
 def _clipped_normal(mean: np.ndarray, std: np.ndarray, low: float, high: float, rounded: float) -> np.ndarray:
-    """First and second moments of N(mean, std^2), clipped to [low, high], and the share inside of it by more than `rounded`."""
+    """First and second moments of N(mean, std^2), clipped to [low, high], and the share inside of the ends by more than
+    `rounded`."""
     a, b = (low - mean) / std, (high - mean) / std
     below, above, dense_a, dense_b = norm.cdf(a), norm.sf(b), norm.pdf(a), norm.pdf(b)
     inside = norm.cdf(b - rounded / std) - norm.cdf(a + rounded / std)
-    low, high = (end if math.isfinite(end) else 0.0 for end in (low, high))  # where it is not reached
+    low, high = (end if math.isfinite(end) else 0.0 for end in (low, high))  # an infinite end is never reached
     first = mean * (1 - below - above) + std * (dense_a - dense_b) + low * below + high * above
     second = (mean**2 + std**2) * (1 - below - above) + std * ((mean + low) * dense_a - (mean + high) * dense_b)
     return np.stack([first, second + low**2 * below + high**2 * above, inside])
 
 
 def _cells(y: np.ndarray, side: int) -> np.ndarray:
-    """Patches of `side` pixels an axis, cut into cells: (patches, cells, entries of a cell)."""
+    """Patches of `side` pixels per axis, cut into cells: (patches, cells, entries of a cell)."""
     axes, cell = y.ndim - 1, CELL[y.ndim - 1]
     shape, crop = [len(y)], [slice(None)]
     for n in y.shape[1:]:
         shape += [n // side, side // cell, cell]
-        first = min(1, n % side)  # not where JPEG has its blocks
+        first = min(1, n % side)  # shifted, so as not to coincide with JPEG blocks
         crop.append(slice(first, first + n // side * side))
     order = [0, *range(1, 3 * axes, 3), *range(2, 3 * axes, 3), *range(3, 3 * axes + 1, 3)]
     return y[tuple(crop)].reshape(shape).transpose(order).reshape(-1, (side // cell) ** axes, cell**axes)

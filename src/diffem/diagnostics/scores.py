@@ -1,7 +1,7 @@
 r"""Scores of a posterior sampler on held-out observations.
 
-An observation is split into two parts that are independent given x (:meth:`Corruption.thin`); x is drawn
-given the one, pushed through the forward operator, and compared with the other, entry by entry:
+An observation is split into two parts that are independent given x (:meth:`Corruption.thin`). x is drawn given the
+first part, passed through the forward operator, and compared with the second part, entry by entry:
 
 .. math:: \mathrm{CRPS} = \frac1M \sum_j |d_j - y| - \frac{1}{2 M (M - 1)} \sum_{i, j} |d_i - d_j|
     \qquad
@@ -10,23 +10,25 @@ given the one, pushed through the forward operator, and compared with the other,
     V = \mathrm{mean} \left[ \mathrm{Var}(d) + s^2 \right] \qquad C = \mathrm{mean}\, \mathrm{Var}(d) / M
     \qquad E = \mathrm{mean}\, (\bar d - y)^2
 
-CRPS is proper: its expectation is least for the true posterior (it is given here with its standard error
-over observations), but it hardly sees over-confidence. The ratio does: it is 1 for calibrated draws and below 1 for
-over-confident ones. So does the log score of a Gaussian with the pooled variance V,
+Here y is a hidden entry, d_j its predictions from M draws of x, and s the standard deviation of its noise. CRPS is
+proper: its expectation is smallest for the true posterior (it is given with its standard error over observations). But
+it hardly detects over-confidence. The ratio does: it is 1 for calibrated draws and below 1 for over-confident ones. So
+does the log score of a Gaussian with the pooled variance V,
 
 .. math:: \log V + (E - C) / V
 
 (Dawid and Sebastiani, 1999, with pooled moments: those of a few draws of one entry are too noisy to divide by). E - C is
-the error of the mean of all draws, not of M: with E in its place the least would be at draws that are too
-narrow. This score sees two moments only, CRPS the shape of a distribution: iterations are compared by
+the error of the mean of infinitely many draws instead of M; with E in its place, the minimum would be at draws that are
+too narrow. This score depends on two moments only, CRPS on the shape of a distribution. Iterations are compared by
+both,
 
-.. math:: \log \mathrm{CRPS} + \tfrac12 \left[ \log V + (E - C) / V \right]
+.. math:: \log \mathrm{CRPS} + \tfrac12 \left[ \log V + (E - C) / V \right] \, .
 
-of which both parts are least, in expectation, at the truth, and weigh the same: where all errors shrink by one
-factor, each falls by its logarithm. The draws d get observation noise before the CRPS. A black box cannot be split: its
+Both parts are smallest, in expectation, at the truth, and have equal weight: if all errors shrink by a factor, each
+part falls by the logarithm of it. The draws d get observation noise before the CRPS. A black box cannot be split: its
 score is the energy distance of re-corrupted reconstructions from the observations, and there is no ratio.
 
-Where the corruption is not linear, draws d are simulated observations of draws of x, noise and all, and s = 0.
+If the corruption is not linear, the draws d are simulated observations of draws of x, including noise, and s = 0.
 
 Scores are in model units (half the range of the data is 1).
 """
@@ -50,11 +52,11 @@ from diffem.diagnostics.divergence import energy_items
 from diffem.errors import DiffemError
 from diffem.samplers import BATCH, Sampler, draw_from, draw_many
 
-PREDICTIONS, MOST_SPLITS = 1024, 8  # a final score is of some 1,024 predictions, at most 8 of each observation
-SPLIT = 256  # observations whose hidden parts are drawn at once, or fewer large ones; what is hidden depends on it
-SMALLEST = 1e-12  # of a CRPS: few draws estimate it without bias, so that it may be 0
+PREDICTIONS, MOST_SPLITS = 1024, 8  # a final score is of about 1,024 predictions, at most 8 of each observation
+SPLIT = 256  # observations that are split at once (fewer if they are large); the choice of hidden parts depends on it
+SMALLEST = 1e-12  # lower bound of a CRPS: its unbiased estimate from few draws may be 0
 
-OVER_CONFIDENT, UNDER_CONFIDENT = 0.75, 1.25  # calibration ratios beyond which draws are called so
+OVER_CONFIDENT, UNDER_CONFIDENT = 0.75, 1.25  # calibration ratios beyond which draws are called that
 
 
 @dataclass(frozen=True)
@@ -64,9 +66,9 @@ class Score:
     Attributes:
         name: `crps` or `energy_distance`.
         items: One value per observation, shape (n,); smaller is better.
-        spread: What each observation adds to V, shape (n,): V is the mean. None for a black box.
-        error: E likewise.
-        excess: C likewise.
+        spread: The contribution of each observation to V, shape (n,); V is the mean. None for a black box.
+        error: The contributions to E.
+        excess: The contributions to C.
     """
 
     name: str
@@ -77,7 +79,7 @@ class Score:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """What rebuilds it, beside its name."""
+        """The tensors that, with the name, define the score."""
         return {k: v for k in ("items", "spread", "error", "excess") if (v := getattr(self, k)) is not None}
 
     @property
@@ -110,12 +112,12 @@ class Score:
 
     @property
     def certain(self) -> bool:
-        """Whether all draws agree and are wrong: no log score is worse."""
+        """Whether all draws agree and are wrong: the log score is infinite."""
         return self.spread is not None and self.error is not None and bool(self.spread.sum() == 0 < self.error.sum())
 
     @property
     def criterion(self) -> float:
-        """What iterations are compared by; the energy distance of a black box."""
+        """The number by which iterations are compared; for a black box, the energy distance."""
         if self.certain:
             return math.inf
         return self.mean if self.log_score is None else math.log(max(self.mean, SMALLEST)) + self.log_score / 2
@@ -126,7 +128,7 @@ class Score:
         return delta.mean().item(), standard_error(delta)
 
     def criterion_difference(self, other: Score) -> tuple[float, float]:
-        """That of the criteria, and its standard error (the delta method, in pairs)."""
+        """The paired difference of the criteria, self - other, and its standard error (the delta method)."""
         return self.criterion - other.criterion, standard_error(self._influence() - other._influence())
 
     def _moments(self) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -136,7 +138,7 @@ class Score:
         return (self.spread, self.error, self.excess) if defined else None
 
     def _influence(self) -> Tensor:
-        """How much the criterion changes with each observation."""
+        """The influence of each observation on the criterion, (n,)."""
         if (moments := self._moments()) is None:
             return self.items
         v, e, c = (m.mean() for m in moments)
@@ -145,18 +147,18 @@ class Score:
 
 
 def final_splits(n: int) -> int:
-    """How often each of n observations is split for a final score."""
+    """How many times each of n observations is split for a final score."""
     return min(max(PREDICTIONS // n, 1), MOST_SPLITS)
 
 
 def _ratio_influence(spread: Tensor, error: Tensor, excess: Tensor) -> Tensor:
-    """How much the logarithm of a ratio changes with each observation."""
+    """The influence of each observation on the logarithm of a ratio, (n,)."""
     above = spread + excess
     return above / above.mean() - error / error.mean()
 
 
 def standard_error(items: Tensor) -> float:
-    """Of the mean of items (n,)."""
+    """The standard error of the mean of items (n,)."""
     return (items.std() / len(items) ** 0.5).item()
 
 
@@ -179,16 +181,16 @@ def score(
 ) -> Score:
     """Scores a sampler on observations, with random numbers that depend on the arguments only.
 
-    Most of the error of a difference is that of the draws. To lower it, raise `splits` first: that adds draws and other
-    hidden parts.
+    Most of the error of a difference comes from the draws. To lower it, raise `splits` first: that adds both draws and
+    new hidden parts.
 
     Arguments:
-        sampler: What is scored.
+        sampler: The sampler to score.
         data: The observations.
-        indices: The held-out ones that are used.
+        indices: The held-out observations that are used.
         seed: Seed of the run: equal seeds give scores that can be compared in pairs.
         draws: Number M of draws per split, at least 2.
-        splits: How often each observation is split anew; its value is the mean.
+        splits: How many times each observation is split; its value is the mean over splits.
         batch: Observations at a time.
     """
     if not data.corruption.predictable:
@@ -203,7 +205,7 @@ def score(
         excess[rows] += (d.var(0) * seen).sum(1) / draws
         error[rows] += ((d.mean(0) - hidden.target).square() * seen).sum(1)
         count[rows] += seen.sum(1)
-    entries = count.mean().clamp(min=1)  # of an observation: V and E are means over entries, not over observations
+    entries = count.mean().clamp(min=1)  # per observation: V and E are means over entries, not over observations
     return Score("crps", values, variance / entries, error / entries, excess / entries)
 
 
@@ -227,14 +229,16 @@ class Coverage:
         return len(self.counts)
 
     def __call__(self, level: float) -> float:
-        """The share of entries within the central interval of a level: that level, if calibrated.
+        """The share of entries within the central interval of a level; equal to the level if calibrated.
 
-        The interval is made of whole ranks; M + 1 times (1 - level) / 2 should be one: 39 draws give 0.5, 0.8 and 0.95.
+        The interval consists of whole ranks, so (M + 1) (1 - level) / 2 should be an integer: 39 draws give 0.5, 0.8
+        and 0.95.
         """
         return float(self._inside(level).sum() / self.counts.sum())
 
     def standard_error(self, level: float) -> float:
-        """Of that share, over observations: the entries of one are not independent (the delta method)."""
+        """The standard error of that share, over observations, since entries of one observation are not independent
+        (the delta method)."""
         entries = self.counts.sum(1)
         influence = (self._inside(level) - self(level) * entries) / entries.mean()
         return float(influence.std(ddof=1) / len(influence) ** 0.5)
@@ -255,8 +259,8 @@ def coverage(
 ) -> Coverage | None:
     """Coverage of the hidden parts of observations; None for a black box, which cannot be split.
 
-    Arguments are those of :func:`score`. An entry is compared with draws that have the observation noise, so
-    that its rank among them is uniform if the posterior is right.
+    Arguments as for :func:`score`. An entry is compared with draws that include the observation noise, so that its
+    rank among them is uniform if the posterior is right.
     """
     if not data.corruption.predictable:
         return None
@@ -288,7 +292,7 @@ def _hidden(
     splits: int,
     batch: int,
 ) -> Iterator[tuple[slice, _Hidden]]:
-    """Splits observations, and predicts what was hidden; yields which of the indices, and the predictions."""
+    """Splits observations and predicts their hidden parts; yields slices of `indices` with the predictions."""
     corruption, size = data.corruption, memory.at_once(draws * math.prod(data.shape), SPLIT)
     for again, start in itertools.product(range(splits), range(0, len(indices), size)):
         chunk = indices[start : start + size]
@@ -304,7 +308,7 @@ def _hidden(
         std = std.expand_as(target)
         predictions, noisy = [], []
         for some in torch.arange(again * draws, (again + 1) * draws).split(max(1, batch // len(chunk))):
-            n = len(some)  # draws at once, of each observation
+            n = len(some)  # draws of each observation at once
             seeds = torch.cat([seeding.item_seeds(seed, int(j), "score", chunk) for j in some])
             x = draw_from(sampler, _tiled(y, n), {k: _tiled(v, n) for k, v in params.items()}, seeds, batch)
             if linear is not None:
@@ -325,5 +329,5 @@ def _hidden(
 
 
 def _tiled(a: Tensor, n: int) -> Tensor:
-    """All rows of a, and all of them again, n times."""
+    """The rows of a, repeated n times as a block."""
     return a.repeat(n, *(1,) * (a.ndim - 1))

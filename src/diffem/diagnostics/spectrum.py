@@ -1,17 +1,17 @@
 r"""The directions of x in which observations vary, and those in which they do not: a cross-validated spectrum.
 
-Second moments of :math:`x` are those of the coefficients that masks speak of (entries, or the cosines of a blur), over
-the observations that show both of a pair. Of few features, and of projections, they are the weighted least-squares
-solution :math:`C` of
+Second moments of :math:`x` are estimated for pairs of coefficients (entries, or cosine coefficients for a blur), over
+the observations that show both. For few features, and for projections, they are the weighted least-squares solution
+:math:`C` of
 
 .. math:: E[r r^T \mid A] = A C A^T + s^2 I \, , \qquad r = y - A \bar x \, , \qquad
     \textrm{weights } S^{-1} \otimes S^{-1} \, , \qquad S = A C A^T + s^2 I \, ,
 
-iterated: scoring of the Gaussian likelihood, whose weights lose precision, not truth, where data are not Gaussian.
-Where several numbers of x are measured at once, they make much of a row that shows what hardly varies.
+iterated. This is Fisher scoring of the Gaussian likelihood; if data are not Gaussian, the weights lose efficiency but
+cause no bias. Where several combinations of x are measured at once, the weights favour rows that hardly vary.
 
-Of a direction that was found in a sample, the variance in the same sample is too small; so directions are found in one
-half of it, and their variance is taken in the other, in blocks that tell its standard error.
+The variance along a direction is biased low in the sample in which the direction was found. So directions are found in
+one half of the sample, and their variance is taken from the other half, in blocks that give its standard error.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-DIRECTIONS = 256  # coordinates at most,
-WEIGHTED = 12  # and of weighted least squares
-ROUNDS = 4  # of the latter
+DIRECTIONS = 256  # the largest number of coordinates,
+WEIGHTED = 12  # and the largest for weighted least squares
+ROUNDS = 4  # iterations of weighted least squares
 BLOCKS = 16  # parts of the sample
-FEW = 20  # observations of a pair that are too few
-SURE = 5.0  # standard errors by which the variance of a coordinate that is looked at differs from 0
-GAP = 8.0  # a direction is constant only if all others vary by this much more: a spectrum that just decays has none
-NEARLY = 1e-3  # a share of the variance that is as good as none
+FEW = 20  # fewer observations of a pair are too few
+SURE = 5.0  # coordinates are used if their variance is above 0 by this many standard errors
+GAP = 8.0  # constant directions vary less than all others by this factor; a smoothly decaying spectrum has no such gap
+NEARLY = 1e-3  # a share of the variance that counts as zero
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,11 @@ class Spectrum:
     """The cross-validated variances along the principal directions of x, in ascending order.
 
     Attributes:
-        kept: The coordinates that were looked at: those that vary, (k,).
+        kept: The coordinates that are used: those that vary, (k,).
         share: Variances, without the noise, in units in which each coordinate has variance 1, (k,).
         error: Their standard errors over the blocks.
         width: The squared length of each direction in the units of y: share / width is the variance along it.
-        vectors: The directions, one a column, (k, k).
+        vectors: The directions, one per column, (k, k).
         noise: The declared noise.
     """
 
@@ -55,11 +55,12 @@ class Spectrum:
 
     @classmethod
     def of(cls, z: np.ndarray, seen: np.ndarray, matrix: Tensor | None, noise: float) -> Spectrum | None:
-        """That of observations, or None if there are too many coordinates, or too few observations of some pair.
+        """The spectrum of observations, or None if there are too many coordinates, or too few observations of some
+        pair.
 
         Arguments:
-            z: Coefficients, (n, d); or what matrices measured, (n, m).
-            seen: Which of them were observed, likewise.
+            z: Coefficients, (n, d); or measurements by matrices, (n, m).
+            seen: Which of them were observed, same shape.
             matrix: The matrices, (n, m, features), or None.
             noise: The standard deviation of the noise on z.
         """
@@ -86,9 +87,9 @@ class Spectrum:
 
     @property
     def constant(self) -> int:
-        """How many directions do not vary: their variances are zero as far as can be seen, or less than the noise,
-        while all others are larger, by :data:`GAP`."""
-        least = np.maximum(self.noise**2 * self.width, NEARLY)  # what could not be told from nothing
+        """How many directions do not vary: their variances are not significantly above zero, or less than the noise,
+        while all others are larger by the factor :data:`GAP`."""
+        least = np.maximum(self.noise**2 * self.width, NEARLY)  # smaller variances count as zero
         zero = np.logical_and.accumulate(self.share <= np.maximum(4 * self.error, least))
         upper = np.maximum.accumulate(np.maximum(np.maximum(self.share, 0) + 3 * self.error, least))
         lower = np.minimum.accumulate((self.share - 3 * self.error)[::-1])[::-1]
@@ -96,7 +97,7 @@ class Spectrum:
 
 
 def _pairs(z: np.ndarray, seen: np.ndarray, noise: float) -> np.ndarray | None:
-    """Covariances without the noise from each block of the sample, (BLOCKS, d, d), pair by pair."""
+    """Covariances, with the noise subtracted, from each block of the sample, (BLOCKS, d, d), pair by pair."""
     d, shown = z.shape[1], seen.astype(np.float64)
     if d > DIRECTIONS or (together := shown.T @ shown).min() < FEW:
         return None
@@ -107,7 +108,7 @@ def _pairs(z: np.ndarray, seen: np.ndarray, noise: float) -> np.ndarray | None:
 def _weighted(z: np.ndarray, seen: np.ndarray, matrix: Tensor | None, noise: float) -> np.ndarray | None:
     """The same by weighted least squares, see the module."""
     n = len(z) // BLOCKS * BLOCKS
-    if matrix is None:  # in standardised units, as weights are kept from 0 by a share of the mean variance
+    if matrix is None:  # in standardised units, since weights are regularised by a share of the mean variance
         scale = np.array([z[seen[:, i], i].std() if seen[:, i].any() else 0.0 for i in range(z.shape[1])])
         a = torch.diag_embed(torch.from_numpy(seen[:n] * np.where(scale > 0, scale, 1.0)))
     else:
@@ -127,14 +128,14 @@ def _weighted(z: np.ndarray, seen: np.ndarray, matrix: Tensor | None, noise: flo
 
 
 def _solve(a: Tensor, y: Tensor, noise: float, guess: Tensor, mean: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The C (d, d) for which the sum of K C K, K = A^T S^-1 A, is that of e e^T less the noise's part, e = A^T S^-1 r.
+    """The C (d, d) that solves sum K C K = sum e e^T minus the noise's part, with K = A^T S^-1 A and e = A^T S^-1 r.
 
     Arguments:
         a: Rows A, (n, m, d); a row of zeros measures nothing.
         y: Values, (n, m).
         noise: The standard deviation of the noise.
-        guess: The C of the weights, (d, d).
-        mean: That of x, (d,); estimated with the same weights if None, and returned.
+        guess: The C that defines the weights, (d, d).
+        mean: The mean of x, (d,); if None, estimated with the same weights. It is also returned.
     """
     values, vectors = torch.linalg.eigh(guess)
     model = (vectors * values.clamp(min=1e-3 * values.mean().abs().item())) @ vectors.T
@@ -151,6 +152,6 @@ def _solve(a: Tensor, y: Tensor, noise: float, guess: Tensor, mean: Tensor | Non
 
 
 def _kronecker(k: Tensor) -> Tensor:
-    """The matrix (d^2, d^2) that takes C to the sum of K C K, for symmetric K, flattened: (n, d^2)."""
+    """The matrix (d^2, d^2) that maps C to the sum of K C K, for symmetric K given flattened, (n, d^2)."""
     d = math.isqrt(k.shape[1])
     return (k.T @ k).view(d, d, d, d).transpose(1, 2).reshape(d * d, d * d)

@@ -1,4 +1,4 @@
-"""What the report draws: pictures of items, curves of the iterations, and calibration; for a light and for a dark page."""
+"""The figures of the report: pictures of items, curves over iterations, and calibration; for light and dark mode."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ Pictures = Mapping[str, NDArray]
 Tile = NDArray  # uint8, (height, width, 3)
 Figure = dict[str, Any]  # caption, alt (its alternative text) and versions (data URIs, the light one first)
 
-ITEMS, DRAWS, SAMPLES = 8, 3, 64  # the most that a picture shows
-LARGEST = 192  # pixels that one image of a grid may take; larger ones are averaged down
-HEAVY = 1_000_000  # bytes; a larger picture is drawn for the light page only, and used on both
+ITEMS, DRAWS, SAMPLES = 8, 3, 64  # the largest numbers that a picture shows
+LARGEST = 192  # the largest side of an image in a grid, in pixels; larger images are averaged down
+HEAVY = 1_000_000  # bytes; a larger picture is drawn in light mode only, and used for both
 UNOBSERVED = (178, 198, 226)
 
 
@@ -63,7 +63,7 @@ def image_grid(
     headings: Sequence[str] = (),
     theme: Theme = LIGHT,
 ) -> None:
-    """Saves a grid of images as a PNG; small ones are enlarged by a whole factor, so that pixels stay sharp.
+    """Saves a grid of images as a PNG; small images are enlarged by an integer factor, so that pixels stay sharp.
 
     Arguments:
         file: Where to.
@@ -103,15 +103,15 @@ def image_grid(
 
 
 def _plane(x: NDArray) -> NDArray:
-    """One item as (1 or 3, height, width): the middle slice of a volume; the first two or four channels side by side, if they are no
-    colours."""
+    """One item as (1 or 3, height, width): the middle slice of a volume; the first two or four channels side by side,
+    if they are not colours."""
     while x.ndim > 3:
         x = x[:, x.shape[1] // 2]
     return x if len(x) in (1, 3) else np.block([[*x[:2]], [*x[2:4]]] if len(x) > 3 else [[*x]])[None]
 
 
 def shown(shape: tuple[int, ...]) -> str:
-    """What the pictures show of items of a shape, in a sentence; nothing if they show all."""
+    """A sentence on which part of an item the pictures show; empty if they show all of it."""
     parts = ["The middle slice of each volume."] if len(shape) > 3 else []
     if shape[0] not in (1, 3):
         some = f"All {shape[0]}" if shape[0] <= 4 else f"The first 4 of {shape[0]}"
@@ -185,7 +185,7 @@ def _image_columns(pictures: Pictures) -> dict[str, list[Tile]]:
 def _figure(
     file: str | Path | IO[bytes], theme: Theme, width: float, height: float, format: str = "png"
 ) -> Iterator[Any]:
-    """A figure in the colours of a theme that is saved at the end; pyplot and its global state are left alone."""
+    """A figure in the colours of a theme, which is saved at the end; the global state of pyplot is not used."""
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.rcsetup import cycler
@@ -296,7 +296,7 @@ def _signal_samples(file: str | Path | IO[bytes], samples: NDArray, theme: Theme
 
 
 def draw(folder: Path, pictures: Pictures) -> dict[str, list[bytes]]:
-    """The pictures as PNG files in the run folder, and as bytes for each theme."""
+    """Writes the pictures as PNG files into the run folder, and returns their bytes for each theme."""
     mean, samples = pictures["mean"], pictures.get("samples")
     dimensions = mean.ndim - 1
     if samples is not None and not len(samples):
@@ -336,7 +336,7 @@ def draw(folder: Path, pictures: Pictures) -> dict[str, list[bytes]]:
 
 
 def _themed(plot: Callable[[Any, Theme], None], width: float, height: float) -> list[str]:
-    """What `plot` draws into a figure, as SVG for each theme."""
+    """The figure that `plot` draws, as SVG for each theme."""
     versions = []
     for theme in THEMES:
         buffer = io.BytesIO()
@@ -347,7 +347,7 @@ def _themed(plot: Callable[[Any, Theme], None], width: float, height: float) -> 
 
 
 def curves(rows: Sequence[Row], chosen: int, score_name: str) -> list[Figure]:
-    """A curve over the iterations for each quantity that the rows have; `chosen` is the one whose model is saved."""
+    """A curve over the iterations for each quantity in the rows; `chosen` is the iteration whose model is saved."""
     name = f"{score_name[:1].upper()}{score_name[1:]}"
     wanted = [
         (
@@ -371,7 +371,7 @@ def curves(rows: Sequence[Row], chosen: int, score_name: str) -> list[Figure]:
     drawn = []
     for key, label, caption in wanted:
         known = [row for row in rows if finite(row, key) is not None]
-        if not known or (key == "criterion" and finite(known[0], "ratio") is None):  # of a black box it is the score
+        if not known or (key == "criterion" and finite(known[0], "ratio") is None):  # for a black box it is the score
             continue
         versions = _themed(lambda figure, theme: _curve(figure, theme, known, key, label, chosen), 4.2, 2.9)  # noqa: B023
         ends = [f"{known[k][key]:.4g} at iteration {known[k]['iteration']}" for k in (0, -1)]
@@ -416,14 +416,15 @@ def _curve(figure: Any, theme: Theme, rows: Sequence[Row], key: str, label: str,
 
 
 def coverage_curve(ranks: NDArray) -> tuple[NDArray, NDArray]:
-    """Levels of the central intervals that leave out 0, 1, ... ranks at either end, and the shares of entries in them."""
+    """Levels of the central intervals that leave out 0, 1, ... ranks at either end, and the shares of entries
+    inside."""
     out = np.arange((len(ranks) + 1) // 2)
     inside = np.array([ranks[k : len(ranks) - k].sum() for k in out])
     return 1 - 2 * out / len(ranks), inside / ranks.sum()
 
 
 def calibration(diagnostics: Mapping[str, Any]) -> Figure | None:
-    """Coverage against nominal levels, and the histogram of ranks, of what `diffem diagnose` found; None without coverage."""
+    """Coverage against nominal levels and the histogram of ranks, from `diffem diagnose`; None without coverage."""
     found = diagnostics.get("coverage")
     if not found:
         return None

@@ -1,15 +1,15 @@
-"""The report of a run folder: pictures, and one HTML page that needs nothing else.
+"""The report of a run folder: pictures, and one self-contained HTML page.
 
 Read from the run folder:
 
     metrics.jsonl     one JSON object per line, line 1 the start (iteration 0); needed
-    config.yaml       shown as it is
-    start.json        what the start is made of
-    diagnostics.json  what `diffem diagnose` found
+    config.yaml       shown unchanged
+    start.json        the kind and parameters of the start
+    diagnostics.json  the results of `diffem diagnose`
     pictures.npz      y, mask, mean, std, draws, start, clean, samples and range, in the units of y
 
-Written to it: reconstructions.png, samples.png and report.html. Curves and pictures sit inside the page as data
-URIs, each once for a light and once for a dark page, so that it can be mailed and opened without a network.
+Written to it: reconstructions.png, samples.png and report.html. Curves and pictures are embedded in the page as data
+URIs, one version for light and one for dark mode, so that the page can be mailed and opened offline.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ CLEAN = {"psnr": "PSNR of one draw [dB]", "energy_distance": "energy distance of
 
 @dataclass(frozen=True)
 class Run:
-    """What a run folder says about its models."""
+    """The metrics of a run folder."""
 
     folder: Path
     rows: list[Row]
@@ -56,17 +56,18 @@ class Run:
 
     @property
     def final(self) -> Row:
-        """The model that the run ends with: the last row that was the best, or else the start."""
+        """The row of the final model: the last row that was the best, or else the start."""
         return next((row for row in reversed(self.rows) if row.get("best")), self.rows[0])
 
     @property
     def chosen(self) -> int:
-        """The iteration whose model that is."""
+        """The iteration of the final model."""
         return self.final.get("of", self.final["iteration"])
 
     @property
     def iterations(self) -> list[Row]:
-        """The rows that can be compared with each other: the last one, of a finished run, is scored on test observations."""
+        """The rows that are comparable: all but the last row of a finished run, which is scored on test
+        observations."""
         return [row for row in self.rows if "of" not in row]
 
     @property
@@ -91,11 +92,11 @@ def _load(folder: str | Path) -> Run:
         if not line.strip():
             continue
         try:
-            # A number that is not finite is as good as none: it would only break curves and tables.
+            # Numbers that are not finite become None: they would break curves and tables.
             row = json.loads(line, parse_constant=lambda _: None)
         except json.JSONDecodeError:
             if number == len(lines) and not line.endswith("\n") and rows:
-                break  # the run is writing it now, or was stopped while it did
+                break  # the run is writing this line now, or was killed while writing it
             raise DiffemError(f"{file}: line {number} is not JSON") from None
         if not isinstance(row, dict) or not isinstance(row.get("iteration"), int) or "score" not in row:
             raise DiffemError(f"{file}: line {number} needs at least an `iteration` and a `score`")
@@ -140,7 +141,7 @@ def _load_pictures(folder: Path) -> dict[str, NDArray] | None:
 
 
 def _load_diagnostics(run: Run) -> dict[str, Any] | None:
-    """What was found of the models that the run ends with, not of earlier ones."""
+    """The diagnostics of the final models; None if those in the folder are of earlier models."""
     file = run.folder / "diagnostics.json"
     found = _read_json(file)
     if found is not None and not isinstance(found.get("warnings"), list):
@@ -174,7 +175,7 @@ def _read_text(file: Path) -> str | None:
 
 
 def _decimals(run: Run) -> int:
-    """Enough for three digits of the score and one of every standard error that is shown."""
+    """The number of decimals that shows three digits of the score and one of every standard error."""
     decimals = 0
     for row in (run.start, run.final):
         if score := finite(row, "score"):
@@ -209,7 +210,8 @@ def _confidence(ratio: float) -> str:
 
 
 def _verdict(run: Run, diagnostics: Mapping[str, Any] | None = None) -> str:
-    """How the final model compares with the start, and how many warnings there are; without diagnostics, its ratio."""
+    """In words: how the final model compares with the start, and the number of warnings (or the ratio, if there are no
+    diagnostics)."""
     start, final, decimals = run.start, run.final, _decimals(run)
     score, start_score = finite(final, "score"), finite(start, "score")
     delta, error = finite(final, "start_delta"), finite(final, "start_delta_se")
@@ -301,7 +303,7 @@ def _collapse_table(diagnostics: Mapping[str, Any]) -> tuple[list[str], list[lis
 
 
 def summary_table(run: str | Path) -> str:
-    """The start and the final model of a run in figures, as plain text for a terminal.
+    """The metrics of the start and of the final model of a run, as plain text for a terminal.
 
     Raises:
         DiffemError: If `run` is not the folder of a run.
@@ -351,7 +353,7 @@ def _captions(pictures: Pictures) -> tuple[str, str]:
 
 
 def _images(folder: Path, pictures: Pictures) -> list[Figure]:
-    """The pictures of the run's items, which are also saved in its folder."""
+    """The pictures of the run's items, which are also saved in its folder as PNG."""
     about = {
         "reconstructions": (
             "Reconstructions",
@@ -406,7 +408,7 @@ def write(run: str | Path) -> Path:
         The path of report.html.
 
     Raises:
-        DiffemError: If `run` is not the folder of a run, or a file of it cannot be read.
+        DiffemError: If `run` is not the folder of a run, or one of its files cannot be read.
     """
     import jinja2
 

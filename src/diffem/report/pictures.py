@@ -1,4 +1,4 @@
-"""What the report shows of a run: a few held-out observations, their draws, and samples of the prior."""
+"""The arrays that the report of a run shows: a few held-out observations, their draws, and samples of the prior."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from diffem import files, memory
 from diffem.data import Observations, evenly
 from diffem.posterior import from_pretrained
 
-NUMBERS = 2**21  # in all samples of the prior: fewer large ones are drawn
+NUMBERS = 2**21  # numbers in all samples of the prior; if items are large, fewer are drawn
 
 
 def save(
@@ -25,7 +25,7 @@ def save(
     precision: str = "auto",
     batch: int | None = None,
 ) -> None:
-    """Writes pictures.npz into the run folder; clean items, if there are any, are only shown."""
+    """Writes pictures.npz into the run folder; clean items, if there are any, are only for display."""
     image = len(observations.shape) > 1
     rows = evenly(held_out, 8 if image else 200)
     samples = memory.at_once(math.prod(observations.shape), 64, NUMBERS) if image else 1000
