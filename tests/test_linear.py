@@ -441,6 +441,23 @@ def test_units_are_those_of_y_where_y_is_means_of_x():
     )
 
 
+@pytest.mark.parametrize(
+    ("corruption", "parameters"),
+    [
+        (Grayscale((1.0, 1.0, 1.0), 0.1), {}),
+        (Blur(noise=0.1), {"kernel": np.full((1, 3, 3), 1 / 3)}),
+        (Grayscale((-1.0, -1.0, -1.0), 0.1), {}),
+    ],
+)
+def test_units_are_those_of_x_where_weights_do_not_sum_to_one(corruption, parameters):
+    x = torch.rand(500, 3, 6, 6, generator=seeded())
+    params = {k: torch.from_numpy(v).float().expand(500, *v.shape[1:]) for k, v in parameters.items()}
+    y = corruption.forward(x, params).numpy()
+    units = Observations(y, corruption, parameters).units(np.arange(500))
+    assert np.abs(units.centre - 0.5).max() < 0.05
+    assert 0.1 < np.min(units.half) <= np.max(units.half) < 0.8
+
+
 def test_a_chain_in_a_file(tmp_path):
     text = "name: Compose\nchain:\n  - name: Blur\n    border: zero\n  - {name: Downsample, factor: 2}\nnoise: 1e-1\n"
     chain = from_config(yaml.safe_load(text), "here")

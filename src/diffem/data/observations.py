@@ -402,11 +402,23 @@ def _units(of: Observations, train: np.ndarray) -> Units:
     known = of.corruption.linear or of.y.shape[1:] == of.shape
     if not known or not of.corruption.same_units or of.layout.complex:
         return Units(0.0, 2 * float(y[seen].square().mean().sqrt()) or 1.0)
+    gain = _gain(of)
     if of.shape[0] == 1 or not of.corruption.apart(of.shape):
-        return Units(*_middle(y[seen].numpy()))
+        centre, half = _middle(y[seen].numpy())
+        return Units(centre / gain, half / abs(gain))
     found = np.array([_middle(y[:, c][seen[:, c]].numpy()) for c in range(of.shape[0])])
     centre, half = found.T.reshape(2, -1, *(1,) * (len(of.shape) - 1))
-    return Units(centre, half)
+    return Units(centre / gain, half / abs(gain))
+
+
+def _gain(of: Observations) -> float:
+    """The value that A makes of items of value 1: not 1 for kernels or weights of another sum."""
+    if not of.corruption.linear:
+        return 1.0
+    params = of.parameters(np.arange(1))
+    y = of.corruption.forward(torch.ones(1, *of.shape), params)
+    gain = float(y[of.corruption.seen(y, params).expand_as(y)].median()) if y.any() else 0.0
+    return gain if abs(gain - 1) > 1e-3 and gain else 1.0
 
 
 def _refuse_mistakes(observations: Observations) -> None:
