@@ -27,12 +27,12 @@ from compare import TASKS, Method, about, plan
 from judge import Judge
 from torch import Tensor, nn
 
-from diffem import cli, networks, seeding, trainer
+from diffem import cli, networks, samplers, seeding, trainer
 from diffem.config import Config, load_config
 from diffem.corruptions import Params
 from diffem.data import Observations, evenly
 from diffem.denoiser import Denoiser
-from diffem.em import STEPS, DiffEM, e_step, m_step
+from diffem.em import STEPS, DiffEM, m_step
 from diffem.posterior import from_pretrained
 from diffem.samplers import DiffusionSampler, Query, Sampler
 
@@ -162,48 +162,6 @@ class Reinitialised(Arm):
     steps = {**Arm.steps, "m_step": with_new_weights}  # noqa: RUF012
 
 
-class Middle(DiffusionSampler):
-    """Draws that start at `begin`, items noised to a middle level, or at pure noise if there are none."""
-
-    begin: Tensor | None = None
-
-    @torch.no_grad()
-    def draw(self, y: Tensor, params: Params, seeds: Tensor, withheld: Tensor | None = None) -> Tensor:
-        if self.begin is None:
-            return super().draw(y, params, seeds, withheld)
-        sigmas = self.denoiser.schedule.sigma(torch.linspace(2 / 3, 0, 5))
-        query = Query(y, params, torch.zeros(len(y), dtype=torch.bool), seeds)
-        x = self.begin + sigmas[0] * seeding.normal(seeds, self.shape)
-        for k, sigma in enumerate(sigmas):
-            after = sigmas[k + 1] if k < 4 else torch.zeros(())
-            tau = 1 - (after / sigma).square()
-            clean = self.estimate(x, sigma, tau, query, stream=3 * k + 1).view(x.shape).to(x)
-            x = x - tau * (x - clean) + after * tau.sqrt() * seeding.normal(seeds, self.shape, stream=3 * k + 3)
-        return x
-
-
-def from_the_middle(em: DiffEM) -> None:
-    """E-steps that noise the last reconstruction to a middle level, and denoise it with 5 evaluations."""
-    if em.state.iteration < 2:
-        e_step(em)
-        return
-    assert isinstance(em, Renoised)
-    out, before = em.run.array("next", (len(em.data), *em.data.shape)), em.items("current")
-    sampler = Middle(em.trainer.averaged, em.config.sampler)
-    for rows in em.data.chunks(size=em.batch):
-        sampler.begin = before[rows]
-        x = sampler.draw(*em.data.batch(rows), seeding.item_seeds(em.seed, em.state.iteration, "e_step", rows))
-        out[rows] = em.data.units.restore(x).numpy()
-    out.flush()
-    em.next("judge", drawn=len(em.data))
-
-
-class Renoised(Arm):
-    """See :func:`from_the_middle`."""
-
-    steps = {**Arm.steps, "e_step": from_the_middle}  # noqa: RUF012
-
-
 class _Bound(AzulaDenoiser):
     """Our denoiser with its observation, in the interface of azula's samplers."""
 
@@ -331,7 +289,8 @@ ARMS = {
     "reinitialised": Change("with new weights once", Reinitialised),
     "fuse": Change("precondition fuse", Fuse, {"denoiser.precondition": "plain"}),
     "heun": Change("a deterministic solver (Heun)", Solver),
-    "renoised": Change("E-steps from a middle noise level of the last reconstruction", Renoised, draws=5 / 17),
+    "pure": Change("E-steps from pure noise", settings={"em.renoise": "false"}),
+    "renew2": Change("E-steps that renew in two steps, for four", constants={(samplers, "RENEWING"): 2}),
     "momentum": Change("momentum on the denoiser", Momentum, draws=2),
 }
 

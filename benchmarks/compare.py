@@ -105,7 +105,7 @@ class Method:
 
 
 # EM as published: plain DDPM, no selection, no thinning, and equal weights for imputed and measured entries
-LAMBDA1 = {"m_step.imputed_weight": "1"}
+LAMBDA1 = {"m_step.imputed_weight": "1", "em.renoise": "false"}
 BARE = {**LAMBDA1, "m_step.thinned": "0", "sampler.width": "0", "em.guard": "false"}
 MMPS = {**BARE, "sampler.kind": "mmps", "denoiser.observation_dropout": "1"}
 # the strengths of DPS are the best of 0.1, 0.3, 1, 3, 10 on held-out observations of digits-mask75, at 16 steps
@@ -114,7 +114,7 @@ AMBIENT = {**DPS, "sampler.kind": "ambient", "sampler.options": "{strength: 0.3}
 BOUND = {**LAMBDA1, "em.guard": "false", "em.refresh": "1"}
 # M-steps of a few updates on a pool of which a small part is new: SCSI with a replay of 0.9; no early stopping of its
 # many short iterations
-POOL = {"m_step.steps": "15", "em.refresh": "0.1", "em.score_items": "64", "em.patience": "0"}
+POOL = {"m_step.steps": "15", "em.refresh": "0.1", "em.renoise": "false", "em.score_items": "64", "em.patience": "0"}
 
 METHODS: dict[str, Method] = {
     "start": Method({"em.iterations": "0"}),
@@ -196,17 +196,17 @@ def plan(config: Config, method: Method, n: int, budget: int, later: float = 1.0
         budget: Evaluations of the network.
         later: Cost of a draw in later E-steps, relative to the first E-step.
     """
-    draw, item = trained_kind(config.sampler).evaluations(config.sampler) * n, 3 * config.m_step.batch
+    kind, em, item = trained_kind(config.sampler), config.em, 3 * config.m_step.batch
+    draw, renewed = (kind.evaluations(config.sampler, renewed) * n for renewed in (False, em.renoise))
     if method.single:
         return {"em.iterations": "1", "m_step.first_steps": str(max(1, (budget - draw) // item))}
     if not config.em.iterations:
         return {}
     steps = method.epochs * n // config.m_step.batch or config.m_step.steps
     first = steps if method.after or method.epochs else config.m_step.first_steps
-    some = round(config.em.refresh * draw)
-    left = budget - item * first - some
-    left -= draw if config.em.guard or config.em.refresh < 1 else 0  # the last E-step
-    each = round(later * some) + item * steps
+    left = budget - item * first - round(em.refresh * draw)
+    left -= draw if em.guard or em.refresh < 1 or em.renoise else 0  # the last E-step
+    each = round(later * em.refresh * renewed) + item * steps
     iterations = 1 + max(0, left // each)
     spare = max(0, left - (iterations - 1) * each) // item  # steps that do not fill an iteration
     if iterations > 1:

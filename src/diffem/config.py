@@ -44,6 +44,9 @@ class EMConfig:
         iterations: Number of EM iterations.
         seed: Seed of all random numbers.
         refresh: Fraction of the reconstructions that an E-step draws anew; the last E-step draws all of them.
+        renoise: Whether E-steps renew the last reconstructions instead of beginning from pure noise: noise is added up to a
+            middle level, and removed again. It takes a quarter of the evaluations. The first E-step and the last one always
+            begin from pure noise.
         score_items: The largest number of validation observations on which an iteration is scored.
         guard: Whether validation observations decide which iterations are accepted and kept, when the run ends
             (see `diffem.selection`), and how wide the final draws are. If false, every iteration is accepted, and the
@@ -54,6 +57,7 @@ class EMConfig:
     iterations: int = 20
     seed: int = 0
     refresh: float = 1.0
+    renoise: bool = True
     score_items: int = 128
     guard: bool = True
     patience: int = 8

@@ -74,7 +74,7 @@ class State:
         step: The step that is next or unfinished.
         iteration: 0 is the start; the final draws have their own number.
         updates: Network updates made in this iteration; `loss_sum` is the sum of their losses.
-        drawn: Number of reconstructions that the E-step drew.
+        evaluations: Evaluations of the network that the E-step took.
         width: The width of the E-step's draws; None at the start.
         of: At the end, the iteration whose model is the result of the run.
         failures: How often values were not finite; each time the learning rate is halved.
@@ -87,7 +87,7 @@ class State:
     iteration: int = 0
     updates: int = 0
     loss_sum: float = 0.0
-    drawn: int = 0
+    evaluations: int = 0
     width: float | None = None
     of: int | None = None
     failures: int = 0
@@ -401,39 +401,43 @@ def roll_back(em: DiffEM, what: str) -> None:
 
 def e_step(em: DiffEM) -> None:
     """Draw a reconstruction of every observation, or of a fraction of them (em.refresh); the others keep theirs."""
-    state, sampler, refresh = em.state, em.sampler, em.config.em.refresh
-    before = em.run.array("current") if refresh < 1 and state.iteration and state.of is None else None
-    out, done = em.run.growing("next", em.data.array_shape, state.iteration, em.observations.item_layout.dtype)
+    state, sampler, config, data = em.state, em.sampler, em.config.em, em.data
+    later = state.of is None and state.iteration > 0
+    fraction, renews = config.refresh if later else 1.0, later and state.iteration > 1 and config.renoise
+    out, done = em.run.growing("next", data.array_shape, state.iteration, em.observations.item_layout.dtype)
     purpose = "e_step" if state.of is None else "end"  # an extended run uses this iteration number again
-    for rows in em.data.chunks(np.arange(done, len(em.data)), em.batch):
-        seeds = seeding.item_seeds(em.seed, state.iteration, purpose, rows)
-        fresh = np.ones(len(rows), dtype=bool)
-        if before is not None:
-            fresh = (seeding.uniform(seeds, stream=REFRESH) < refresh).numpy()
-            out[rows[~fresh]] = before[rows[~fresh]]
-        if fresh.any():
-            y, params = em.data.batch(rows[fresh], sampler.device)
-            x = sampler.draw(y, params, seeds[fresh].to(sampler.device))
-            bad = rows[fresh][~x.isfinite().flatten(1).all(1).cpu().numpy()]
+    for rows in data.chunks(np.arange(done, len(data)), em.batch):
+        fresh, seeds = rows, seeding.item_seeds(em.seed, state.iteration, purpose, rows)
+        if fraction < 1:
+            out[rows] = em.run.array("current")[rows]
+            chosen = seeding.uniform(seeds, stream=REFRESH) < fraction
+            fresh, seeds = rows[chosen.numpy()], seeds[chosen]
+        if len(fresh):
+            y, params = data.batch(fresh, sampler.device)
+            seeds = seeds.to(sampler.device)
+            if renews:
+                x = sampler.renew(em.items("current")[fresh].to(sampler.device), y, params, seeds)
+            else:
+                x = sampler.draw(y, params, seeds)
+            bad = fresh[~x.isfinite().flatten(1).all(1).cpu().numpy()]
             if len(bad):
                 what = f"the draws of {len(bad)} observations (first: {bad[0]}) are not finite at iteration {state.iteration}"
                 if state.width is None:
                     raise DiffemError(f"start: {what}")
                 roll_back(em, what)
                 return
-            em.data.items(out)[rows[fresh]] = x
-        em.progress(Progress("e_step", state.iteration, int(rows[-1]) + 1, len(em.data)))
+            data.items(out)[fresh] = x
+        em.progress(Progress("e_step", state.iteration, int(rows[-1]) + 1, len(data)))
         if em.due():
             em.run.grown("next", out, int(rows[-1]) + 1, state.iteration)
             em._saved = time.monotonic()
             if em.stop:
                 em.stop()
     out.flush()
-    drawn = len(em.data)
-    if before is not None:
-        keys = seeding.item_seeds(em.seed, state.iteration, purpose, np.arange(len(em.data)))
-        drawn = int((seeding.uniform(keys, stream=REFRESH) < refresh).sum())
-    em.next("judge", drawn=drawn)
+    evaluations = 0 if state.width is None else em.sampler_class.evaluations(em.config.sampler, renews)
+    keys = seeding.item_seeds(em.seed, state.iteration, purpose, np.arange(len(data)))
+    drawn = len(data) if fraction == 1 else int((seeding.uniform(keys, stream=REFRESH) < fraction).sum())
+    em.next("judge", evaluations=drawn * evaluations)
 
 
 def judge(em: DiffEM) -> None:
@@ -505,7 +509,8 @@ def end(em: DiffEM) -> None:
     assert isinstance(saved, DiffusionSampler)
     em.trainer.averaged.network.load_state_dict(saved.denoiser.network.state_dict())
     width = chosen_width(em, best["width"])
-    again = width != best["width"] or em.config.em.refresh < 1
+    partly = em.config.em.refresh < 1 or (em.config.em.renoise and best["iteration"] > 1)
+    again = partly or width != best["width"]
     em.next("e_step" if again else "judge", of=best["iteration"], width=width)
 
 

@@ -85,13 +85,12 @@ def row_of(em: DiffEM, sampler: Sampler, current: Score, verdict: dict) -> dict:
     """The metrics of an iteration; `verdict` comes from the selection."""
     state = em.state
     examples = state.updates * em.config.m_step.batch
-    of_draws = 0 if state.width is None else state.drawn * em.sampler_class.evaluations(em.config.sampler)
     return {
         "iteration": state.iteration,
         "seconds": time.monotonic() - em._clock,
         "score_seconds": state.score_seconds,
         "examples": examples,
-        "network_evaluations": 3 * examples + of_draws,
+        "network_evaluations": 3 * examples + state.evaluations,
         "loss": state.loss_sum / state.updates if state.updates else None,
         "score_name": current.name,
         "score": current.mean,

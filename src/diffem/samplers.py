@@ -43,6 +43,8 @@ from diffem.networks import Given, NetworkConfig
 
 MOST_STEPS = 3000  # each step uses three random streams; streams of other purposes begin at 10,000
 WIDEST = 100.0
+MIDDLE = 1.0  # the noise level, in model units, that renewing begins at: twice the spread of data
+RENEWING = 4  # steps of renewing, or a quarter of the sampler's if that is more
 BATCH = 256  # default number of items at a time
 
 
@@ -94,6 +96,10 @@ class Sampler(nn.Module):
                 observation an item is drawn from the prior.
         """
         raise NotImplementedError
+
+    def renew(self, x: Tensor, y: Tensor, params: Params, seeds: Tensor) -> Tensor:
+        """One draw an observation that may depend on an earlier draw x (B, *shape) from a similar sampler."""
+        return self.draw(y, params, seeds)
 
     @property
     def mixture(self) -> Mixture | None:
@@ -230,9 +236,9 @@ class DiffusionSampler(Sampler):
             raise DiffemError(f"sampler.options: {next(iter(sampler.options))}: {cls.kind} has no options")
 
     @classmethod
-    def evaluations(cls, sampler: SamplerConfig) -> int:
+    def evaluations(cls, sampler: SamplerConfig, renewed: bool = False) -> int:
         """The cost of one draw in evaluations of the network; a derivative through the network counts as two more."""
-        return sampler.steps + 1
+        return (renewing(sampler.steps) if renewed else sampler.steps) + 1
 
     @property
     def mixture(self) -> Mixture | None:
@@ -286,13 +292,24 @@ class DiffusionSampler(Sampler):
     def draw(self, y: Tensor, params: Params, seeds: Tensor, withheld: Tensor | None = None) -> Tensor:
         if withheld is None:
             withheld = torch.zeros(len(y), dtype=torch.bool, device=y.device)
-        query, sigmas = Query(y, params, withheld, seeds), self.sigmas.to(y)
-        x = sigmas[0] * seeding.normal(seeds, self.shape)
+        sigmas = self.sigmas.to(y)
+        return self._reverse(sigmas[0] * seeding.normal(seeds, self.shape), sigmas, Query(y, params, withheld, seeds))
+
+    @torch.no_grad()
+    def renew(self, x: Tensor, y: Tensor, params: Params, seeds: Tensor) -> Tensor:
+        """Adds noise to earlier draws, up to a middle level, and removes it again. A draw of the right distribution stays one."""
+        low, high = float(self.sigmas[-1]), min(float(self.sigmas[0]), MIDDLE)
+        sigmas = torch.logspace(math.log10(high), math.log10(low), renewing(self.sampler.steps) + 1).to(y)
+        query = Query(y, params, torch.zeros(len(y), dtype=torch.bool, device=y.device), seeds)
+        return self._reverse(x + sigmas[0] * seeding.normal(seeds, self.shape), sigmas, query)
+
+    def _reverse(self, x: Tensor, sigmas: Tensor, query: Query) -> Tensor:
+        """Reverse diffusion of x (B, *shape), which has the first of the noise levels, down to none."""
         for k, sigma in enumerate(sigmas):
             after = sigmas[k + 1] if k + 1 < len(sigmas) else torch.zeros_like(sigma)
             tau = 1 - (after / sigma).square()
             clean = self.estimate(x, sigma, tau, query, stream=3 * k + 1).view(x.shape).to(x)
-            x = x - tau * (x - clean) + after * tau.sqrt() * seeding.normal(seeds, self.shape, stream=3 * k + 3)
+            x = x - tau * (x - clean) + after * tau.sqrt() * seeding.normal(query.seeds, self.shape, stream=3 * k + 3)
         return x
 
     def estimate(self, x: Tensor, sigma: Tensor, tau: Tensor, query: Query, stream: int) -> Tensor:
@@ -345,6 +362,11 @@ class Query:
     seeds: Tensor
     widest: Tensor | None = None
     shown: Params | None = None
+
+
+def renewing(steps: int) -> int:
+    """How many steps renewing takes, where a draw takes `steps`."""
+    return min(steps, max(RENEWING, steps // 4))
 
 
 def _mixture(tensors: dict[str, Tensor], prefix: str, corruption: Corruption, shape: tuple[int, ...]) -> Mixture:
