@@ -234,7 +234,7 @@ def run(task: str, name: str, seed: int, budget: int, runs: Path, root: str | No
         spent = {"seconds": seconds, "evaluations": 3 * config.m_step.batch * steps, "iterations": 1}
         return {**described, **spent, "settings": _plain(settings), "metrics": columns, "curve": []}
     method = METHODS[name]
-    examples = observed / "examples.npy"
+    examples = observed.parent / "examples.npy"
     if not examples.exists():
         few = observations.split(seed)[0][:EXAMPLES]  # of training items
         np.save(examples, np.load(observed / "clean.npy", mmap_mode="r")[few])
