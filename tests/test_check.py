@@ -16,13 +16,24 @@ from diffem import config as configuration
 from diffem import judging
 from diffem.clean import datasets
 from diffem.cli import main
-from diffem.corruptions import BlackBox, Corruption, GaussianBlur, GaussianNoise, RandomMask, RandomProjection
+from diffem.corruptions import (
+    BlackBox,
+    Corruption,
+    Fourier,
+    GaussianBlur,
+    GaussianNoise,
+    PoissonGaussian,
+    RandomMask,
+    RandomProjection,
+    Saturate,
+)
 from diffem.cost import forecast
 from diffem.data import Observations
 from diffem.diagnostics import Score
 from diffem.diagnostics.check import Finding, check
 from diffem.diagnostics.spectrum import Spectrum
 from diffem.em import DiffEM
+from diffem.errors import DiffemError
 from diffem.samplers import DiffusionSampler
 from diffem.trainer import Trainer
 
@@ -98,6 +109,9 @@ HEALTHY = {
     "blur": lambda: observe(digits(), GaussianBlur(1.0, 0.08), range=(0, 16)),
     "blur-images": lambda: observe(images(), GaussianBlur(2.0, 3.0)),
     "projection": lambda: observe(datasets.load("manifold", limit=4000).items, RandomProjection(2, 0.01)),
+    "photons": lambda: observe(images(400, 32), PoissonGaussian(2.0, 3.0)),
+    "photons-alone": lambda: observe(images(400, 32), PoissonGaussian(2.0)),
+    "k-space": lambda: observe(images(400), Fourier("real", 3.0)),
     "box": lambda: Observations(features().astype(np.float32), BlackBox(torch.abs, "torch:abs")),
 }
 
@@ -105,6 +119,65 @@ HEALTHY = {
 @pytest.mark.parametrize("name", HEALTHY)
 def test_no_false_alarms(name):
     assert alarms(HEALTHY[name]()) == set()
+
+
+def k_space() -> np.ndarray:
+    y, _ = Fourier("real", 3.0).observe(torch.from_numpy(images(400)).float(), torch.Generator().manual_seed(0))
+    return y.numpy()
+
+
+def test_a_zero_frequency_in_the_corner():
+    corner = np.fft.ifftshift(k_space(), axes=(-2, -1))
+    finding = found(Observations(corner, Fourier("real", 3.0)))["zero-frequency"]
+    assert finding == Finding(
+        "problem",
+        "zero-frequency",
+        "the zero frequency seems to be in the corner of y, and Fourier has it in the middle; apply fftshift to the spatial axes"
+        " of y",
+    )
+
+
+def test_lines_of_k_space_that_were_not_measured():
+    y, mask = k_space(), np.ones((400, 1, 1, 16), bool)
+    mask[:, :, :, ::4] = False
+    assert alarms(Observations(y, Fourier("real", 3.0), {"mask": mask})) == set()
+    finding = found(Observations(y * mask, Fourier("real", 3.0)))["not-measured"]
+    assert finding.level == "problem"
+    assert finding.text == (
+        "25 % of the values are exactly 0, which noise would not leave so; if these were not measured, hide"
+        " them in mask.npy (true = observed)"
+    )
+    assert "not-measured" not in found(Observations(y * mask, Fourier("real", 0.0)))
+
+
+@pytest.mark.parametrize(
+    ("gain", "noise", "level"), [(2.0, 18.0, "warning"), (0.2, 3.0, "problem"), (9.0, 3.0, "problem")]
+)
+def test_photon_noise_that_is_not_that_of_the_data(gain, noise, level):
+    finding = found(observe(images(400, 32), PoissonGaussian(2.0, 3.0), PoissonGaussian(gain, noise)))["photons"]
+    assert finding.level == level
+    parts = re.fullmatch(
+        rf"declared gain {gain:g} and noise {noise:g} make a standard deviation of (\S+) where the observations show (\S+); they"
+        r" fit `gain: (\S+)`, `noise: (\S+)`",
+        finding.text,
+    )
+    assert float(parts[3]) == pytest.approx(2.0, rel=0.2)
+    assert float(parts[2]) == pytest.approx(np.sqrt(2.0 * 200 + 9), rel=0.4)
+
+
+def test_whole_photons_only_where_there_is_no_read_noise():
+    y = observe(images(50), PoissonGaussian(2.0)).y
+    with pytest.raises(DiffemError, match="PoissonGaussian never makes"):
+        Observations(np.asarray(y) + 0.5, PoissonGaussian(2.0))
+    Observations(np.asarray(y) + 0.5, PoissonGaussian(2.0, 1.0))
+
+
+def test_entries_that_no_observation_shows_are_found_where_each_is_observed_alone():
+    mask = half(400, 8)
+    mask[:, 3] = False
+    y = np.where(mask, features(400), 0.0).clip(max=1.5).astype(np.float32)
+    finding = found(Observations(y, Saturate(1.5, 0.1), {"mask": mask}))["never-observed"]
+    assert finding.text.startswith("no observation shows entry [3], so that nothing can be learned there")
 
 
 def test_a_black_box_says_nothing():

@@ -86,6 +86,12 @@ class PoissonGaussian(EntrywiseCorruption):
         rate = (x.clamp(min=0) / self.gain).to(generator.device)
         return (self.gain * torch.poisson(rate, generator) + self.noise * _normal(rate, generator)).to(x)
 
+    def impossible(self, y: np.ndarray) -> np.ndarray:
+        if self.noise:
+            return np.zeros(y.shape, dtype=bool)
+        photons = np.asarray(y, np.float64) / self.gain
+        return (photons < 0) | (np.abs(photons - np.rint(photons)) > np.maximum(1e-3, 1e-6 * photons))
+
 
 @register_corruption
 class Speckle(EntrywiseCorruption):

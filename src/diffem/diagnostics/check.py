@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from diffem import memory
+from diffem.corruptions import Fourier, PoissonGaussian
 from diffem.corruptions.diagonal import LEAST_GAIN, DiagonalCorruption
 from diffem.data import Observations, evenly
 from diffem.data.layout import FEW as FEW_CHANNELS
@@ -30,6 +31,7 @@ CHUNK = 1024
 FEW = 20  # fewer observations of an entry are too few to learn from
 SURE = 5.0  # standard errors, large since the smallest of thousands of values is tested
 CLIPPED = 0.01  # a larger share of values at the minimum or maximum means clipping
+CORNER = 10.0  # the power of the zero frequency over that of any other coefficient
 DETAIL = 0.08  # details of images without noise, as a fraction of the standard deviation of their pixels
 UNEQUAL, FAR_APART = 1.25, 2.0  # noise in bright over noise in dark regions: limits of a warning and of a problem
 SENTINELS = (-999, -9999, -99999, -32768, 32767, 65535, 2**31 - 1, -(2**31), 1e20, 1e30, -1e20, -1e30, 9.96921e36)
@@ -60,6 +62,9 @@ def quick(observations: Observations) -> list[Finding]:
         *layout(observations),
         *inverted(observations),
         *quiet,
+        *photons(observations, sample),
+        *not_measured(observations),
+        *centre(observations),
         *sentinels(sample),
         *value_range(observations, sample),
     ]
@@ -91,6 +96,9 @@ def check(observations: Observations, seed: int = 0) -> list[Finding]:
         *mask_rate(observations, survey),
         *duplicates(survey, train, np.concatenate(halves)),
         *quiet,
+        *photons(observations, sample),
+        *not_measured(observations),
+        *centre(observations),
         *sentinels(sample),
         *value_range(observations, sample),
     ]
@@ -120,7 +128,8 @@ class Survey:
         n, corruption, params = len(observations), observations.corruption, observations.params
         d, features = math.prod(observations.y.shape[1:]), math.prod(observations.shape)
         diagonal, matrices = corruption.diagonal, "matrix" in params and features <= DIRECTIONS
-        self.looks = np.zeros(d) if diagonal else np.zeros((features, features)) if matrices else None
+        alone = corruption.by_entry and not corruption.linear
+        self.looks = np.zeros(d) if diagonal or alone else np.zeros((features, features)) if matrices else None
         self.together = np.zeros((d, d)) if "mask" in params and d <= DIRECTIONS else None
         self.hidden, self.shown, self.keys = np.zeros(n), np.zeros(n, int), np.zeros(n, np.uint64)
         for rows in observations.chunks(size=CHUNK):
@@ -132,7 +141,9 @@ class Survey:
                 self.hidden[rows] = 1 - params["mask"].flatten(1).float().mean(1).numpy()
             if self.together is not None:
                 self.together += (seen.double().T @ seen.double()).numpy()
-            if diagonal:
+            if alone:
+                self.looks += seen.sum(0).numpy()
+            elif diagonal:
                 self.looks += seen.sum(0).numpy() * _gain(observations) ** 2
             elif matrices:
                 a = params["matrix"].flatten(0, 1).double()
@@ -208,7 +219,7 @@ def observed(observations: Observations, survey: Survey) -> list[Finding]:
     problem if an eigenvalue is 0 (except for a blur, where this is normal), a warning if it corresponds to fewer than
     :data:`FEW` observations, else a note.
     """
-    if not observations.corruption.linear:
+    if not observations.corruption.linear and survey.looks is None:
         return [Finding("note", "black-box", "what a black box hides cannot be told from its observations")]
     looks, vectors, n, found = survey.looks, None, len(observations), []
     if looks is None and "matrix" not in observations.params:
@@ -267,7 +278,7 @@ def inverted(observations: Observations) -> list[Finding]:
     """Masks that show only zeros and hide other values: a problem, since a mask is true where y was observed."""
     if "mask" not in observations.params:
         return []
-    rows = evenly(np.arange(len(observations)), memory.at_once(math.prod(observations.y.shape[1:]), CHUNK, NUMBERS))
+    rows = _some(observations)
     y = np.nan_to_num(np.asarray(observations.y[rows], dtype=np.float64))
     mask = np.broadcast_to(np.asarray(observations.params["mask"][rows], dtype=bool), y.shape)
     if y[mask].any() or not y[~mask].any():
@@ -380,6 +391,59 @@ def noise(observations: Observations, sample: Sample, spectrum: Spectrum | None)
             return [Finding("warning", "noise-too-small", text)]
     text = f"at most about {low.value:.3g}, by which {low.where} vary; declared {declared:g}"
     return [Finding("note", "noise", text)]
+
+
+def photons(observations: Observations, sample: Sample) -> list[Finding]:
+    """Compares declared photon and read noise with the estimate, where most values are and in the bright: a warning if they differ
+    by a quarter, a problem if by a factor of two."""
+    corruption = observations.corruption
+    told = _estimate_or_none(sample) if isinstance(corruption, PoissonGaussian) else None
+    if told is None or not isinstance(corruption, PoissonGaussian):
+        return []
+    signals = float(sample.values.mean(dtype=np.float64)), told.ends[1]
+    pairs = [(math.sqrt(corruption.gain * max(s, 0.0) + corruption.noise**2), told.std(s)) for s in signals]
+    factors = [max(a, b) / max(min(a, b), 1e-12) for a, b in pairs]
+    if max(factors) < UNEQUAL:
+        return []
+    declared, found = pairs[factors.index(max(factors))]
+    use = ", ".join(f"`{key}: {value:g}`" for key, value in {"gain": corruption.gain, **told.arguments}.items())
+    text = f"declared gain {corruption.gain:g} and noise {corruption.noise:g} make a standard deviation of {declared:.3g} where the observations show {found:.3g}; they fit {use}"
+    return [Finding("problem" if max(factors) > FAR_APART else "warning", "photons", text)]
+
+
+def not_measured(observations: Observations) -> list[Finding]:
+    """Exact zeros in noisy measurements that are not images, such as lines of k-space that were not acquired: a problem."""
+    corruption = observations.corruption
+    y, params = observations.batch(_some(observations))
+    if not corruption.linear or corruption.same_units or "matrix" in params:
+        return []
+    seen = corruption.seen(y, params).expand_as(y) & (corruption.noise_std(y, params) > 0)
+    if not seen.any() or (fraction := float((y[seen] == 0).float().mean())) <= CLIPPED:
+        return []
+    text = f"{_percent(fraction)} of the values are exactly 0, which noise would not leave so; if these were not measured, hide them in mask.npy (true = observed)"
+    return [Finding("problem", "not-measured", text)]
+
+
+def centre(observations: Observations) -> list[Finding]:
+    """K-space whose largest coefficient is in the corner, not in the middle: a problem."""
+    corruption = observations.corruption
+    if not isinstance(corruption, Fourier):
+        return []
+    y, _ = observations.batch(_some(observations))
+    power = y.square().mean((0, 1))
+    if (
+        not CORNER * float(power[tuple(n // 2 for n in power.shape)])
+        < float(power[(0,) * power.ndim])
+        == float(power.max())
+    ):
+        return []
+    text = "the zero frequency seems to be in the corner of y, and Fourier has it in the middle; apply fftshift to the spatial axes of y"
+    return [Finding("problem", "zero-frequency", text)]
+
+
+def _some(observations: Observations) -> np.ndarray:
+    """Rows of a sample that is limited by memory."""
+    return evenly(np.arange(len(observations)), memory.at_once(math.prod(observations.y.shape[1:]), CHUNK, NUMBERS))
 
 
 def estimated(sample: Sample) -> Noise:
