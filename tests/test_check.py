@@ -180,6 +180,23 @@ def test_entries_that_no_observation_shows_are_found_where_each_is_observed_alon
     assert finding.text.startswith("no observation shows entry [3], so that nothing can be learned there")
 
 
+def test_too_few_observations_to_judge_by():
+    finding = found(observe(images(200), GaussianNoise(5.0)))["too-few"]
+    assert finding == Finding(
+        "warning",
+        "too-few",
+        "10 validation and 10 test observations are too few to tell whether a run went well; it takes 16 of each, so 320"
+        " observations, or a larger held_out.npy",
+    )
+    assert "too-few" not in found(observe(images(320), GaussianNoise(5.0)))
+
+
+def test_an_inverted_mask_is_all_that_is_said_of_values():
+    y, mask = images(400), rng().random((400, 1, 16, 16)) > 0.5
+    observations = Observations(np.where(mask, y, 0).astype(np.float32), RandomMask(0.5, 1.0), {"mask": ~mask})
+    assert alarms(observations) == {"mask-inverted"}
+
+
 def test_a_black_box_says_nothing():
     text = "what a black box hides cannot be told from its observations"
     assert list(found(HEALTHY["box"]()).values()) == [Finding("note", "black-box", text)]

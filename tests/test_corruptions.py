@@ -713,6 +713,26 @@ def test_a_black_box_is_tried_before_anything_else(how, gives, text, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_parameter_that_no_file_holds_is_named():
+    class Gain(Corruption):
+        parameters = ("gain",)
+
+        def apply(self, x, params, generator):
+            return x * params["gain"]
+
+    y = np.random.default_rng(0).standard_normal((40, 4)).astype(np.float32)
+    for corruption, name in ((Gain(), "Gain"), (BlackBox(lambda x, params: x * params["gain"], "m:f"), "m:f")):
+        with pytest.raises(DiffemError) as caught:
+            check(Observations(y, corruption, range=(-2, 2)))
+        assert str(caught.value) == f"gain.npy: missing; corruption {name} asks for it"
+
+
+def test_a_generator_in_the_place_of_the_parameters_is_refused():
+    message = "corruption m:f: its second argument is given the parameters; write f(x, params, generator)"
+    assert error(lambda: BlackBox(lambda x, generator: x, "m:f")) == message
+    BlackBox(lambda x, params, generator: x, "m:f")
+
+
 def test_a_users_class_that_raises_is_named():
     class Broken(Corruption):
         def apply(self, x, params, generator):

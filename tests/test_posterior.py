@@ -15,6 +15,7 @@ from diffem import config as configuration
 from diffem import samplers, seeding
 from diffem.corruptions import (
     REGISTRY,
+    BlackBox,
     Corruption,
     GaussianBlur,
     GaussianNoise,
@@ -395,6 +396,39 @@ def is_of_the_run(loaded: Posterior, out: Path, data: Observations) -> None:
     rows = np.arange(len(data))
     found = loaded.sample(*data.batch(rows), seeds=seeding.item_seeds(0, 1, "e_step", rows))[0]
     np.testing.assert_allclose(found, np.load(out / "reconstructions.npy"), rtol=1e-4, atol=1e-4)
+
+
+class Turned(LinearCorruption):
+    """Pairs of neighbours turned by an angle that only files know."""
+
+    parameters = ("angle", "mask", "noise")
+
+    def A(self, x: Tensor, params: Params) -> Tensor:
+        cos, sin = params["angle"].cos().to(x), params["angle"].sin().to(x)
+        left, right = x.view(len(x), -1, 2).unbind(-1)
+        return torch.stack([cos * left - sin * right, sin * left + cos * right], -1).view(x.shape)
+
+    def A_adjoint(self, y: Tensor, params: Params) -> Tensor:
+        return self.A(y, {**params, "angle": -params["angle"]})
+
+
+def brighter(x: Tensor, params: Params) -> Tensor:
+    return (x * params["gain"]).abs()
+
+
+@pytest.mark.parametrize("corruption", [Turned(0.1), BlackBox(brighter)], ids=["linear", "function"])
+def test_parameters_that_are_only_in_files_are_enough(corruption, tmp_path):
+    name, shape = ("angle", (30, 1)) if corruption.linear else ("gain", (30, 1, D))
+    shape = shape if corruption.linear else (30, D)
+    y = torch.randn(30, D, generator=seeded()).abs().numpy()
+    params = {name: torch.rand(shape, generator=seeded()).numpy()}
+    data = Observations(y, corruption, params, range=(-3, 3))
+    list(DiffEM(configuration.from_dict(SETTINGS), data, tmp_path / "run").iterate())
+    posterior = from_pretrained(tmp_path / "run" / "posterior", corruption)
+    is_of_the_run(posterior, tmp_path / "run", data)
+    assert from_pretrained(tmp_path / "run" / "prior", corruption).sample_prior(2).shape == (2, D)
+    posterior.save_pretrained(tmp_path / "again")
+    assert same(posterior, from_pretrained(tmp_path / "again", corruption), *data.batch(np.arange(30)))
 
 
 class Own(nn.Module):

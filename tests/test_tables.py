@@ -212,3 +212,10 @@ def test_what_is_refused_after_fit():
         imputer.sample(table, 0)
     with pytest.raises(ValueError, match="minimum of 8"):
         tiny().fit(table[:7])
+
+
+def test_a_column_of_identifiers_is_refused():
+    table = pd.DataFrame({"a": np.arange(60.0), "id": [f"patient {k}" for k in range(60)]})
+    table.loc[3, "a"] = np.nan
+    with pytest.raises(DiffemError, match=r"column 'id': holds 60 different texts in 60 rows; drop a column of names"):
+        DiffEMImputer().fit(table)

@@ -382,6 +382,7 @@ def _train(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
             verdict = "start" if row["iteration"] == 0 else "final"
         say(
             f"iteration {row['iteration']:3d} {verdict:8s} {row['score_name']} {row['score']:.4f} +- {row['score_se']:.4f}{ratio} ({row['seconds']:.0f} s)"
+            + ("" if row["iteration"] else "; scores are in units of half the range of the data")
         )
     if not (out / "prior" / "config.json").exists():
         say("no iteration was better than the start: the start is what this run gives, and it has no prior")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ from safetensors.torch import save as serialise
 from torch import Tensor, nn
 
 from diffem import devices, files, memory, samplers, seeding
-from diffem.corruptions import REGISTRY, BlackBox, Corruption, from_config
+from diffem.corruptions import REGISTRY, BlackBox, Corruption, Params, from_config
 from diffem.data import Dataset, Layout, Observations
 from diffem.denoiser import Denoiser
 from diffem.errors import DiffemError, suggest
@@ -216,11 +216,18 @@ class Posterior(nn.Module):
             "item_layout": self.item_layout.config,
             **self.sampler.config,
         }
-        tensors = {k: v.detach().cpu().contiguous().clone() for k, v in self.sampler.state_dict().items()}
+        tensors = dict(self.sampler.state_dict())
+        if (measured := self.sampler.corruption.measured_parameters) is not None:
+            # of one observation: without them it could be neither built again nor sampled without an observation
+            example = measured(1, torch.Generator().manual_seed(0))
+            tensors |= {f"{EXAMPLE}{name}": value for name, value in example.items()}
+        tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
         files.replace(folder / "model.safetensors", serialise(tensors or {"empty": torch.zeros(1)}))
         files.replace(folder / "config.json", json.dumps(config, indent=2).encode())
         files.replace(folder / "README.md", _CARD.format(**config).encode())
 
+
+EXAMPLE = "example."  # prefix of tensors
 
 _CARD = """# diffem model: {kind}
 
@@ -266,7 +273,10 @@ def from_pretrained(
         kind = samplers.kind_of(config["kind"], "config.json: kind")
         with seeding.global_generators("cpu", 0):  # initial weights are drawn, then overwritten
             own = None if network is None else Given(network)
-            sampler = kind.rebuild(config, tensors, corruption.scaled(units), shape, own)
+            example = {k[len(EXAMPLE) :]: tensors.pop(k) for k in [*tensors] if k.startswith(EXAMPLE)}
+            scaled = corruption.scaled(units)
+            scaled = scaled.with_measured(partial(_repeated, example)) if example else scaled
+            sampler = kind.rebuild(config, tensors, scaled, shape, own)
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         what = " ".join(f"{type(error).__name__}: {error}".split())
         raise DiffemError(f"{folder}: was saved by another version of diffem; train it again ({what})") from error
@@ -281,6 +291,11 @@ def from_pretrained(
             module.precision = dtype
     sampler.to(where).eval().requires_grad_(False)
     return Posterior(sampler, corruption, units, config.get("trained_on"), *layouts)
+
+
+def _repeated(example: Params, n: int, generator: torch.Generator) -> Params:
+    """The parameters of one observation, n times."""
+    return {k: v.expand(n, *v.shape[1:]).to(generator.device) for k, v in example.items()}
 
 
 def _corruption(saved: dict, given: Corruption | None, shape: tuple[int, ...]) -> Corruption:

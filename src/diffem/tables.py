@@ -32,6 +32,7 @@ from diffem.posterior import Posterior, from_pretrained
 from diffem.samplers import DiffusionSampler, MixtureSampler
 
 FIT = 100  # the least number of rows per component of the mixture that a run starts from
+MOST_LEVELS = 20  # of a categorical column; more are allowed if each is found twice on average
 NORMAL = 1.349  # interquartile range of the standard normal distribution
 
 
@@ -78,7 +79,12 @@ class Column:
     def learn(cls, label: str, values: np.ndarray, categorical: bool, whole: bool) -> Column:
         """The column with these observed values, of which there must be at least one."""
         if categorical:
-            return cls(label, sorted(set(values.tolist()), key=str))
+            levels = sorted(set(values.tolist()), key=str)
+            if len(levels) > max(MOST_LEVELS, len(values) // 2):
+                raise DiffemError(
+                    f"{label}: holds {len(levels)} different texts in {len(values)} rows; drop a column of names or identifiers"
+                )
+            return cls(label, levels)
         first, middle, third = np.quantile(values, [0.25, 0.5, 0.75]).tolist()
         spread = min(float(values.std()), (third - first) / NORMAL if first < third else np.inf)
         return cls(label, None, whole, float(values.min()), float(values.max()), middle, spread)

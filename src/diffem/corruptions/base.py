@@ -118,6 +118,8 @@ class Corruption:
             y = self.apply(x, drawn, generator)
         except DiffemError:
             raise
+        except KeyError as error:  # of params
+            raise DiffemError(f"{error.args[0]}.npy: missing; corruption {name} asks for it") from error
         except Exception as error:
             raise DiffemError(f"corruption {name}: raised {type(error).__name__}: {error}") from error
         if not isinstance(y, Tensor):

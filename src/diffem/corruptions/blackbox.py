@@ -14,6 +14,8 @@ from diffem.errors import DiffemError
 
 from .base import Corruption, Params
 
+GENERATORS = ("generator", "rng", "seed")  # an argument of such a name is no parameters
+
 
 class BlackBox(Corruption):
     """Any function x -> y; it only has to be callable.
@@ -42,6 +44,11 @@ class BlackBox(Corruption):
             raise DiffemError(
                 f"corruption {self.path}: must be f(x), f(x, params) or f(x, params, generator), takes {self.arguments}"
             )
+        second = _names(function)[1:2]
+        if self.arguments == 2 and second and any(word in second[0] for word in GENERATORS):
+            raise DiffemError(
+                f"corruption {self.path}: its second argument is given the parameters; write f(x, params, {second[0]})"
+            )
         self.parameters = () if self.arguments == 1 else None
 
     @property
@@ -60,6 +67,8 @@ class BlackBox(Corruption):
                 x_cpu = (x if self.clip is None else x.clamp(*self.clip)).cpu()
                 given = x_cpu, {k: v.cpu() for k, v in params.items()}, torch.Generator().manual_seed(seed)
                 y = self.function(*given[: self.arguments])
+            except KeyError as error:  # of params
+                raise DiffemError(f"{error.args[0]}.npy: missing; corruption {self.path} asks for it") from error
             except Exception as error:
                 raise DiffemError(f"corruption {self.path}: raised {type(error).__name__}: {error}") from error
             finally:
@@ -80,6 +89,15 @@ class BlackBox(Corruption):
         if not made.isfinite().all():
             raise DiffemError(f"corruption {self.path}: gave values that are not finite")
         return made
+
+
+def _names(function: Callable) -> list[str]:
+    """The names of its positional arguments; none where it does not say."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # some builtins
+        return []
+    return [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
 
 
 def _arguments(function: Callable) -> int:

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from diffem import memory
-from diffem.corruptions import Fourier, PoissonGaussian
+from diffem.corruptions import Fourier, LinearCorruption, PoissonGaussian
 from diffem.corruptions.diagonal import LEAST_GAIN, DiagonalCorruption
 from diffem.data import Observations, evenly
 from diffem.data.layout import FEW as FEW_CHANNELS
+from diffem.diagnostics.diagnose import FEWEST
 from diffem.diagnostics.noise import Noise, estimate
 from diffem.diagnostics.spectrum import DIRECTIONS, Spectrum
 from diffem.errors import DiffemError
@@ -87,12 +88,14 @@ def check(observations: Observations, seed: int = 0) -> list[Finding]:
     known, level = observations.corruption.diagonal or sample.matrix is not None, observations.corruption.noise
     uniform = isinstance(level, float)  # else the noise is not checked
     spectrum = Spectrum.of(sample.z, sample.seen, sample.matrix, level) if known and uniform else None
-    quiet = noise(observations, sample, spectrum) if uniform else []
+    upside_down = inverted(observations)  # then no value says anything
+    quiet = noise(observations, sample, spectrum) if uniform and not upside_down else []
     findings = [
         *layout(observations),
+        *too_few(halves),
         *observed(observations, survey),
         *never_together(observations, survey),
-        *inverted(observations),
+        *upside_down,
         *mask_rate(observations, survey),
         *duplicates(survey, train, np.concatenate(halves)),
         *quiet,
@@ -106,6 +109,15 @@ def check(observations: Observations, seed: int = 0) -> list[Finding]:
         findings += constant_entries(observations, sample)
         findings += constant_directions(observations, spectrum)
     return sorted(findings, key=lambda finding: LEVELS.index(finding.level))
+
+
+def too_few(halves: list[np.ndarray]) -> list[Finding]:
+    """Fewer held-out observations than `diffem diagnose` needs: a warning."""
+    validation, test = map(len, halves)
+    if min(validation, test) >= FEWEST:
+        return []
+    text = f"{validation} validation and {test} test observations are too few to tell whether a run went well; it takes {FEWEST} of each, so {2 * FEWEST * 10} observations, or a larger held_out.npy"
+    return [Finding("warning", "too-few", text)]
 
 
 # --- what is read from the observations --------------------------------------------------------------
@@ -202,7 +214,7 @@ def layout(observations: Observations) -> list[Finding]:
     if observations.axes is None and len(shape) == 4 and shape[-1] <= FEW_CHANNELS < shape[1]:
         text = f"y of shape {shape} is read as {shape[1]} channels of {shape[2]} x {shape[3]} pixels; if its channels are last add `axes: NHWC` to corruption.yaml, else `axes: NCHW`"
         return [Finding("problem", "channels-last", text)]
-    if observations.axes is None and observations.layout.axes == "NHW":
+    if observations.axes is None and observations.layout.axes == "NHW" and shape[2] != shape[3]:
         text = f"y is read as images of one channel, {shape[2]} x {shape[3]} pixels; if they are {shape[2]} series of length {shape[3]} add `axes: NCT` to corruption.yaml"
         return [Finding("note", "layout", text)]
     return []
@@ -415,7 +427,7 @@ def not_measured(observations: Observations) -> list[Finding]:
     """Exact zeros in noisy measurements that are not images, such as lines of k-space that were not acquired: a problem."""
     corruption = observations.corruption
     y, params = observations.batch(_some(observations))
-    if not corruption.linear or corruption.same_units or "matrix" in params:
+    if not isinstance(corruption, LinearCorruption) or corruption.same_units or "matrix" in params:
         return []
     seen = corruption.seen(y, params).expand_as(y) & (corruption.noise_std(y, params) > 0)
     if not seen.any() or (fraction := float((y[seen] == 0).float().mean())) <= CLIPPED:

@@ -296,7 +296,9 @@ def _corruption(
         lines += ["# How the observations came about: docs/your-data.md says what to write here.", f"# name: {name}"]
         noise = "noise.npy holds the standard deviation of the noise"
         lines.append(
-            f"# {noise}" if "noise.npy" in arrays else "# noise: 0.1  # its standard deviation, in the units of y"
+            f"# {noise}"
+            if "noise.npy" in arrays
+            else "# noise: LEVEL  # its standard deviation, in the units of y; `diffem check --estimate` tells it of images"
         )
     else:
         known = dict(corruption.config)
