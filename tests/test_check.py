@@ -180,6 +180,22 @@ def test_entries_that_no_observation_shows_are_found_where_each_is_observed_alon
     assert finding.text.startswith("no observation shows entry [3], so that nothing can be learned there")
 
 
+def test_photons_that_use_a_small_part_of_the_range():
+    y = np.asarray(observe(images(400, 32), PoissonGaussian(2.0, 3.0)).y)
+    finding = found(Observations(y, PoissonGaussian(2.0, 3.0), range=(0, 65535)))["range"]
+    assert finding.level == "warning"
+    assert re.fullmatch(
+        r"the values use 0\.\d+ % of the stated `range: \[0, 65535\]`; models expect data that span it", finding.text
+    )
+
+
+def test_a_table_of_many_columns_may_be_series():
+    text = "y is read as a table of 40 columns without an order; if they are points of a series add `axes: NT` to corruption.yaml"
+    assert found(observe(features(400, 40), GaussianNoise(0.1)))["layout"] == Finding("note", "layout", text)
+    assert "layout" not in found(observe(features(400, 40), GaussianNoise(0.1), axes="NF"))
+    assert "layout" not in found(observe(features(400, 32), GaussianNoise(0.1)))
+
+
 def test_too_few_observations_to_judge_by():
     finding = found(observe(images(200), GaussianNoise(5.0)))["too-few"]
     assert finding == Finding(

@@ -18,7 +18,7 @@ from diffem.errors import DiffemError
 
 TABLE = "rows of a table have no neighbours that would tell their noise; state it"
 FEW = "too few neighbours were observed together to tell the noise; state it"
-NOT_WHITE = "even the flattest patches vary less from pixel to pixel than over a few: the noise is correlated between neighbours (interpolated, demosaiced, JPEG), or hidden by texture; no number can be given, state it"
+NOT_WHITE = "even the flattest patches vary less from pixel to pixel than over a few: the noise is correlated between neighbours (interpolated, demosaiced, JPEG), or no patch is flat; no number can be given, state it, or add images with an even background"
 
 
 def rng(seed: int = 0) -> np.random.Generator:
@@ -128,9 +128,13 @@ def test_masks_dead_pixels_and_rounding():
 def test_an_offset():
     found = estimate(observed(cells(), 15.0, 2.0, False) + 50)
     assert found.offset == pytest.approx(50 - 4 / 15, abs=1)
-    text = "no corruption.yaml is right while zero photons are not at 0: subtract"
-    with pytest.raises(DiffemError, match=text):
+    text = (
+        "no corruption.yaml is right while zero photons are not at 0: subtract the dark level of the camera from y.npy, and estimate"
+        f" again; it is at least {found.offset:.3g}, and (read noise)^2 / gain higher"
+    )
+    with pytest.raises(DiffemError) as error:
         described({}, found)
+    assert str(error.value) == text
     assert f"variance = {found.gain:.3g} * (signal - {found.offset:.3g}) (gain +- " in found.text
 
 
@@ -234,7 +238,7 @@ def test_check_finds_a_line():
     )
     assert about_noise(blurred)[0].text.endswith(end)
     offset = Observations(observed(cells(), 15.0, 2.0, False) + 50, GaussianNoise(17.6), range=(0, 255))
-    assert "; subtract " in about_noise(offset)[0].text
+    assert "; subtract the dark level of the camera from y, at least " in about_noise(offset)[0].text
 
 
 def test_check_compares_the_declared_noise_with_the_estimate():

@@ -30,6 +30,7 @@ SAMPLE = 8192  # the largest number of observations in the sample,
 NUMBERS = 2**23  # and of numbers in them
 CHUNK = 1024
 FEW = 20  # fewer observations of an entry are too few to learn from
+SERIES = 32  # a table with more columns may be series
 SURE = 5.0  # standard errors, large since the smallest of thousands of values is tested
 CLIPPED = 0.01  # a larger share of values at the minimum or maximum means clipping
 CORNER = 10.0  # the power of the zero frequency over that of any other coefficient
@@ -216,6 +217,9 @@ def layout(observations: Observations) -> list[Finding]:
         return [Finding("problem", "channels-last", text)]
     if observations.axes is None and observations.layout.axes == "NHW" and shape[2] != shape[3]:
         text = f"y is read as images of one channel, {shape[2]} x {shape[3]} pixels; if they are {shape[2]} series of length {shape[3]} add `axes: NCT` to corruption.yaml"
+        return [Finding("note", "layout", text)]
+    if observations.axes is None and observations.layout.axes == "NF" and shape[1] > SERIES:
+        text = f"y is read as a table of {shape[1]} columns without an order; if they are points of a series add `axes: NT` to corruption.yaml"
         return [Finding("note", "layout", text)]
     return []
 
@@ -479,7 +483,7 @@ def _not_uniform(observations: Observations, told: Noise, values: np.ndarray) ->
     use = ", ".join(f"`{key}: {value:g}`" for key, value in told.arguments.items())
     remedy = f"use `name: PoissonGaussian`, {use}"
     if told.offset:
-        remedy = f"subtract {told.offset:.3g} from y, and {remedy}"
+        remedy = f"subtract the dark level of the camera from y, at least {told.offset:.3g}, and use `name: PoissonGaussian` with what `diffem check --estimate` then says"
     level, name = "problem" if bright > FAR_APART * dark else "warning", observations.corruption.config["name"]
     if name not in ("GaussianNoise", "Mask", "RandomMask"):
         level, remedy = (
@@ -576,11 +580,11 @@ def value_range(observations: Observations, sample: Sample) -> list[Finding]:
 
     A problem if more than a thousandth of the values lie outside the range by more than five times the noise plus a
     tenth of the range; a warning if 99.8 % of them span less than a fifth of it. Integers from 0 to 255 stored as
-    floats are a warning if no range is stated. Projections, whose values are not in the units of x, and black boxes are
-    not checked.
+    floats are a warning if no range is stated. Only entrywise corruptions and blurs are checked, and what lies outside only if
+    the corruption is linear.
     """
     corruption, stated, values = observations.corruption, observations.range, sample.values
-    if not corruption.diagonal or not len(values):
+    if not (corruption.diagonal or corruption.by_entry) or not len(values):
         return []
     low, high = float(values.min()), float(values.max())
     floats = observations.y.dtype.kind == "f" and sample.whole and low >= 0 and high <= 255
@@ -590,7 +594,7 @@ def value_range(observations: Observations, sample: Sample) -> list[Finding]:
         return [Finding("warning", "eight-bit", text)] if floats else []
     margin = 5 * corruption.noise if isinstance(corruption.noise, float) else 0.0
     margin += 0.1 * (stated[1] - stated[0])
-    beyond = float(((values < stated[0] - margin) | (values > stated[1] + margin)).mean())
+    beyond = float(((values < stated[0] - margin) | (values > stated[1] + margin)).mean()) if corruption.linear else 0.0
     said, used = f"`range: [{stated[0]:g}, {stated[1]:g}]`", float(np.ptp(np.quantile(values, [0.001, 0.999])))
     if beyond > 0.001 and floats:
         return [Finding("problem", "eight-bit", f"{eight}, but {said} is stated; use `range: [0, 255]`")]

@@ -80,7 +80,8 @@ class Noise:
 
     @property
     def offset(self) -> float:
-        """The value of y for zero photons, where the variance is 0, if it is surely above 0; else 0."""
+        """The value at which the variance would be 0, if it is surely above 0; else 0. Without read noise this is the value of y
+        for zero photons; with read noise r that value is r^2 / gain higher."""
         return -self.variance / self.gain if self.gain and self.variance < -SURE * self.variance_error else 0.0
 
     @property
@@ -113,7 +114,7 @@ def described(config: dict[str, Any], noise: Noise) -> dict[str, Any]:
     name = config.get("name", "GaussianNoise")
     if noise.offset:
         raise DiffemError(
-            f"no corruption.yaml is right while zero photons are not at 0: subtract {noise.offset:.3g} from y.npy, and estimate again"
+            f"no corruption.yaml is right while zero photons are not at 0: subtract the dark level of the camera from y.npy, and estimate again; it is at least {noise.offset:.3g}, and (read noise)^2 / gain higher"
         )
     if noise.gain and name not in ("GaussianNoise", "Mask", "PoissonGaussian"):
         raise DiffemError(
@@ -150,7 +151,7 @@ def estimate(y: np.ndarray, seen: np.ndarray | None = None) -> Noise:
     kept = [part for part in parts if len(part.mean)]
     if not kept:
         raise DiffemError(
-            "even the flattest patches vary less from pixel to pixel than over a few: the noise is correlated between neighbours (interpolated, demosaiced, JPEG), or hidden by texture; no number can be given, state it"
+            "even the flattest patches vary less from pixel to pixel than over a few: the noise is correlated between neighbours (interpolated, demosaiced, JPEG), or no patch is flat; no number can be given, state it, or add images with an even background"
         )
     apart = [part.fit() for part in kept]
     if any(noise.gain for noise in apart) or len(kept) == 1:

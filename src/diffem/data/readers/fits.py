@@ -57,6 +57,8 @@ def _groups(file: Any, name: str, hdu: str | None) -> list[tuple[int, int | None
     """The HDU indices of science, error and quality, for each observation or stack."""
     images = [i for i, unit in enumerate(file) if unit.is_image and unit.shape]
     named = [[i for i in images if word and word.strip().upper() in (file[i].name, str(i))] for word in _words(hdu)]
+    if not images:
+        raise DiffemError(f"{name}: holds no image, only tables; export their columns, e.g. to .npy")
     has = ", ".join(file[i].name or str(i) for i in images) or "none"
     if hdu is None and not named[0]:
         if len(images) != 1:
