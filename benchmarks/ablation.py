@@ -290,7 +290,7 @@ ARMS = {
     "fuse": Change("precondition fuse", Fuse, {"denoiser.precondition": "plain"}),
     "heun": Change("a deterministic solver (Heun)", Solver),
     "pure": Change("E-steps from pure noise", settings={"em.renoise": "false"}),
-    "renew2": Change("E-steps that renew in two steps, for four", constants={(samplers, "RENEWING"): 2}),
+    "renoise4": Change("renoising in at least four steps, for two", constants={(samplers, "RENOISE_STEPS"): 4}),
     "momentum": Change("momentum on the denoiser", Momentum, draws=2),
 }
 

@@ -197,7 +197,7 @@ def plan(config: Config, method: Method, n: int, budget: int, later: float = 1.0
         later: Cost of a draw in later E-steps, relative to the first E-step.
     """
     kind, em, item = trained_kind(config.sampler), config.em, 3 * config.m_step.batch
-    draw, renewed = (kind.evaluations(config.sampler, renewed) * n for renewed in (False, em.renoise))
+    draw, renoised = (kind.evaluations(config.sampler, renoised) * n for renoised in (False, em.renoise))
     if method.single:
         return {"em.iterations": "1", "m_step.first_steps": str(max(1, (budget - draw) // item))}
     if not config.em.iterations:
@@ -206,7 +206,7 @@ def plan(config: Config, method: Method, n: int, budget: int, later: float = 1.0
     first = steps if method.after or method.epochs else config.m_step.first_steps
     left = budget - item * first - round(em.refresh * draw)
     left -= draw if em.guard or em.refresh < 1 or em.renoise else 0  # the last E-step
-    each = round(later * em.refresh * renewed) + item * steps
+    each = round(later * em.refresh * renoised) + item * steps
     iterations = 1 + max(0, left // each)
     spare = max(0, left - (iterations - 1) * each) // item  # steps that do not fill an iteration
     if iterations > 1:
@@ -296,7 +296,7 @@ def curve(rows: list[dict]) -> list[dict]:
         spent, seconds = spent + row["network_evaluations"], seconds + row["seconds"]
         keep = {"iteration": row["iteration"], "evaluations": spent, "seconds": seconds, "crps": row["score"]}
         keep |= {k: row[k] for k in ("ratio", "width", "criterion", "accepted", "best")}
-        points.append({**keep, "last": "of" in row, **row.get("clean", {})})
+        points.append({**keep, "last": "final" in row, **row.get("clean", {})})
     return points
 
 

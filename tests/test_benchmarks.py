@@ -41,12 +41,12 @@ def test_budgets_are_spent_and_not_exceeded(module):
         planned = load_config("digits", [*settings, *compare.plan(config, method, n, budget).items()])
         # what EM does: the first M-step, the others, an E-step each, and perhaps a last one over everything
         kind, renoise = trained_kind(planned.sampler), planned.em.renoise
-        draw, renewed = (kind.evaluations(planned.sampler, later) * n for later in (False, renoise))
+        draw, renoised = (kind.evaluations(planned.sampler, later) * n for later in (False, renoise))
         k, steps, first = planned.em.iterations, planned.m_step.steps, planned.m_step.first_steps
         spent = 3 * planned.m_step.batch * (first + (k - 1) * steps)
-        spent += planned.em.refresh * (draw + (k - 1) * renewed)
+        spent += planned.em.refresh * (draw + (k - 1) * renoised)
         spent += draw if (planned.em.guard or planned.em.refresh < 1 or renoise) and not method.single else 0
-        another = planned.em.refresh * renewed + 3 * planned.m_step.batch * (1 if method.single else steps)
+        another = planned.em.refresh * renoised + 3 * planned.m_step.batch * (1 if method.single else steps)
         if name == "paper":  # one iteration of it takes more than the budget
             assert k == 1
             assert planned.m_step.batch * steps == pytest.approx(256 * n, abs=planned.m_step.batch)

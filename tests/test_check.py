@@ -552,13 +552,13 @@ def test_cost_counts_what_a_run_does(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Trainer, "update", counted_update)
     monkeypatch.setattr(DiffusionSampler, "draw", counted_draw)
-    renew = DiffusionSampler.renew
+    renoise = DiffusionSampler.renoise
 
-    def counted_renew(self, x, *arguments):
+    def counted_renoise(self, x, *arguments):
         count["draws"] += len(x)  # of so few steps it takes as many evaluations
-        return renew(self, x, *arguments)
+        return renoise(self, x, *arguments)
 
-    monkeypatch.setattr(DiffusionSampler, "renew", counted_renew)
+    monkeypatch.setattr(DiffusionSampler, "renoise", counted_renoise)
 
     def decided(sampler, *arguments):
         score(sampler, *arguments)

@@ -211,7 +211,7 @@ def test_kill_nine_while_the_last_reconstructions_are_drawn(tmp_path, monkeypatc
         em = train(tmp_path / "whole", **sections)
     assert [row["iteration"] for row in em.rows] == [0, 1, 2, 3, 4]
     last = em.rows[-1]
-    assert (last["of"], last["width"], last["loss"], last["examples"]) == (1, judging.WIDTHS[-1], None, 0)
+    assert (last["final"], last["width"], last["loss"], last["examples"]) == (1, judging.WIDTHS[-1], None, 0)
     assert from_pretrained(tmp_path / "whole" / "posterior").sampler.width == judging.WIDTHS[-1]
     found = drawn(tmp_path / "whole" / "posterior", np.arange(60), 4, purpose="end")
     np.testing.assert_allclose(found, np.load(tmp_path / "whole" / "reconstructions.npy"), rtol=1e-4, atol=1e-5)
@@ -236,14 +236,14 @@ def test_metrics_rows(whole):
     assert [row["iteration"] for row in rows] == [0, 1, 2, 3, 4]
     assert all(row["accepted"] and row["best"] for row in rows)
     assert [row["examples"] for row in rows] == [0, 80, 80, 80, 0]
-    assert [row.get("of") for row in rows] == [None] * 4 + [3]  # the last row is what the run ends with
+    assert [row.get("final") for row in rows] == [None] * 4 + [3]  # the last row is what the run ends with
     assert [row["width"] for row in rows] == [None, 1, 1, 1, 1]
     evaluations = 3 * 80 + 60 * 4  # an update counts for three; the sampler's three steps take four
     assert [row["network_evaluations"] for row in rows] == [0, evaluations, evaluations, evaluations, 60 * 4]
     assert all(math.isfinite(row["score"]) and row["ratio"] > 0 for row in rows)
     assert set(rows[0]) == COLUMNS
     assert all(set(row) == COLUMNS | AGAINST_THE_BEST | AGAINST_THE_START for row in rows[1:4])
-    about = {"of", "start_score", "start_score_se", "start_ratio"}
+    about = {"final", "start_score", "start_score_se", "start_ratio"}
     assert set(rows[4]) == COLUMNS | AGAINST_THE_START | about
     lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
     assert all(0 < line["score_seconds"] <= line["seconds"] for line in lines)
@@ -306,14 +306,14 @@ def test_changed_configuration_is_refused(whole):
 def test_a_finished_run_of_more_iterations_goes_on(guard, tmp_path):
     before = train(tmp_path, em={"guard": guard, "iterations": 2})
     weights = load_file(tmp_path / "posterior" / "model.safetensors")
-    kept = before.rows[-1]["of"]
+    kept = before.rows[-1]["final"]
     em, begun = make(tmp_path, em={"guard": guard, "iterations": 4}), []
     simulate = em.examples.simulate
     network = lambda: {k: v.clone() for k, v in em.trainer.denoiser.network.state_dict().items()}  # noqa: E731
     em.examples.simulate = lambda *given: (begun.append(network()), simulate(*given))[1]
     rows = list(em.iterate())
     assert [row["iteration"] for row in rows] == [0, 1, 2, 3, 4, 5]
-    assert [row.get("of") is not None for row in rows] == [False] * 5 + [True]
+    assert [row.get("final") is not None for row in rows] == [False] * 5 + [True]
     assert rows[:3] == before.rows[:3]
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["em"]["iterations"] == 4
     if kept:  # from the weights that it ended with
@@ -327,13 +327,13 @@ def test_a_run_that_goes_on_draws_no_number_again(tmp_path, monkeypatch):
     """Its iterations are counted on from the last one, where the final draws and the prior's updates had numbers, too."""
     used, generator, item_seeds = [], seeding.generator, seeding.item_seeds
 
-    def keyed(seed, iteration, phase, step=0, device="cpu"):
-        used.append((iteration, phase, step))
-        return generator(seed, iteration, phase, step, device)
+    def keyed(seed, iteration, purpose, step=0, device="cpu"):
+        used.append((iteration, purpose, step))
+        return generator(seed, iteration, purpose, step, device)
 
-    def items(seed, iteration, phase, indices):
-        used.extend((iteration, phase, int(i)) for i in indices if len(indices) < 60)
-        return item_seeds(seed, iteration, phase, indices)
+    def items(seed, iteration, purpose, indices):
+        used.extend((iteration, purpose, int(i)) for i in indices if len(indices) < 60)
+        return item_seeds(seed, iteration, purpose, indices)
 
     monkeypatch.setattr(seeding, "generator", keyed)
     monkeypatch.setattr(seeding, "item_seeds", items)
@@ -422,7 +422,7 @@ def test_invariant_1_validation_observations_select_and_test_observations_report
     reported = {k for k in last if k in ("log_score", "criterion") or k.startswith(("score_", "start_", "ratio"))}
     reported = {"score", *reported} - {"score_name", "start_ratio"}
     if part == "test":
-        assert last["of"] > 0
+        assert last["final"] > 0
         assert {k for k in last if last[k] != other[k]} - {"start_ratio"} == reported
         for name in ("start", "posterior", "prior"):
             a, b = (load_file(em.run.folder / name / "model.safetensors") for em in runs)
@@ -501,7 +501,7 @@ def test_what_is_worse_is_refused_and_trains_nothing(tmp_path, monkeypatch):
     last = next(iterator)
     assert list(iterator) == []
     assert [row["accepted"] for row in bare(tmp_path)] == [True, False, False, False, True]
-    assert (last["iteration"], last["of"], last["best"], last["width"], last["network_evaluations"]) == (
+    assert (last["iteration"], last["final"], last["best"], last["width"], last["network_evaluations"]) == (
         4,
         0,
         True,
@@ -540,7 +540,7 @@ def test_invariant_5_a_run_holds_the_best_iteration_not_the_last(prior, tmp_path
     assert [row["accepted"] for row in em.rows] == [True, True, False, True, True]
     assert [row["best"] for row in em.rows] == [True, True, False, False, True]
     last = em.rows[-1]
-    assert (last["of"], last["width"], last["network_evaluations"]) == (1, 1.0, 0)
+    assert (last["final"], last["width"], last["network_evaluations"]) == (1, 1.0, 0)
     assert (last["start_score"], last["score"]) == (pytest.approx(0.5), pytest.approx(0.9))
     assert last["start_delta"] == pytest.approx(0.4)
     assert kept[0] != kept[1] == kept[2] == kept[3] == kept[4]
@@ -564,7 +564,7 @@ def test_patience_ends_the_run(tmp_path, monkeypatch):
     scores_of(monkeypatch, 0.5, 0.4, (0.4001, 0.01), 0.45)
     em = train(tmp_path, em={"guard": True, "iterations": 9, "patience": 2})
     assert [row["iteration"] for row in em.rows] == [0, 1, 2, 3, 4]
-    assert [row.get("of") for row in em.rows] == [None] * 4 + [1]
+    assert [row.get("final") for row in em.rows] == [None] * 4 + [1]
     assert em.state.step == "done"
 
 
@@ -572,7 +572,7 @@ def test_patience_ends_the_run(tmp_path, monkeypatch):
 def test_a_run_of_no_iterations_is_the_start_and_is_tested(guard, tmp_path, monkeypatch):
     scores_of(monkeypatch, 0.5, test=(0.7, 0.7))
     em = train(tmp_path, em={"guard": guard, "iterations": 0})
-    assert [(row["iteration"], row.get("of")) for row in em.rows] == [(0, None), (1, 0)]
+    assert [(row["iteration"], row.get("final")) for row in em.rows] == [(0, None), (1, 0)]
     assert [row["score"] for row in em.rows] == [pytest.approx(0.5), pytest.approx(0.7)]
     assert em.rows[1]["start_score"] == em.rows[1]["score"]
     assert em.state.step == "done"
@@ -605,7 +605,7 @@ def test_the_width_is_the_one_whose_criterion_is_least(name, tmp_path, monkeypat
     em = train(tmp_path, em={"guard": True, "iterations": 1}, sampler={"width": begin})
     assert [row["width"] for row in em.rows] == [None, begin, chosen]
     assert seen == widths  # from 1 up and down, until it is worse, or there is no other one; each one once
-    assert em.rows[2]["of"] == 1
+    assert em.rows[2]["final"] == 1
     assert from_pretrained(tmp_path / "posterior").sampler.width == chosen
     anew = chosen != begin  # then everything is drawn again
     assert em.rows[2]["network_evaluations"] == 60 * 4 * anew
@@ -628,7 +628,7 @@ def test_without_a_guard_the_width_is_what_was_asked_for(tmp_path, monkeypatch):
     scores_of(monkeypatch, 0.5, 0.6, 0.7, 0.8, ratios=lambda width: pytest.fail("is not scored"))
     em = train(tmp_path, sampler={"width": 0.3})
     assert [row["width"] for row in em.rows] == [None] + [0.3] * 4
-    assert [row.get("of") for row in em.rows] == [None] * 4 + [3]
+    assert [row.get("final") for row in em.rows] == [None] * 4 + [3]
 
 
 def test_the_last_reconstructions_are_all_drawn_from_the_last_posterior(tmp_path):
@@ -1221,7 +1221,7 @@ def test_metrics_are_json_of_finite_numbers(tmp_path, monkeypatch):
     assert [row["criterion"] for row in rows] == [None, None, None]
 
 
-def test_e_steps_renew_the_last_reconstructions_and_the_end_draws_all_anew(tmp_path):
+def test_e_steps_renoise_the_last_reconstructions_and_the_end_draws_all_anew(tmp_path):
     em = make(tmp_path, em={"iterations": 3, "guard": False}, sampler={"steps": 6})
     rows, x = em.iterate(), []
     taken = []
@@ -1233,8 +1233,8 @@ def test_e_steps_renew_the_last_reconstructions_and_the_end_draws_all_anew(tmp_p
     seeds = seeding.item_seeds(0, 3, "e_step", range(60))
     sampler, data = saved.sampler, em.data
     scaled = data.batch(np.arange(60))
-    renewed = sampler.renew(data.units.scale(x[2]), *scaled, seeds)
-    torch.testing.assert_close(data.units.restore(renewed), x[3], rtol=1e-4, atol=1e-4)
+    renoised = sampler.renoise(data.units.scale(x[2]), *scaled, seeds)
+    torch.testing.assert_close(data.units.restore(renoised), x[3], rtol=1e-4, atol=1e-4)
     assert (x[3] - saved.sample(y, params, seeds=seeds)[0]).abs().max() > 1e-2  # from pure noise
     assert taken[1] == 3 * 80 + 60 * 7
     assert taken[2] == taken[3] == 3 * 80 + 60 * 5
@@ -1476,7 +1476,7 @@ def test_last_draws_that_are_not_finite_leave_those_of_the_best_iteration(tmp_pa
     monkeypatch.setattr(judging, "score", narrow)
     em = train(tmp_path, em={"guard": True})
     last = em.rows[-1]
-    assert (last["of"], last["width"], last["examples"], last["failures"]) == (1, 1.0, 0, 0)
+    assert (last["final"], last["width"], last["examples"], last["failures"]) == (1, 1.0, 0, 0)
     found = drawn(tmp_path / "posterior", np.arange(60), 1)
     np.testing.assert_allclose(found, np.load(tmp_path / "reconstructions.npy"), rtol=1e-4, atol=1e-5)
 

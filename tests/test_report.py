@@ -256,7 +256,7 @@ def test_a_finished_run_shows_the_close_scores_of_both_and_the_iteration_that_is
     page = report.write(run).read_text()
     assert "Iteration 2 is better than the start on held-out observations: CRPS 0.180 against 0.210" in page
     assert "Curve of the CRPS from 0.208 at iteration 0 to 0.2 at iteration 3; iteration 2 was chosen" in page
-    run = make(tmp_path / "start", [row(0, 0.208), row(1, 0.2), {**last, "of": 0}])
+    run = make(tmp_path / "start", [row(0, 0.208), row(1, 0.2), {**last, "final": 0}])
     assert "Nothing beat the start; the start is saved." in report.write(run).read_text()
     assert "iteration" not in report.summary_table(run)
 

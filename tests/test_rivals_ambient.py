@@ -322,7 +322,7 @@ def test_held_out_observations_do_not_train(tmp_path):
 def test_it_trains_once_for_the_steps_of_the_first_iteration(whole):
     rows = bare(whole[0])
     assert [row["examples"] for row in rows] == [0, 7 * 16, 0]
-    assert [row.get("of") for row in rows] == [None, None, 1]
+    assert [row.get("final") for row in rows] == [None, None, 1]
     assert rows[2]["score"] != rows[1]["score"]  # of test, not of validation observations
 
 

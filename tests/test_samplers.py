@@ -102,31 +102,31 @@ def test_sampler_draws_the_posterior_and_the_prior(case, given, steps):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_renewed_draws_keep_the_posterior_and_forget_their_own_errors(case):
+def test_renoised_draws_keep_the_posterior_and_forget_their_own_errors(case):
     y, params, mean, cov = posterior_of(case)
     corruption = CASES[case][0]
     sampler = diffusion(corruption, 16, 1.0, start=prior_of(corruption)[0])
     many, all_y = {k: v.expand(DRAWN, *v.shape[1:]) for k, v in params.items()}, y.expand(DRAWN, -1)
     seeds = [seeding.item_seeds(0, k, "user", torch.arange(DRAWN)) for k in range(2)]
     right = sampler.draw(all_y, many, seeds[0])
-    x = sampler.renew(right, all_y, many, seeds[1])
+    x = sampler.renoise(right, all_y, many, seeds[1])
     assert ((x.mean(0) - mean).abs() < 0.03 * cov.diag().sqrt() + 1e-4).all()
     assert (torch.cov(x.T) - cov).norm() < 0.04 * cov.norm()
     wrong = right + 0.5
-    assert (sampler.renew(wrong, all_y, many, seeds[1]).mean(0) - mean).norm() < 0.5 * (wrong.mean(0) - mean).norm()
+    assert (sampler.renoise(wrong, all_y, many, seeds[1]).mean(0) - mean).norm() < 0.5 * (wrong.mean(0) - mean).norm()
 
 
-def test_renewing_takes_a_quarter_of_the_evaluations():
+def test_renoising_takes_a_quarter_of_the_evaluations():
     sampler = diffusion(GaussianNoise(0.3), 64, 1.0)
     y, calls = torch.zeros(3, 6), []
     predict = sampler.denoiser.predict
     sampler.denoiser.predict = lambda *given: (calls.append(1), predict(*given))[1]
-    sampler.renew(y, y, {}, seeding.item_seeds(0, 0, "user", range(3)))
-    assert len(calls) == DiffusionSampler.evaluations(sampler.sampler, renewed=True) == 17
+    sampler.renoise(y, y, {}, seeding.item_seeds(0, 0, "user", range(3)))
+    assert len(calls) == DiffusionSampler.evaluations(sampler.sampler, renoised=True) == 17
     sampler.draw(y, {}, seeding.item_seeds(0, 0, "user", range(3)))
     assert len(calls) - 17 == DiffusionSampler.evaluations(sampler.sampler) == 65
-    for steps, renewed in ((2, 3), (4, 5), (16, 5), (20, 6)):
-        assert DiffusionSampler.evaluations(SamplerConfig(steps=steps), renewed=True) == renewed
+    for steps, renoised in ((1, 2), (2, 3), (6, 3), (16, 5), (20, 6)):
+        assert DiffusionSampler.evaluations(SamplerConfig(steps=steps), renoised=True) == renoised
 
 
 @pytest.mark.parametrize("given", [True, False])

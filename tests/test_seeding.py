@@ -47,14 +47,14 @@ def test_uniform_numbers_do_not_depend_on_how_many_are_drawn():
 
 def test_different_addresses_give_different_numbers():
     addresses = [
-        (seed, iteration, phase, index, stream)
-        for seed, iteration, phase, index, stream in itertools.product(
-            (0, 1, 2**63), (0, 1, 2), seeding.PHASES, (0, 1, 10**9), (0, 1, 64)
+        (seed, iteration, purpose, index, stream)
+        for seed, iteration, purpose, index, stream in itertools.product(
+            (0, 1, 2**63), (0, 1, 2), seeding.PURPOSES, (0, 1, 10**9), (0, 1, 64)
         )
     ]
     numbers = [
-        seeding.uniform(seeding.item_seeds(seed, iteration, phase, [index]), (4,), stream)
-        for seed, iteration, phase, index, stream in addresses
+        seeding.uniform(seeding.item_seeds(seed, iteration, purpose, [index]), (4,), stream)
+        for seed, iteration, purpose, index, stream in addresses
     ]
     rows = torch.cat(numbers)
     assert len(torch.unique(rows, dim=0)) == len(addresses)
@@ -63,7 +63,7 @@ def test_different_addresses_give_different_numbers():
 
 def test_keys_have_no_collisions():
     keys = torch.cat(
-        [seeding.item_seeds(0, i, phase, torch.arange(20_000)) for i in range(3) for phase in ("e_step", "score")]
+        [seeding.item_seeds(0, i, purpose, torch.arange(20_000)) for i in range(3) for purpose in ("e_step", "score")]
     )
     assert len(torch.unique(keys)) == len(keys)
 
@@ -97,8 +97,8 @@ def test_the_two_halves_of_box_muller_are_independent():
 def test_neighbours_are_uncorrelated(draw):
     indices = torch.arange(20_001)
 
-    def numbers(seed=0, iteration=0, phase="e_step", stream=0, shift=0):
-        return draw(seeding.item_seeds(seed, iteration, phase, indices + shift), (5,), stream).double()
+    def numbers(seed=0, iteration=0, purpose="e_step", stream=0, shift=0):
+        return draw(seeding.item_seeds(seed, iteration, purpose, indices + shift), (5,), stream).double()
 
     base = numbers()
     pairs = {
@@ -111,7 +111,7 @@ def test_neighbours_are_uncorrelated(draw):
         "item and stream": (base[1:], numbers(stream=1)[:-1]),
         "item and position": (base[1:, 1:], base[:-1, :-1]),
         "iterations": (base, numbers(iteration=1)),
-        "phases": (base, numbers(phase="score")),
+        "phases": (base, numbers(purpose="score")),
         "seeds": (base, numbers(seed=1)),
     }
     for name, (a, b) in pairs.items():
@@ -194,7 +194,17 @@ def test_mixing_is_splitmix64():
 
 def test_the_streams_are_pinned():
     # These numbers are what a seed means: results stop being reproducible when they change.
-    assert list(seeding.PHASES)[:9] == ["init", "split", "data", "start", "m_step", "e_step", "score", "prior", "user"]
+    assert list(seeding.PURPOSES)[:9] == [
+        "init",
+        "split",
+        "data",
+        "start",
+        "m_step",
+        "e_step",
+        "score",
+        "prior",
+        "user",
+    ]
     seeds = seeding.item_seeds(0, 1, "e_step", [0, 1, 123456])
 
     assert seeding.fold(3, 1, 4) == 13610870152623129215

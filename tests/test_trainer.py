@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from diffem import trainer as trainer_module
-from diffem.corruptions import Corruption, GaussianNoise, RandomMask
+from diffem.corruptions import BlackBox, Blur, Corruption, GaussianNoise, Mask, RandomMask
+from diffem.data import Dataset, Observations
 from diffem.denoiser import Denoiser, DenoiserConfig
 from diffem.networks import NetworkConfig
-from diffem.trainer import Batch, MStepConfig, Trainer
+from diffem.trainer import Batch, Examples, MStepConfig, Trainer, weigh
 
 
 def trainer(corruption: Corruption = GaussianNoise(0.3), **config) -> Trainer:  # noqa: B008
@@ -135,6 +137,39 @@ def test_a_batch_in_parts_has_the_gradient_of_the_whole(weighed, micro):
     assert parts == pytest.approx(whole, rel=1e-5)
     torch.testing.assert_close(added, gradient, rtol=1e-4, atol=1e-6)
     assert gradient.norm() > 1e-3
+
+
+def test_weights_are_one_where_measured_and_lambda_where_imputed():
+    x = torch.arange(1.0, 9).view(2, 1, 2, 2)
+    mask = torch.tensor([[1, 0, 0, 1], [0, 0, 1, 1]]).bool().view(2, 1, 2, 2)
+    yes, no = torch.ones(2, dtype=torch.bool), torch.zeros(2, dtype=torch.bool)
+    batch = Batch(x, x, {}, {"mask": mask}, yes, no)
+    expected = torch.where(mask, 1.0, 0.25) * x
+    torch.testing.assert_close(weigh(x, batch, Mask(0.0), 0.25), expected, rtol=1e-4, atol=1e-4)
+    mirrored = Batch(x, x, {}, {"mask": mask}, yes, torch.tensor([True, False]))
+    other = torch.stack([torch.where(mask[0].flip(-1), 1.0, 0.25) * x[0], expected[1]])
+    torch.testing.assert_close(weigh(x, mirrored, Mask(0.0), 0.25), other, rtol=1e-4, atol=1e-4)
+    clean = Batch(x, x, {}, {"mask": mask}, torch.tensor([False, True]), no)
+    torch.testing.assert_close(weigh(x, clean, Mask(0.0), 0.25), torch.stack([x[0], expected[1]]), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("corruption", "params", "weighed"),
+    [
+        (Mask(0.1), {"mask": np.eye(40, 4, dtype=bool)[:, None, :].repeat(4, 1)[:, None]}, True),
+        (Mask(0.1), {"mask": np.eye(4, dtype=bool)[None, None]}, False),
+        (GaussianNoise(0.1), {}, False),
+        (GaussianNoise(), {"noise": np.linspace(0.1, 0.2, 40).reshape(40, 1, 1, 1)}, True),
+        (Blur("reflect", 0.1), {"kernel": np.full((1, 3, 3), 1 / 9)}, False),
+        (BlackBox(lambda x, params: x * params["gain"]), {"gain": np.linspace(1, 2, 40).reshape(40, 1, 1, 1)}, False),
+    ],
+    ids=["masks", "one mask for all", "noise", "noise by item", "one kernel for all", "black box"],
+)
+def test_entries_are_weighed_where_observations_measure_different_parts(corruption, params, weighed):
+    y = np.random.default_rng(0).normal(size=(40, 1, 4, 4))
+    observations = Observations(y, corruption, params, range=(-2, 2))
+    data = Dataset(observations, observations.units(np.arange(40)))
+    assert Examples(data, np.arange(40), MStepConfig(), torch.device("cpu")).weighed == weighed
 
 
 def test_what_is_not_finite_changes_nothing():

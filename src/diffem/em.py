@@ -4,16 +4,22 @@
     for k = 1 .. K
         M-step: train the denoiser d(x_t, t, y) on pairs (x_i, y'), where y' is a new simulated observation of x_i, or
                 the real y_i with a part hidden; measured entries of x_i have more weight than imputed ones
-        E-step: draw x_i ~ q_k(. | y_i) for every observation
-        judge:  score q_k on validation observations; refuse it if it is worse, keep it if it is the best, stop early
+        E-step: draw x_i ~ q_k(. | y_i) for every observation; from k = 2 on from the last x_i plus noise (em.renoise)
+        judge:  score q_k on validation observations; refuse it if it is clearly worse than the best one, keep it if it
+                is the best, stop early
     end: choose the width of the best q_k, draw again, and report its score on test observations
     prior: train the denoiser without an observation, d(x_t, t), on the best reconstructions
 
 Held-out observations are never trained on. The score is how well q_k predicts hidden parts of them (for a black box:
-whether its reconstructions, corrupted again, look like observations). One half, the validation part, is used for
-selection (:mod:`diffem.selection`). The other half, the test part, is only used for reporting.
+whether reconstructions of training observations, corrupted again, look like these). One half of the held-out
+observations, the validation part, is used for selection (:mod:`diffem.selection`). The other half, the test part, is only used for reporting.
 
-A run is a sequence of the steps below (:data:`STEPS`). Each step begins from the contents of the run folder, and ends
+A run is a sequence of the steps below (:data:`STEPS`),
+
+    start, e_step, judge, commit, (m_step, e_step, judge, commit) for every iteration,
+    end, e_step, judge, commit, prior
+
+Each step begins from the contents of the run folder, and ends
 with a checkpoint that names the next step. A killed run repeats the unfinished part of a step with the same random
 numbers.
 """
@@ -39,7 +45,7 @@ from diffem import devices, files, memory, seeding, starts
 from diffem.config import Config, load_config
 from diffem.data import Dataset, Items, Observations, refuse_unobserved
 from diffem.errors import DiffemError
-from diffem.judging import chosen_width, closely, compared, row_of
+from diffem.judging import chosen_width, precise_score, row_of, selection_score
 from diffem.networks import Given, Network
 from diffem.posterior import Posterior, from_pretrained
 from diffem.run import Run
@@ -76,7 +82,7 @@ class State:
         updates: Network updates made in this iteration; `loss_sum` is the sum of their losses.
         evaluations: Evaluations of the network that the E-step took.
         width: The width of the E-step's draws; None at the start.
-        of: At the end, the iteration whose model is the result of the run.
+        final: At the end, the iteration whose model is the result of the run (0: the start's); None before the end.
         failures: How often values were not finite; each time the learning rate is halved.
         batch: Observations per batch of draws: chosen once, since rounding depends on it.
         seconds: Duration of this iteration, of which `score_seconds` were spent on scores.
@@ -89,7 +95,7 @@ class State:
     loss_sum: float = 0.0
     evaluations: int = 0
     width: float | None = None
-    of: int | None = None
+    final: int | None = None
     failures: int = 0
     batch: int = 0
     seconds: float = 0.0
@@ -97,10 +103,20 @@ class State:
     row: dict = field(default_factory=dict)
     rows: list[dict] = field(default_factory=list)
 
+    @property
+    def iterations(self) -> list[dict]:
+        """The rows of the start and of the iterations, without the one of the final model."""
+        return [row for row in self.rows if "final" not in row]
+
+    @property
+    def best(self) -> dict:
+        """The row of the best iteration so far."""
+        return next(row for row in reversed(self.rows) if row["best"])
+
 
 class DiffEM:
     """A run of the algorithm; :meth:`iterate` yields a row of metrics after the start and after every iteration, and a
-    last row, with `of`, that scores the final model on test observations.
+    last row, with `final`, that scores the final model on test observations.
 
     Arguments:
         config: The configuration, or the name of a preset.
@@ -290,13 +306,13 @@ class DiffEM:
         self.state.batch = facts["batch"]
         self.build()
         self.trainer.load(tensors)
-        em, selection = self.config.em, facts.pop("selection", None)
+        config, selection = self.config.em, facts.pop("selection", None)
         if selection is not None:
-            self.selection = Selection.load(em.guard, em.patience, selection, tensors)
+            self.selection = Selection.load(config.guard, config.patience, selection, tensors)
         self.state = State(**facts)
-        iterations = [row for row in self.rows if "of" not in row]
-        ended = self.state.of is not None or self.state.step in ("end", "prior", "done")
-        if ended and len(iterations) <= em.iterations and self.run.longer and not self.selection.over:
+        ended = self.state.final is not None or self.state.step in ("end", "prior", "done")
+        more = self.state.iterations[-1]["iteration"] < config.iterations if ended else False
+        if more and self.run.longer and not self.selection.over:
             go_on(self)
         elif self.state.step == "done":
             finish(self)
@@ -384,9 +400,8 @@ def roll_back(em: DiffEM, what: str) -> None:
     rollbacks."""
     (em.run.folder / "next.npy").unlink(missing_ok=True)
     em.run.forget_parts()
-    if em.state.of is not None:  # the final draws failed: keep the draws of the best iteration
-        best = next(row for row in reversed(em.rows) if row["best"])
-        em.next("judge", width=best["width"])
+    if em.state.final is not None:  # the final draws failed: keep the draws of the best iteration
+        em.next("judge", width=em.state.best["width"])
         return
     failures = em.state.failures + 1
     if failures > FAILURES:
@@ -402,10 +417,10 @@ def roll_back(em: DiffEM, what: str) -> None:
 def e_step(em: DiffEM) -> None:
     """Draw a reconstruction of every observation, or of a fraction of them (em.refresh); the others keep theirs."""
     state, sampler, config, data = em.state, em.sampler, em.config.em, em.data
-    later = state.of is None and state.iteration > 0
-    fraction, renews = config.refresh if later else 1.0, later and state.iteration > 1 and config.renoise
+    later = state.final is None and state.iteration > 0
+    fraction, renoises = config.refresh if later else 1.0, later and state.iteration > 1 and config.renoise
     out, done = em.run.growing("next", data.array_shape, state.iteration, em.observations.item_layout.dtype)
-    purpose = "e_step" if state.of is None else "end"  # an extended run uses this iteration number again
+    purpose = "e_step" if state.final is None else "end"  # an extended run uses this iteration number again
     for rows in data.chunks(np.arange(done, len(data)), em.batch):
         fresh, seeds = rows, seeding.item_seeds(em.seed, state.iteration, purpose, rows)
         if fraction < 1:
@@ -415,8 +430,8 @@ def e_step(em: DiffEM) -> None:
         if len(fresh):
             y, params = data.batch(fresh, sampler.device)
             seeds = seeds.to(sampler.device)
-            if renews:
-                x = sampler.renew(em.items("current")[fresh].to(sampler.device), y, params, seeds)
+            if renoises:
+                x = sampler.renoise(em.items("current")[fresh].to(sampler.device), y, params, seeds)
             else:
                 x = sampler.draw(y, params, seeds)
             bad = fresh[~x.isfinite().flatten(1).all(1).cpu().numpy()]
@@ -434,8 +449,9 @@ def e_step(em: DiffEM) -> None:
             if em.stop:
                 em.stop()
     out.flush()
-    evaluations = 0 if state.width is None else em.sampler_class.evaluations(em.config.sampler, renews)
+    evaluations = 0 if state.width is None else em.sampler_class.evaluations(em.config.sampler, renoises)
     keys = seeding.item_seeds(em.seed, state.iteration, purpose, np.arange(len(data)))
+    # counted again, since a resumed E-step has drawn only a part of them
     drawn = len(data) if fraction == 1 else int((seeding.uniform(keys, stream=REFRESH) < fraction).sum())
     em.next("judge", evaluations=drawn * evaluations)
 
@@ -443,12 +459,15 @@ def e_step(em: DiffEM) -> None:
 def judge(em: DiffEM) -> None:
     """Score the iteration, and decide whether it is accepted, and whether it is the best."""
     state, config, sampler = em.state, em.config.em, em.sampler
-    if state.of is not None:  # the final model is scored on test observations; this score decides nothing
-        first, current = closely(em, "start", em.start.sampler, em.test), closely(em, "end", sampler, em.test)
-        verdict = {"accepted": True, "best": True, "of": state.of, **to_start(current, first)}
+    if state.final is not None:  # the final model is scored on test observations; this score decides nothing
+        first, current = (
+            precise_score(em, "start", em.start.sampler, em.test),
+            precise_score(em, "end", sampler, em.test),
+        )
+        verdict = {"accepted": True, "best": True, "final": state.final, **to_start(current, first)}
         verdict |= {"start_score": first.mean, "start_score_se": first.standard_error, "start_ratio": first.ratio}
     else:
-        current = compared(em, sampler)
+        current = selection_score(em, sampler)
         if state.iteration == 0:
             em.selection = Selection.begin(config.guard, config.patience, current)
             verdict = {"accepted": True, "best": True}
@@ -476,7 +495,7 @@ def commit(em: DiffEM) -> None:
             os.replace(folder / "next.npy", folder / "current.npy")
         else:
             (folder / "next.npy").unlink()
-    if state.row["best"] and state.row["accepted"]:
+    if state.row["best"]:
         files.link(folder / "current.npy", folder / "reconstructions.npy")
     if state.row["best"] and state.width is not None:
         em.posterior(em.sampler).save_pretrained(folder / "posterior")
@@ -484,9 +503,9 @@ def commit(em: DiffEM) -> None:
             em.posterior(em.diffusion(width=1.0)).save_pretrained(folder / "prior")
     state.rows.append(state.row)
     last = state.iteration >= em.config.em.iterations or em.selection.over
-    if state.of is None:
+    if state.final is None:
         following: dict[str, Any] = {"step": "end"} if last else {"step": "m_step", "width": em.config.sampler.width}
-    elif state.of and em.config.prior.kind == "unconditional":
+    elif state.final and em.config.prior.kind == "unconditional":
         em.trainer.restart_from_average()
         following = {"step": "prior"}
     else:
@@ -500,10 +519,10 @@ def end(em: DiffEM) -> None:
     """Choose the final model: the best iteration at its best width, from which all reconstructions are drawn; or the
     start."""
     state, folder = em.state, em.run.folder
-    best = next(row for row in reversed(state.rows) if row["best"])
+    best = state.best
     files.link(folder / "reconstructions.npy", folder / "current.npy")
     if not best["iteration"]:
-        em.next("judge", of=0)
+        em.next("judge", final=0)
         return
     saved = from_pretrained(folder / "posterior", em.observations.corruption, **em.place).sampler
     assert isinstance(saved, DiffusionSampler)
@@ -511,7 +530,7 @@ def end(em: DiffEM) -> None:
     width = chosen_width(em, best["width"])
     partly = em.config.em.refresh < 1 or (em.config.em.renoise and best["iteration"] > 1)
     again = partly or width != best["width"]
-    em.next("e_step" if again else "judge", of=best["iteration"], width=width)
+    em.next("e_step" if again else "judge", final=best["iteration"], width=width)
 
 
 def prior(em: DiffEM) -> None:
@@ -536,7 +555,7 @@ DiffEM.steps = STEPS
 
 def go_on(em: DiffEM) -> None:
     """Extends a finished run: it goes on from its final model."""
-    folder, rows = em.run.folder, [row for row in em.rows if "of" not in row]
+    folder, rows = em.run.folder, em.state.iterations
     files.link(folder / "reconstructions.npy", folder / "current.npy")
     for name in ("next.npy", *ABOUT_THE_END):
         (folder / name).unlink(missing_ok=True)

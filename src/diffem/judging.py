@@ -24,7 +24,7 @@ DRAWS, SPLITS = 2, 2  # to score an iteration: draws per split, and splits per v
 WIDTHS = (0.5, 0.7, 1.0, 1.5, 2.5, 4.0, 6.0, 9.0)  # candidates for the final width
 
 
-def compared(em: DiffEM, sampler: Sampler) -> Score:
+def selection_score(em: DiffEM, sampler: Sampler) -> Score:
     """The score that the selection compares, on validation observations. For a black box: the distance between
     training observations and their reconstructions, observed anew."""
     config = em.config.em
@@ -45,7 +45,7 @@ def scored(em: DiffEM, sampler: Sampler, rows: np.ndarray, splits: int) -> Score
     return found
 
 
-def closely(em: DiffEM, name: str, sampler: Sampler, part: np.ndarray) -> Score:
+def precise_score(em: DiffEM, name: str, sampler: Sampler, part: np.ndarray) -> Score:
     """The score of many predictions on a part of the observations; it is saved, and a resumed run does not repeat
     it."""
     rows = evenly(part, PREDICTIONS)
@@ -68,7 +68,7 @@ def chosen_width(em: DiffEM, width: float) -> float:
 
     def at(k: int) -> Score:
         if k not in found:
-            found[k] = closely(em, f"width-{k}", em.diffusion(width=WIDTHS[k]), em.validation)
+            found[k] = precise_score(em, f"width-{k}", em.diffusion(width=WIDTHS[k]), em.validation)
         return found[k]
 
     k = one = WIDTHS.index(1.0)

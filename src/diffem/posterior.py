@@ -217,7 +217,7 @@ class Posterior(nn.Module):
             **self.sampler.config,
         }
         tensors = dict(self.sampler.state_dict())
-        if (measured := self.sampler.corruption.measured_parameters) is not None:
+        if (measured := self.sampler.corruption.file_parameters) is not None:
             # of one observation: without them it could be neither built again nor sampled without an observation
             example = measured(1, torch.Generator().manual_seed(0))
             tensors |= {f"{EXAMPLE}{name}": value for name, value in example.items()}
@@ -275,7 +275,7 @@ def from_pretrained(
             own = None if network is None else Given(network)
             example = {k[len(EXAMPLE) :]: tensors.pop(k) for k in [*tensors] if k.startswith(EXAMPLE)}
             scaled = corruption.scaled(units)
-            scaled = scaled.with_measured(partial(_repeated, example)) if example else scaled
+            scaled = scaled.with_file_parameters(partial(_repeated, example)) if example else scaled
             sampler = kind.rebuild(config, tensors, scaled, shape, own)
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         what = " ".join(f"{type(error).__name__}: {error}".split())

@@ -43,8 +43,8 @@ from diffem.networks import Given, NetworkConfig
 
 MOST_STEPS = 3000  # each step uses three random streams; streams of other purposes begin at 10,000
 WIDEST = 100.0
-MIDDLE = 1.0  # the noise level, in model units, that renewing begins at: twice the spread of data
-RENEWING = 4  # steps of renewing, or a quarter of the sampler's if that is more
+MIDDLE = 1.0  # the noise level, in model units, at which renoising begins: twice the spread of data
+RENOISE_STEPS = 2  # steps of renoising, or a quarter of the sampler's if that is more
 BATCH = 256  # default number of items at a time
 
 
@@ -97,7 +97,7 @@ class Sampler(nn.Module):
         """
         raise NotImplementedError
 
-    def renew(self, x: Tensor, y: Tensor, params: Params, seeds: Tensor) -> Tensor:
+    def renoise(self, x: Tensor, y: Tensor, params: Params, seeds: Tensor) -> Tensor:
         """One draw an observation that may depend on an earlier draw x (B, *shape) from a similar sampler."""
         return self.draw(y, params, seeds)
 
@@ -236,9 +236,9 @@ class DiffusionSampler(Sampler):
             raise DiffemError(f"sampler.options: {next(iter(sampler.options))}: {cls.kind} has no options")
 
     @classmethod
-    def evaluations(cls, sampler: SamplerConfig, renewed: bool = False) -> int:
+    def evaluations(cls, sampler: SamplerConfig, renoised: bool = False) -> int:
         """The cost of one draw in evaluations of the network; a derivative through the network counts as two more."""
-        return (renewing(sampler.steps) if renewed else sampler.steps) + 1
+        return (renoise_steps(sampler.steps) if renoised else sampler.steps) + 1
 
     @property
     def mixture(self) -> Mixture | None:
@@ -296,10 +296,10 @@ class DiffusionSampler(Sampler):
         return self._reverse(sigmas[0] * seeding.normal(seeds, self.shape), sigmas, Query(y, params, withheld, seeds))
 
     @torch.no_grad()
-    def renew(self, x: Tensor, y: Tensor, params: Params, seeds: Tensor) -> Tensor:
+    def renoise(self, x: Tensor, y: Tensor, params: Params, seeds: Tensor) -> Tensor:
         """Adds noise to earlier draws, up to a middle level, and removes it again. A draw of the right distribution stays one."""
         low, high = float(self.sigmas[-1]), min(float(self.sigmas[0]), MIDDLE)
-        sigmas = torch.logspace(math.log10(high), math.log10(low), renewing(self.sampler.steps) + 1).to(y)
+        sigmas = torch.logspace(math.log10(high), math.log10(low), renoise_steps(self.sampler.steps) + 1).to(y)
         query = Query(y, params, torch.zeros(len(y), dtype=torch.bool, device=y.device), seeds)
         return self._reverse(x + sigmas[0] * seeding.normal(seeds, self.shape), sigmas, query)
 
@@ -364,9 +364,9 @@ class Query:
     shown: Params | None = None
 
 
-def renewing(steps: int) -> int:
-    """How many steps renewing takes, where a draw takes `steps`."""
-    return min(steps, max(RENEWING, steps // 4))
+def renoise_steps(steps: int) -> int:
+    """How many steps renoising takes, where a draw takes `steps`."""
+    return min(steps, max(RENOISE_STEPS, steps // 4))
 
 
 def _mixture(tensors: dict[str, Tensor], prefix: str, corruption: Corruption, shape: tuple[int, ...]) -> Mixture:

@@ -25,7 +25,7 @@ from torch import Tensor
 _GAMMA = 0x9E3779B97F4A7C15
 _MASK = (1 << 64) - 1
 # The kinds of work that draw random numbers. Their order determines the numbers that a seed gives, so only append.
-PHASES = {
+PURPOSES = {
     name: number
     for number, name in enumerate(
         ("init", "split", "data", "start", "m_step", "e_step", "score", "prior", "user", "end", "prior_step")
@@ -48,20 +48,20 @@ def fold(seed: int, *numbers: int) -> int:
 
 
 def generator(
-    seed: int, iteration: int, phase: str, step: int = 0, device: str | torch.device = "cpu"
+    seed: int, iteration: int, purpose: str, step: int = 0, device: str | torch.device = "cpu"
 ) -> torch.Generator:
-    """The generator of one step of one phase of one iteration."""
-    return torch.Generator(device).manual_seed(fold(seed, iteration, PHASES[phase], step) >> 1)
+    """The generator of one step of one purpose of one iteration."""
+    return torch.Generator(device).manual_seed(fold(seed, iteration, PURPOSES[purpose], step) >> 1)
 
 
 @contextlib.contextmanager
 def global_generators(
-    device: str | torch.device, seed: int, iteration: int = 0, phase: str = "init", step: int = 0
+    device: str | torch.device, seed: int, iteration: int = 0, purpose: str = "init", step: int = 0
 ) -> Iterator[None]:
     """Within this context, torch's global generators are seeded like :func:`generator`; afterwards they are
     restored."""
     device = torch.device(device)
-    key, on_cpu = fold(seed, iteration, PHASES[phase], step) >> 1, device.type == "cpu"
+    key, on_cpu = fold(seed, iteration, PURPOSES[purpose], step) >> 1, device.type == "cpu"
     with torch.random.fork_rng([] if on_cpu else [device], device_type="cuda" if on_cpu else device.type):
         torch.default_generator.manual_seed(key)
         if device.type == "cuda":
@@ -72,10 +72,10 @@ def global_generators(
         yield
 
 
-def item_seeds(seed: int, iteration: int, phase: str, indices: Sequence[int] | np.ndarray | Tensor) -> Tensor:
+def item_seeds(seed: int, iteration: int, purpose: str, indices: Sequence[int] | np.ndarray | Tensor) -> Tensor:
     """One 64-bit key for each item, from its global index; shape (N,), int64."""
     indices = torch.as_tensor(indices, dtype=torch.int64)
-    base = fold(seed, iteration, PHASES[phase])
+    base = fold(seed, iteration, PURPOSES[purpose])
     return _hash(_signed(base) + (indices + 1) * _signed(_GAMMA))
 
 

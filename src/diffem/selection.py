@@ -20,7 +20,7 @@ from torch import Tensor
 
 from diffem.diagnostics import Score
 
-GATE = 2.0
+GATE = 2.0  # standard errors
 
 
 @dataclass

@@ -15,12 +15,13 @@ from torch.optim.swa_utils import AveragedModel
 
 from diffem import memory, seeding
 from diffem.corruptions import Corruption, Observed, Params
-from diffem.data import Dataset, Items, open_array
+from diffem.data import Dataset, Items, evenly, open_array
 from diffem.denoiser import Denoiser
 from diffem.errors import DiffemError
 
 LEAST_RATE = 0.05  # fraction of the learning rate at the end of a linear schedule
 CLIP = 1.0  # the largest norm of a gradient
+COMPARED = 64  # observations whose parameters are compared: masks, kernels, noise
 PASSES = 20  # in the first passes over the data all items show a part of their real observation; after n, PASSES / n do
 
 
@@ -108,6 +109,15 @@ class Batch:
         return Batch(self.x[rows], self.y[rows], of(self.params), source, self.reconstructed[rows], self.mirrored[rows])
 
 
+def _measure_differently(data: Dataset, train: np.ndarray) -> bool:
+    """Whether observations measure different parts of their items, and the corruption can say which. Otherwise all entries have
+    equal weight."""
+    if type(data.observations.corruption).measured is Corruption.measured:
+        return False
+    params = data.observations.parameters(evenly(train, COMPARED))
+    return any(bool((value != value[:1]).any()) for value in params.values())
+
+
 class Examples:
     """Training examples of the M-step: reconstructions, observed anew at every update.
 
@@ -120,6 +130,7 @@ class Examples:
 
     def __init__(self, data: Dataset, train: np.ndarray, config: MStepConfig, device: torch.device) -> None:
         self.data, self.train, self.config, self.device = data, train, config, device
+        self.weighed = _measure_differently(data, train)
         self.clean = self._clean()
 
     @property
@@ -162,8 +173,7 @@ class Examples:
             mirrored = torch.rand(len(items), generator=generator, device=device) < 0.5
             items = pick(mirrored, items.flip(-1), items)
         simulated, source = self.simulate(items, generator), None
-        # without parameters every observation measures the same, and all entries have equal weight
-        if not alone and config.imputed_weight < 1 and data.observations.params:
+        if not alone and config.imputed_weight < 1 and self.weighed:
             real = data.batch(rows, device)
             source = real[1]
             simulated = self._split(simulated, real, reconstructed & ~mirrored, generator, updates)
@@ -207,8 +217,8 @@ class Examples:
         return drawn.cpu().numpy()
 
 
-def weigh(x: Tensor, batch: Batch, corruption: Corruption, share: float) -> Tensor:
-    """W x of :mod:`diffem.denoiser`: the part of x that the source observations measured, plus `share` times the rest.
+def weigh(x: Tensor, batch: Batch, corruption: Corruption, imputed_weight: float) -> Tensor:
+    """W x of :mod:`diffem.denoiser`: the part of x that the source observations measured, plus `imputed_weight` times the rest.
 
     Clean examples count as measured in every entry.
 
@@ -216,12 +226,12 @@ def weigh(x: Tensor, batch: Batch, corruption: Corruption, share: float) -> Tens
         x: Shape (B, *shape), in model units.
         batch: The batch of the items.
         corruption: The corruption in model units.
-        share: lambda.
+        imputed_weight: lambda.
     """
     assert batch.source is not None
     measured = corruption.measured(pick(batch.mirrored, x.flip(-1), x), batch.source)
     measured = pick(batch.mirrored, measured.flip(-1), measured)
-    return pick(batch.reconstructed, share * x + (1 - share) * measured, x)
+    return pick(batch.reconstructed, imputed_weight * x + (1 - imputed_weight) * measured, x)
 
 
 def pick(chosen: Tensor, a: Tensor, b: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ class Corruption:
         parameters: The names of its parameters, stored as NAME.npy next to y.npy; None allows any names.
         complex_items: Whether items are complex if the observations are.
         instead: For parameters that it does not take, the name of a corruption that does.
-        measured_parameters: Draws parameters of new observations from measured ones (:meth:`with_measured`); None: they
+        file_parameters: Draws parameters of new observations from measured ones (:meth:`with_file_parameters`); None: they
             come from the formula :meth:`draw`.
     """
 
@@ -50,7 +50,7 @@ class Corruption:
     parameters: tuple[str, ...] | None = None
     complex_items = True
     instead: Mapping[str, str] = {}
-    measured_parameters: Callable[[int, torch.Generator], Params] | None = None
+    file_parameters: Callable[[int, torch.Generator], Params] | None = None
 
     # --- definition ----------------------------------------------------------------------------------
 
@@ -60,14 +60,14 @@ class Corruption:
 
     def new_parameters(self, n: int, shape: tuple[int, ...], generator: torch.Generator) -> Params:
         """Parameters of n new observations: from measured observations if available, else by the formula."""
-        if self.measured_parameters is None:
+        if self.file_parameters is None:
             return self.draw(n, shape, generator)
-        return self.measured_parameters(n, generator)
+        return self.file_parameters(n, generator)
 
-    def with_measured(self, parameters: Callable[[int, torch.Generator], Params]) -> Corruption:
+    def with_file_parameters(self, parameters: Callable[[int, torch.Generator], Params]) -> Corruption:
         """A copy whose new observations take their parameters from `parameters(n, generator)`."""
         other = copy.copy(self)
-        other.measured_parameters = parameters
+        other.file_parameters = parameters
         return other
 
     def apply(self, x: Tensor, params: Params, generator: torch.Generator) -> Tensor:
@@ -272,10 +272,10 @@ class Scaled(Corruption):
         (a, of_a), (b, of_b) = split
         return (self.inner.scale_y(a, of_a, self.units), of_a), (self.inner.scale_y(b, of_b, self.units), of_b)
 
-    def with_measured(self, parameters: Callable[[int, torch.Generator], Params]) -> Corruption:
-        other = super().with_measured(parameters)
+    def with_file_parameters(self, parameters: Callable[[int, torch.Generator], Params]) -> Corruption:
+        other = super().with_file_parameters(parameters)
         assert isinstance(other, Scaled)
-        other.inner = self.inner.with_measured(parameters)
+        other.inner = self.inner.with_file_parameters(parameters)
         return other
 
     def measured(self, x: Tensor, params: Params) -> Tensor:

@@ -100,8 +100,8 @@ class Masked(Corruption):
         """The entries that thinning hides if there are no :attr:`gaps`, in the shape of `mask`: single entries."""
         return torch.rand(mask.shape, generator=generator, device=generator.device) < HIDDEN
 
-    def with_measured(self, parameters: Callable[[int, torch.Generator], Params]) -> Masked:
-        other = super().with_measured(parameters)
+    def with_file_parameters(self, parameters: Callable[[int, torch.Generator], Params]) -> Masked:
+        other = super().with_file_parameters(parameters)
         assert isinstance(other, Masked)
         other.gaps = Gaps.of(parameters)
         return other

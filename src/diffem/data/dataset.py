@@ -37,7 +37,7 @@ class Dataset:
         """The corruption, in model units."""
         corruption = self.observations.corruption.scaled(self.units)
         if self.observations.params and not self.observations.formula:
-            corruption = corruption.with_measured(self.parameters)
+            corruption = corruption.with_file_parameters(self.parameters)
         return corruption
 
     def __len__(self) -> int:

@@ -62,13 +62,13 @@ class Run:
     @property
     def chosen(self) -> int:
         """The iteration of the final model."""
-        return self.final.get("of", self.final["iteration"])
+        return self.final.get("final", self.final["iteration"])
 
     @property
     def iterations(self) -> list[Row]:
         """The rows that are comparable: all but the last row of a finished run, which is scored on test
         observations."""
-        return [row for row in self.rows if "of" not in row]
+        return [row for row in self.rows if "final" not in row]
 
     @property
     def score_name(self) -> str:

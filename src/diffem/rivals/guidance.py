@@ -187,8 +187,8 @@ class MMPSSampler(GuidedSampler):
             raise DiffemError("sampler.options: solver must be gmres or cg, with iterations at least 1")
 
     @classmethod
-    def evaluations(cls, sampler: SamplerConfig, renewed: bool = False) -> int:
-        return super().evaluations(sampler, renewed) * (1 + 2 * (sampler.options.get("iterations", 1) + 1))
+    def evaluations(cls, sampler: SamplerConfig, renoised: bool = False) -> int:
+        return super().evaluations(sampler, renoised) * (1 + 2 * (sampler.options.get("iterations", 1) + 1))
 
     def guided(self, mean: Mean, x: Tensor, sigma: Tensor, tau: Tensor, query: Query) -> Tensor:
         solver, iterations = self.option("solver"), self.option("iterations")
@@ -203,8 +203,8 @@ class DPSSampler(GuidedSampler):
     options = {"strength": 1.0}  # noqa: RUF012
 
     @classmethod
-    def evaluations(cls, sampler: SamplerConfig, renewed: bool = False) -> int:
-        return 3 * super().evaluations(sampler, renewed)
+    def evaluations(cls, sampler: SamplerConfig, renoised: bool = False) -> int:
+        return 3 * super().evaluations(sampler, renoised)
 
     def guided(self, mean: Mean, x: Tensor, sigma: Tensor, tau: Tensor, query: Query) -> Tensor:
         return dps(mean, x, query.y, query.params, self.corruption, self.option("strength"), tau)
