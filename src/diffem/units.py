@@ -1,6 +1,6 @@
 """Model units, in which data span about [-1, 1]. Everything a user gives or gets is in the units of y instead.
 
-Units are converted where observations are read (:class:`diffem.data.Dataset`), where reconstructions are written, and
+Units are converted where observations are read and reconstructions written (:class:`diffem.data.Dataset`), and
 in :class:`diffem.posterior.Posterior`. A nonlinear corruption is simulated in the units of the data: each call converts
 (:class:`diffem.corruptions.base.Scaled`).
 """
