@@ -333,7 +333,7 @@ def _meant(name: str) -> str:
 
 def _train(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     from diffem import config as configuration
-    from diffem import devices
+    from diffem import devices, distributed
     from diffem.clean.evaluation import against, check_reference
     from diffem.data import Observations, open_array
     from diffem.em import DiffEM
@@ -341,6 +341,7 @@ def _train(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     from diffem.samplers import trained_kind
 
     config, place = configuration.load_config(arguments.preset, overrides(rest)), _place(arguments)
+    distributed.begin()
     devices.choose(arguments.device, arguments.precision)
     reference = None
     if arguments.reference:
@@ -357,7 +358,7 @@ def _train(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
             raise DiffemError(
                 "diffem train: --observations: give a folder of observations, or a preset that makes its own"
             )
-        make_observations(config, arguments.preset, folder, arguments.root, own)
+        distributed.shared(lambda: make_observations(config, arguments.preset, folder, arguments.root, own))
     observations = Observations.load(folder, own)
     if not (arguments.force or (out / "config.yaml").exists()):
         _refuse_problems(observations)
@@ -369,12 +370,14 @@ def _train(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
         observations,
         out,
         hooks=[] if reference is None else [against(reference)],
-        progress=bar.update,
+        progress=bar.update if distributed.first() else lambda progress: None,
         allow_unobserved=arguments.allow_unobserved,
         checkpoint_minutes=arguments.checkpoint_minutes,
         **place,
     )
     for row in _until_stopped(em):
+        if not distributed.first():
+            continue
         bar.clear()
         ratio = "" if row["ratio"] is None else f", ratio {row['ratio']:.2f}"
         verdict = "best" if row["best"] else "accepted" if row["accepted"] else "refused"
@@ -384,6 +387,8 @@ def _train(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
             f"iteration {row['iteration']:3d} {verdict:8s} {row['score_name']} {row['score']:.4f} +- {row['score_se']:.4f}{ratio} ({row['seconds']:.0f} s)"
             + ("" if row["iteration"] else "; scores are in units of half the range of the data")
         )
+    if not distributed.first():
+        return
     if not (out / "prior" / "config.json").exists():
         say("no iteration was better than the start: the start is what this run gives, and it has no prior")
     pictures.save(out, observations, em.test, config.em.seed, folder / "clean.npy", **place)

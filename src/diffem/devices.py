@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from diffem import distributed
 from diffem.errors import DiffemError
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -20,7 +21,7 @@ def choose(device: str = "auto", precision: str = "auto") -> tuple[torch.device,
         DiffemError: If the device cannot be used, or the precision is unknown.
     """
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = distributed.device() if torch.cuda.is_available() else "cpu"
     try:
         chosen = torch.device(device)
         torch.zeros(1, device=chosen).item()  # fails where there is no such device, and on `meta`

@@ -26,6 +26,7 @@ numbers.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -41,7 +42,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffem import devices, files, memory, seeding, starts
+from diffem import devices, distributed, files, memory, seeding, starts
 from diffem.config import Config, load_config
 from diffem.data import Dataset, Items, Observations, refuse_unobserved
 from diffem.errors import DiffemError
@@ -55,6 +56,7 @@ from diffem.trainer import Examples, Trainer
 
 REFRESH = 20_000  # the random stream that decides which reconstructions are drawn anew
 ABOUT_THE_END = ("prior.json", "pictures.npz", "diagnostics.json", "report.html")  # files of a finished run
+TOGETHER = ("m_step", "e_step", "prior")  # the steps that all processes share; the others are done by the first one
 FAILURES = 4  # rollbacks after values that are not finite, before the run ends with an error
 
 
@@ -67,6 +69,13 @@ class Progress:
     done: int
     total: int
     loss: float | None = None
+
+
+def stopped() -> None:
+    """Ends this process, since another one of the run was asked to stop."""
+    raise DiffemError(
+        "another process of this run was asked to stop; the same command goes on from the last checkpoint"
+    )
 
 
 Hook = Callable[["DiffEM", dict], dict | None]
@@ -176,6 +185,8 @@ class DiffEM:
             raise DiffemError(
                 f"sampler.kind: {config.sampler.kind} is trained by {self.sampler_class.algorithm.__name__}"
             )
+        if distributed.size() > 1 and type(self).losses is not DiffEM.losses:
+            raise DiffemError(f"torchrun: {type(self).__name__} runs in one process only")
         self.train, self.validation, self.test = observations.split(self.seed)
         trained_on = {"observations": observations.digest(), "seed": self.seed}
         if start is None and config.start.kind == "run":
@@ -209,8 +220,10 @@ class DiffEM:
 
     def iterate(self) -> Iterator[dict]:
         """Runs the rest of the algorithm and yields each row of metrics, first those of finished iterations."""
-        with self.run.open():
-            self._resume()
+        with contextlib.ExitStack() as stack:
+            distributed.wait()  # until every process has seen the folder as it was
+            distributed.shared(lambda: stack.enter_context(self.run.open()))
+            alone(self, lambda: resume(self))
             self._saved, known = time.monotonic(), 0
             while True:
                 yield from self.rows[known:]
@@ -218,7 +231,11 @@ class DiffEM:
                 if self.state.step == "done":
                     return
                 self._clock = time.monotonic() - self.state.seconds
-                self.steps[self.state.step](self)
+                step = self.steps[self.state.step]
+                if self.state.step in TOGETHER:
+                    step(self)
+                else:
+                    alone(self, lambda step=step: step(self))
 
     # --- what the steps share ------------------------------------------------------------------------
 
@@ -267,18 +284,16 @@ class DiffEM:
         self.next(step, **changes)
         self.run.keep_checkpoint()
 
-    def due(self) -> bool:
-        """Whether it is time to save."""
-        return self.stop is not None or time.monotonic() - self._saved >= 60 * self.checkpoint_minutes
-
     def checkpoint(self) -> None:
         """Saves everything that a resumed run needs."""
         self.state.seconds = time.monotonic() - self._clock
+        self._saved = time.monotonic()
+        if not self.run.writes:
+            return
         tensors, facts = self.trainer.state(), dataclasses.asdict(self.state)
         if hasattr(self, "selection"):
             tensors, facts = {**tensors, **self.selection.tensors}, {**facts, "selection": self.selection.facts}
         self.run.save_checkpoint(tensors, facts)
-        self._saved = time.monotonic()
 
     def build(self) -> None:
         """Loads the start, and builds the trainer, with new weights or with those of an earlier run."""
@@ -298,28 +313,58 @@ class DiffEM:
         self.batch = self.given_batch or self.state.batch or memory.batch(item, self.device)
         self.state.batch = self.batch
 
-    def _resume(self) -> None:
-        saved = self.run.load_checkpoint()
-        if saved is None:
-            return
-        tensors, facts = saved
-        self.state.batch = facts["batch"]
-        self.build()
-        self.trainer.load(tensors)
-        config, selection = self.config.em, facts.pop("selection", None)
-        if selection is not None:
-            self.selection = Selection.load(config.guard, config.patience, selection, tensors)
-        self.state = State(**facts)
-        ended = self.state.final is not None or self.state.step in ("end", "prior", "done")
-        more = self.state.iterations[-1]["iteration"] < config.iterations if ended else False
-        if more and self.run.longer and not self.selection.over:
-            go_on(self)
-        elif self.state.step == "done":
-            finish(self)
-        elif self.state.step in ("m_step", "prior") and not self.state.updates:
-            self.run.keep_checkpoint()  # the run may have been killed before it kept this one
-        self.run.save_metrics(self.rows)
-        self.run.save_config()  # last: a run that is killed before this is still recognised as extended
+
+def load(em: DiffEM) -> bool:
+    """Goes on from the checkpoint, if there is one."""
+    saved = em.run.load_checkpoint()
+    if saved is None:
+        return False
+    tensors, facts = saved
+    em.state.batch = facts["batch"]
+    if hasattr(em, "trainer"):
+        em.trainer.restart()
+    else:
+        em.build()
+    em.trainer.load(tensors)
+    config, selection = em.config.em, facts.pop("selection", None)
+    if selection is not None:
+        em.selection = Selection.load(config.guard, config.patience, selection, tensors)
+    em.state = State(**facts)
+    return True
+
+
+def resume(em: DiffEM) -> None:
+    """Goes on from the checkpoint; a run that has ended goes on, if it is longer now."""
+    if not load(em):
+        return
+    ended = em.state.final is not None or em.state.step in ("end", "prior", "done")
+    more = ended and em.state.iterations[-1]["iteration"] < em.config.em.iterations
+    if more and em.run.longer and not em.selection.over:
+        go_on(em)
+    elif em.state.step == "done":
+        finish(em)
+    elif em.state.step in ("m_step", "prior") and not em.state.updates:
+        em.run.keep_checkpoint()  # the run may have been killed before it kept this one
+    em.run.save_metrics(em.rows)
+    em.run.save_config()  # last: a run that is killed before this is still recognised as extended
+
+
+def alone(em: DiffEM, step: Callable[[], None]) -> None:
+    """Has the first process do a step; the others go on from the checkpoint that it ends with."""
+    distributed.shared(step)
+    if not em.run.writes:
+        load(em)
+
+
+def rest(em: DiffEM, save: Callable[[], None]) -> None:
+    """Saves if it is time to; then ends the run, if some process was asked to stop."""
+    stopping = distributed.anyone(em.stop is not None)
+    if stopping or time.monotonic() - em._saved >= 60 * em.checkpoint_minutes:
+        save()
+        em._saved = time.monotonic()
+    if stopping:
+        distributed.wait()
+        (em.stop or stopped)()
 
 
 # --- the steps -------------------------------------------------------------------------------------------
@@ -370,11 +415,12 @@ def train(em: DiffEM, steps: int, dropout: float) -> bool:
     purpose = (
         "prior_step" if state.step == "prior" else "m_step"
     )  # separate random streams: an extended run uses this iteration number again
+    own_seed = em.seed if distributed.first() else seeding.fold(em.seed, distributed.rank())
     trainer.denoiser.network.train()
     while state.updates < steps:
         keys = state.iteration, purpose, state.updates
         generator = seeding.generator(em.seed, *keys, em.device)
-        with seeding.global_generators(em.device, em.seed, *keys):  # of dropout layers
+        with seeding.global_generators(em.device, own_seed, *keys):  # of dropout layers
             value = trainer.update(em.losses(x, generator, dropout), learning_rate(em, state.updates / steps))
         if not math.isfinite(value):
             roll_back(em, f"the loss is {value} at iteration {state.iteration}, update {state.updates}")
@@ -382,10 +428,7 @@ def train(em: DiffEM, steps: int, dropout: float) -> bool:
         state.updates += 1
         state.loss_sum += value
         em.progress(Progress(state.step, state.iteration, state.updates, steps, state.loss_sum / state.updates))
-        if em.due():
-            em.checkpoint()
-            if em.stop:
-                em.stop()
+        rest(em, em.checkpoint)
     return True
 
 
@@ -398,7 +441,7 @@ def learning_rate(em: DiffEM, within: float) -> float:
 def roll_back(em: DiffEM, what: str) -> None:
     """Returns to the weights of the last commit, with half the learning rate; the run ends after :data:`FAILURES`
     rollbacks."""
-    (em.run.folder / "next.npy").unlink(missing_ok=True)
+    em.run.remove("next.npy")
     em.run.forget_parts()
     if em.state.final is not None:  # the final draws failed: keep the draws of the best iteration
         em.next("judge", width=em.state.best["width"])
@@ -415,40 +458,57 @@ def roll_back(em: DiffEM, what: str) -> None:
 
 
 def e_step(em: DiffEM) -> None:
-    """Draw a reconstruction of every observation, or of a fraction of them (em.refresh); the others keep theirs."""
-    state, sampler, config, data = em.state, em.sampler, em.config.em, em.data
+    """Draw a reconstruction of every observation, or of a fraction of them (em.refresh); the others keep theirs. Every
+    process draws a chunk of the observations at a time, and the first one writes."""
+    state, config, data = em.state, em.config.em, em.data
     later = state.final is None and state.iteration > 0
     fraction, renoises = config.refresh if later else 1.0, later and state.iteration > 1 and config.renoise
-    out, done = em.run.growing("next", data.array_shape, state.iteration, em.observations.item_layout.dtype)
     purpose = "e_step" if state.final is None else "end"  # an extended run uses this iteration number again
-    for rows in data.chunks(np.arange(done, len(data)), em.batch):
-        fresh, seeds = rows, seeding.item_seeds(em.seed, state.iteration, purpose, rows)
+    out, done = em.run.growing("next", data.array_shape, state.iteration, em.observations.item_layout.dtype)
+
+    def draw(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, Tensor]:
+        """The rows, those that are drawn, and their draws."""
+        sampler, fresh, seeds = em.sampler, rows, seeding.item_seeds(em.seed, state.iteration, purpose, rows)
         if fraction < 1:
-            out[rows] = em.run.array("current")[rows]
             chosen = seeding.uniform(seeds, stream=REFRESH) < fraction
             fresh, seeds = rows[chosen.numpy()], seeds[chosen]
-        if len(fresh):
-            y, params = data.batch(fresh, sampler.device)
-            seeds = seeds.to(sampler.device)
-            if renoises:
-                x = sampler.renoise(em.items("current")[fresh].to(sampler.device), y, params, seeds)
-            else:
-                x = sampler.draw(y, params, seeds)
-            bad = fresh[~x.isfinite().flatten(1).all(1).cpu().numpy()]
+        if not len(fresh):
+            return rows, fresh, torch.zeros(0, *data.shape)
+        (y, params), seeds = data.batch(fresh, sampler.device), seeds.to(sampler.device)
+        if renoises:
+            x = sampler.renoise(em.items("current")[fresh].to(sampler.device), y, params, seeds)
+        else:
+            x = sampler.draw(y, params, seeds)
+        return rows, fresh, x.cpu()
+
+    def write(parts: list[tuple[np.ndarray, np.ndarray, Tensor] | None]) -> list[int]:
+        """The rows whose draws are not finite; if there are none, all are written."""
+        assert out is not None
+        for rows, fresh, x in (part for part in parts if part is not None):
+            if fraction < 1:
+                out[rows] = em.run.array("current")[rows]
+            bad = fresh[~x.isfinite().flatten(1).all(1).numpy()]
             if len(bad):
-                what = f"the draws of {len(bad)} observations (first: {bad[0]}) are not finite at iteration {state.iteration}"
-                if state.width is None:
-                    raise DiffemError(f"start: {what}")
-                roll_back(em, what)
-                return
+                return bad.tolist()
             data.items(out)[fresh] = x
-        em.progress(Progress("e_step", state.iteration, int(rows[-1]) + 1, len(data)))
-        if em.due():
-            em.run.grown("next", out, int(rows[-1]) + 1, state.iteration)
-            em._saved = time.monotonic()
-            if em.stop:
-                em.stop()
-    out.flush()
+        return []
+
+    chunks, rank, size = [*data.chunks(np.arange(done, len(data)), em.batch)], distributed.rank(), distributed.size()
+    for k in range(0, len(chunks), size):
+        parts = distributed.gathered(draw(chunks[k + rank]) if k + rank < len(chunks) else None)
+        if bad := distributed.shared(lambda parts=parts: write(parts)):
+            what = (
+                f"the draws of {len(bad)} observations (first: {bad[0]}) are not finite at iteration {state.iteration}"
+            )
+            if state.width is None:
+                raise DiffemError(f"start: {what}")
+            roll_back(em, what)
+            return
+        filled = int(chunks[min(k + size, len(chunks)) - 1][-1]) + 1
+        em.progress(Progress("e_step", state.iteration, filled, len(data)))
+        rest(em, lambda filled=filled: em.run.grown("next", out, filled, state.iteration))
+    if out is not None:
+        out.flush()
     evaluations = 0 if state.width is None else em.sampler_class.evaluations(em.config.sampler, renoises)
     keys = seeding.item_seeds(em.seed, state.iteration, purpose, np.arange(len(data)))
     # counted again, since a resumed E-step has drawn only a part of them
@@ -538,7 +598,8 @@ def prior(em: DiffEM) -> None:
     config, state = em.config, em.state
     if not train(em, config.prior.steps, dropout=1.0):
         return
-    em.posterior(em.diffusion(width=1.0, steps=config.prior.sampler_steps)).save_pretrained(em.run.folder / "prior")
+    if em.run.writes:
+        em.posterior(em.diffusion(width=1.0, steps=config.prior.sampler_steps)).save_pretrained(em.run.folder / "prior")
     about = {
         "steps": state.updates,
         "examples": state.updates * config.m_step.batch,
@@ -557,8 +618,7 @@ def go_on(em: DiffEM) -> None:
     """Extends a finished run: it goes on from its final model."""
     folder, rows = em.run.folder, em.state.iterations
     files.link(folder / "reconstructions.npy", folder / "current.npy")
-    for name in ("next.npy", *ABOUT_THE_END):
-        (folder / name).unlink(missing_ok=True)
+    em.run.remove("next.npy", *ABOUT_THE_END)
     em.run.forget_parts()
     saved = from_pretrained(folder / "posterior", em.observations.corruption, **em.place).sampler
     if isinstance(saved, DiffusionSampler) and rows[-1]["iteration"]:
@@ -571,5 +631,4 @@ def go_on(em: DiffEM) -> None:
 
 def finish(em: DiffEM) -> None:
     """Removes files that only an unfinished run needs."""
-    for name in ("current.npy", "good.safetensors"):
-        (em.run.folder / name).unlink(missing_ok=True)
+    em.run.remove("current.npy", "good.safetensors")

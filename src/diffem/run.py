@@ -34,7 +34,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as serialise
 from torch import Tensor
 
-from diffem import files
+from diffem import distributed, files
 from diffem.errors import DiffemError
 
 MARKER = "run.json"
@@ -73,6 +73,11 @@ class Run:
                     f"another run can go on from this one: --out OTHER --start.kind run --start.run {self.folder}"
                 )
 
+    @property
+    def writes(self) -> bool:
+        """Whether this process writes to the folder; the others only read."""
+        return distributed.first()
+
     @contextlib.contextmanager
     def open(self) -> Iterator[None]:
         """Claims the folder for this run, and keeps other processes out.
@@ -100,10 +105,18 @@ class Run:
 
     def write(self, name: str, content: bytes) -> None:
         """Replaces a file atomically."""
-        files.replace(self.folder / name, content)
+        if self.writes:
+            files.replace(self.folder / name, content)
+
+    def remove(self, *names: str) -> None:
+        """Removes files that are there."""
+        for name in names if self.writes else ():
+            (self.folder / name).unlink(missing_ok=True)
 
     def save_checkpoint(self, tensors: dict[str, Tensor], state: dict) -> None:
         """Replaces the checkpoint atomically; `state` is JSON."""
+        if not self.writes:
+            return
         self._write_tensors("checkpoint.safetensors", tensors, {"diffem": json.dumps(state)})
 
     def load_checkpoint(self) -> tuple[dict[str, Tensor], dict] | None:
@@ -120,7 +133,8 @@ class Run:
 
     def keep_checkpoint(self) -> None:
         """Keeps the present checkpoint for rollbacks."""
-        files.link(self.folder / "checkpoint.safetensors", self.folder / "good.safetensors")
+        if self.writes:
+            files.link(self.folder / "checkpoint.safetensors", self.folder / "good.safetensors")
 
     def kept_checkpoint(self) -> dict[str, Tensor]:
         """The tensors of the checkpoint for rollbacks."""
@@ -152,22 +166,32 @@ class Run:
 
     def growing(
         self, name: str, shape: tuple[int, ...], iteration: int, dtype: DTypeLike = np.float32
-    ) -> tuple[np.memmap, int]:
-        """An array that an iteration fills row by row, and how many rows are filled already."""
+    ) -> tuple[np.memmap | None, int]:
+        """An array that an iteration fills row by row, and how many rows are filled already; None for processes that
+        do not write."""
+        if not self.writes:
+            return None, distributed.shared(int)
+        array, done = self._growing(name, shape, iteration, dtype)
+        return array, distributed.shared(lambda: done)
+
+    def _growing(self, name: str, shape: tuple[int, ...], iteration: int, dtype: DTypeLike) -> tuple[np.memmap, int]:
         file, done = self.folder / f"{name}.npy", self.folder / "partial" / f"{iteration}-{name}.json"
         if not (file.exists() and done.exists()):
             return self.array(name, shape, dtype), 0
         return np.lib.format.open_memmap(file, mode="r+"), int(json.loads(done.read_text()))
 
-    def grown(self, name: str, array: np.memmap, rows: int, iteration: int) -> None:
+    def grown(self, name: str, array: np.memmap | None, rows: int, iteration: int) -> None:
         """Records that the first `rows` rows of a growing array are filled."""
+        if array is None:
+            return
         array.flush()  # before the record is written
         (self.folder / "partial").mkdir(exist_ok=True)
         self.write(f"partial/{iteration}-{name}.json", json.dumps(rows).encode())
 
     def forget_parts(self) -> None:
         """Removes partial results, when a step is finished."""
-        shutil.rmtree(self.folder / "partial", ignore_errors=True)
+        if self.writes:
+            shutil.rmtree(self.folder / "partial", ignore_errors=True)
 
     def _write_tensors(self, name: str, tensors: dict[str, Tensor], metadata: dict[str, str] | None) -> None:
         # clones: tensors that share memory cannot be written

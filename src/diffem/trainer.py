@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
-from diffem import memory, seeding
+from diffem import distributed, memory, seeding
 from diffem.corruptions import Corruption, Observed, Params
 from diffem.data import Dataset, Items, evenly, open_array
 from diffem.denoiser import Denoiser
@@ -310,12 +310,12 @@ class Trainer:
         return self.denoiser.device
 
     def losses(self, batch: Batch, generator: torch.Generator, dropout: float) -> Iterator[Tensor]:
-        """The loss of a batch as scalar summands, one per micro-batch; `dropout` is the fraction of withheld
-        observations."""
-        n = len(batch.x)
+        """The loss of this process's share of a batch as scalar summands, one per micro-batch; `dropout` is the fraction
+        of withheld observations."""
+        n, mine = len(batch.x), distributed.share(len(batch.x))
         size, state = self.config.micro_batch or n, generator.get_state()
-        for start in range(0, n, size):
-            rows = slice(start, min(start + size, n))
+        for start in range(mine.start, mine.stop, size):
+            rows = slice(start, min(start + size, mine.stop))
             generator.set_state(state)  # every part sees the same draws
             loss = self.denoiser.loss(
                 batch.x, batch.y, batch.params, generator, dropout, self._weigh(batch.part(rows)), rows
@@ -328,7 +328,7 @@ class Trainer:
         return lambda x: weigh(x, batch, self.denoiser.corruption, self.config.imputed_weight)
 
     def update(self, losses: Iterable[Tensor], rate: float) -> float:
-        """One optimiser step on the sum of `losses` with learning rate `rate`, and one step of the average.
+        """One optimiser step on the sum of `losses`, of all processes, with learning rate `rate`, and one step of the average.
 
         Returns:
             The sum. If it is not finite, nothing was changed.
@@ -338,6 +338,8 @@ class Trainer:
         for loss in losses:
             loss.backward()
             total += loss.item()
+        if distributed.size() > 1:
+            total = self._sum_of_all(total)
         if math.isfinite(total):
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
@@ -346,6 +348,16 @@ class Trainer:
             self.average.update_parameters(self.denoiser.network)
             self.updates += 1
         return total
+
+    def _sum_of_all(self, total: float) -> float:
+        """Adds the gradients of all processes, and their losses."""
+        weights = [p for p in self.denoiser.network.parameters() if p.requires_grad]
+        for p in weights:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+        loss = torch.tensor([total], device=self.device)
+        distributed.add([loss, *(p.grad for p in weights if p.grad is not None)])
+        return loss.item()
 
     def state(self) -> dict[str, Tensor]:
         """Weights, average and optimiser, by name."""
