@@ -47,7 +47,7 @@ class EMConfig:
         refresh: Fraction of the reconstructions that an E-step draws anew; the last E-step draws all of them. Lower it
             if E-steps take most of the time.
         renoise: Whether an E-step, from the second iteration on, begins at the last reconstruction plus noise of a
-            middle level, instead of pure noise. It then takes a quarter of the steps of the sampler, but at least 4
+            middle level, instead of pure noise. It then takes a quarter of the steps of the sampler, but at least 2
             (all, if it has fewer). The last E-step always begins from pure noise. Set it false if the draws hardly
             change between iterations, or to reproduce the paper.
         score_items: The largest number of validation observations on which an iteration is scored. Raise it if the
