@@ -51,7 +51,7 @@ class EMConfig:
             (all, if it has fewer). The last E-step always begins from pure noise. Set it false if the draws hardly
             change between iterations, or to reproduce the paper.
         score_items: The largest number of validation observations on which an iteration is scored. Raise it if the
-            printed standard errors are too large to tell iterations apart, and if there are more.
+            printed standard errors are too large to tell iterations apart, and more observations are held out.
         guard: The guard: keep an iteration only if validation does not get clearly worse. Validation also decides which
             iteration is the best, when the run ends (see `diffem.selection`), and how wide the final draws are. If
             false, every iteration is accepted, and the last one is kept. Set it false to reproduce other methods, or if
