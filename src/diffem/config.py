@@ -26,9 +26,9 @@ class DataConfig:
     """Observations that a preset makes from a clean data set (for benchmarks); unused with --observations.
 
     Attributes:
-        source: Name or path of the clean data set, as in `diffem corrupt`; empty for none.
-        corruption: Name and arguments of the corruption.
-        limit: The largest number of items; 0 for all.
+        source: Name or path of the clean data set, as in `diffem corrupt`; empty for none. Leave it to the presets.
+        corruption: Name and arguments of the corruption that makes observations of it. Leave it to the presets.
+        limit: The largest number of items; 0 for all. Lower it for a quick trial of a preset.
     """
 
     source: str = ""
@@ -42,16 +42,22 @@ class EMConfig:
 
     Attributes:
         iterations: Number of EM iterations.
-        seed: Seed of all random numbers.
-        refresh: Fraction of the reconstructions that an E-step draws anew; the last E-step draws all of them.
-        renoise: Whether E-steps renew the last reconstructions instead of beginning from pure noise: noise is added up to a
-            middle level, and removed again. It takes a quarter of the evaluations. The first E-step and the last one always
-            begin from pure noise.
-        score_items: The largest number of validation observations on which an iteration is scored.
-        guard: Whether validation observations decide which iterations are accepted and kept, when the run ends
-            (see `diffem.selection`), and how wide the final draws are. If false, every iteration is accepted, and the
-            last one is kept.
-        patience: Early stopping: the run ends after this many iterations in a row without a new best. 0 turns it off.
+        seed: Seed of all random numbers, also of the choice which observations are held out. Change it to see how much
+            a result depends on chance.
+        refresh: Fraction of the reconstructions that an E-step draws anew; the last E-step draws all of them. Lower it
+            if E-steps take most of the time.
+        renoise: Whether an E-step, from the second iteration on, begins at the last reconstruction plus noise of a
+            middle level, instead of pure noise. It then takes a quarter of the steps of the sampler, but at least 2
+            (all, if it has fewer). The last E-step always begins from pure noise. Set it false if the draws hardly
+            change between iterations, or to reproduce the paper.
+        score_items: The largest number of validation observations on which an iteration is scored. Raise it if the
+            printed standard errors are too large to tell iterations apart, and more observations are held out.
+        guard: The guard: keep an iteration only if validation does not get clearly worse. Validation also decides which
+            iteration is the best, when the run ends (see `diffem.selection`), and how wide the final draws are. If
+            false, every iteration is accepted, and the last one is kept. Set it false to reproduce other methods, or if
+            there are too few observations to validate.
+        patience: Early stopping: the run ends after this many iterations in a row without a new best; 0 turns it off.
+            Raise it if iterations are short.
     """
 
     iterations: int = 20
@@ -78,9 +84,11 @@ class PriorConfig:
     Attributes:
         kind: `unconditional`: after the last iteration, the denoiser is trained further, without observations, on the
             best reconstructions (the paper's separate model); `joint`: the posterior's own network, with the
-            observation withheld.
-        steps: Optimiser steps of this training (`unconditional` only).
-        sampler_steps: Steps of the prior's sampler (`unconditional` only; `joint` uses sampler.steps).
+            observation withheld. Choose `joint` to save this training.
+        steps: Optimiser steps of this training (`unconditional` only). Raise it if samples of the prior look worse than
+            reconstructions.
+        sampler_steps: Steps of the prior's sampler (`unconditional` only; `joint` uses sampler.steps). Lower it if
+            samples take too long.
     """
 
     kind: str = "unconditional"

@@ -72,12 +72,17 @@ class DenoiserConfig:
     """Preconditioning, noise schedule and loss. Noise levels are in model units (data about [-1, 1]).
 
     Attributes:
-        precondition: The reference posterior that the network corrects: `plain` (of a standard Gaussian), `start` (of
-            the start's mixture), or `auto`: `start` where the start is a mixture, else `plain`.
-        sigma_min: The smallest noise level.
-        sigma_max: The largest noise level.
-        time_beta: Training times have the density Beta(3, time_beta): smaller values train high noise levels more.
-        observation_dropout: Fraction of training items whose observation is withheld from the network.
+        precondition: What the network corrects (preconditioning): the exact posterior mean under a simple reference
+            prior. `plain`: a standard Gaussian, without y, as in the paper; `start`: the mixture of the start, given y;
+            `auto`: `start` where the start is a mixture, else `plain`. Change it only to reproduce the paper.
+        sigma_min: The smallest noise level. Lower it if the noise of y, in units of half the range of the data, is
+            smaller.
+        sigma_max: The largest noise level, at which nothing of the data is left. Leave it.
+        time_beta: Distribution of the noise levels at training: they grow exponentially with a time from 0 (sigma_min)
+            to 1 (sigma_max), which has the density Beta(3, time_beta). Smaller values train high noise levels more. The
+            paper has 3.
+        observation_dropout: Fraction of training items whose observation is withheld from the network, so that it also
+            learns the prior. Needed by prior.kind joint and by samplers of other methods; otherwise it may be 0.
     """
 
     precondition: str = "auto"

@@ -30,14 +30,18 @@ class NetworkConfig:
     """The backbone.
 
     Attributes:
-        kind: `mlp`, `unet`, or `auto`: an MLP for vectors, a U-Net for everything else.
-        width: Hidden features of the MLP.
-        depth: Residual blocks of the MLP.
-        channels: Channels of the U-Net at each level, finest first.
-        blocks: Blocks of the U-Net at each level, on the way down and again on the way up.
-        attention: Levels of the U-Net (0 = finest) that have self-attention after each block.
-        embedding: Features of the noise level embedding.
-        dropout: Dropout rate inside the blocks.
+        kind: `mlp` (fully connected), `unet` (convolutional), or `auto`: an MLP for vectors, a U-Net for everything
+            else. Set `mlp` if a U-Net is refused since y and x differ in shape.
+        width: Hidden features of the MLP. Lower it for tables of few rows (preset `table`: 64).
+        depth: Residual blocks of the MLP. Lower it for tables of few rows (preset `table`: 2).
+        channels: Channels of the U-Net at each level, finest first; each further level has half the resolution. Raise
+            it, or add levels, for larger images and many observations.
+        blocks: Blocks of the U-Net at each level, on the way down and again on the way up; as many numbers as channels
+            has. Raise it for images that are hard to learn, lower it to save time.
+        attention: Levels of the U-Net (0 = finest) that have self-attention after each block, which connects distant
+            pixels. Add the coarsest level for large images; on fine levels it takes much time.
+        embedding: Features by which the network is told the noise level. Leave it.
+        dropout: Dropout rate inside the blocks. Raise it if observations are few (preset `table`: 0.3).
     """
 
     kind: str = "auto"

@@ -53,12 +53,17 @@ class SamplerConfig:
     """The sampler.
 
     Attributes:
-        kind: `diffusion`, or the name of another registered sampler.
-        steps: Number of sampling steps.
+        kind: `diffusion`, or the name of another registered sampler. `mmps`, `dps` and `ambient` are those of other
+            methods; choose them only to compare.
+        steps: Number of steps from noise to a draw; the time of a draw is proportional to it. Lower it if E-steps take
+            most of the time, raise it if draws look noisy.
         width: How much of the residual variance the draws of an E-step put back: 1 for all of it, 0 for none (plain
-            DDPM, as in the paper). For the final draws, with em.guard, the width is 1, or another value if that scores
-            better. A width of 0 is kept, and so is any width for black boxes, where predictions cannot be scored.
-        options: Further arguments, for kinds that have them.
+            DDPM, as in the paper). The residual variance is what the denoiser leaves unexplained; a second output of
+            the network predicts it. For the final draws, with em.guard, the width is 1, or another value if that scores
+            better. A width of 0 is kept, and so is any width for black boxes (corruptions that can only be simulated,
+            such as a function of yours), where predictions cannot be scored. Change it only to reproduce the paper.
+        options: Further arguments, for kinds that have them: `solver` and `iterations` of `mmps`, `strength` of `dps`
+            and `ambient`.
     """
 
     kind: str = "diffusion"

@@ -44,17 +44,21 @@ class StartConfig:
     """The start of EM.
 
     Attributes:
-        kind: `mixture`, `gaussian`, `observation`, `run` (the posterior of an earlier run, with its weights), or
-            `auto`: `mixture` if the exact posterior is available (linear-Gaussian, and A simple or items small), else
-            `observation`.
+        kind: `mixture` (of Gaussians), `gaussian` (one component), `observation`, `run` (the posterior of an earlier
+            run, with its weights), or `auto`: `mixture` if the exact posterior is available (linear-Gaussian, and A
+            simple or items small), else `observation`. Set `run` to go on from an earlier run, `observation` if a
+            mixture takes too long.
         run: The earlier run's folder, for `run`.
-        components: Candidates for the number of components; 1 is always tried.
-        ranks: Candidates for the rank of the low-rank part. Candidates whose fit would take more than 2 GB are left
-            out.
-        items: At most this many training observations are used.
-        iterations: A fit ends after the round that reaches this many EM steps.
-        tolerance: A fit ends after three rounds in a row (of two or three EM steps each) that raise the validation log
-            likelihood by no more than this.
+        components: Candidates for the number of components; 1 is always tried. Give [1] to save time, more numbers if
+            the data are of several kinds.
+        ranks: Candidates for the rank: in how many directions the entries of a component vary together (its covariance
+            is a diagonal plus a matrix of this rank). Candidates whose fit would take more than 2 GB are left out. Give
+            fewer to save time.
+        items: At most this many training observations are used. Lower it to save time.
+        iterations: A fit ends after the round that reaches this many EM steps. Lower it to save time.
+        tolerance: A fit has converged, and ends, after three rounds in a row (of two or three EM steps each) that raise
+            the validation log likelihood of an observation by no more than this. Raise it for large items if the start
+            takes too long (preset `fashion-mask75`: 1).
     """
 
     kind: str = "auto"

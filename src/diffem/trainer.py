@@ -30,23 +30,32 @@ class MStepConfig:
     """The M-step.
 
     Attributes:
-        steps: Optimiser steps per iteration.
-        first_steps: Steps of the first iteration.
-        batch: Items per step.
-        micro_batch: Items that go through the network at a time; gradients are accumulated. 0 for the whole batch.
-        learning_rate: Learning rate of Adam.
+        steps: Optimiser steps per iteration. Raise it for large data sets, lower it to save time.
+        first_steps: Steps of the first iteration, which begins with an untrained network. Change it together with
+            steps.
+        batch: Items per step. Lower it if there are fewer observations than this.
+        micro_batch: Items that go through the network at a time; gradients are accumulated. 0 for the whole batch. Set
+            it if memory does not suffice; the error says to what.
+        learning_rate: Learning rate of Adam. Lower it if the loss jumps, or for large networks (the paper: 1e-4 to
+            2e-4).
         schedule: Learning rate schedule: `constant`, or `linear`, which falls to a twentieth over all iterations, and
-            again over the training of the prior.
-        ema: Decay of the exponential moving average of the weights, which the E-step uses.
-        thinned: Fraction of the simulated observations in which a further part is hidden.
+            again over the training of the prior. Leave it.
+        ema: Decay of the exponential moving average of the weights, which the E-step uses. Raise it if steps are many
+            (the paper: 0.9999).
+        thinned: Fraction of the simulated observations that are thinned: a part of them is hidden, as when a run is
+            scored. Set 0 to reproduce the paper.
         imputed_weight: Weight of imputed entries of a reconstruction in the loss; measured ones have weight 1 (lambda
-            in `diffem.denoiser`). With 1 the M-step is the paper's, which never shows the network a real
-            observation. Always 1 for noise, blurs and black boxes, whose observations all measure the same, and with
-            guided samplers.
-        optimizer: Whether to `carry` or `reset` the state of the optimiser between iterations.
-        flip: Mirror half of the items left to right before they are corrupted; for images with no preferred side.
-        clean_examples: A .npy file of a few clean items, shape (n, *shape), in the units of y; empty for none.
-        clean_share: Fraction of each batch that is taken from the clean examples.
+            in `diffem.denoiser`). With 1 the M-step is the paper's, which never shows the network a real observation.
+            It applies where parameters (masks, kernels, noise levels) differ between observations, and the corruption
+            can say what it measured. Otherwise it is always 1, and so with samplers that are guided by y instead of a
+            network that sees y (sampler.kind mmps, dps, ambient). Set 1 to reproduce the paper.
+        optimizer: Whether to `carry` or `reset` the state of the optimiser between iterations. Leave it; the paper
+            resets.
+        flip: Mirror half of the items left to right before they are corrupted. Set it for images with no preferred
+            side.
+        clean_examples: A .npy file of a few clean items, shape (n, *shape), in the units of y; empty for none. Set it
+            if you have some.
+        clean_share: Fraction of each batch that is taken from the clean examples. Lower it if they are very few.
     """
 
     steps: int = 150
