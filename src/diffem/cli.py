@@ -253,7 +253,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             "report": lambda: say(str(_report(Path(arguments.run)))),
         }[arguments.command]()
     except DiffemError as error:
-        print(f"diffem: {' '.join(str(error).split())}", file=sys.stderr)
+        if type(error).__name__ != "ToldElsewhere":
+            print(f"diffem: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except OSError as error:
         print(f"diffem: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)

@@ -18,6 +18,11 @@ from torch import Tensor, distributed
 
 from diffem.errors import DiffemError
 
+
+class ToldElsewhere(DiffemError):
+    """An error that another process reports."""
+
+
 T = TypeVar("T")
 PATIENCE = timedelta(days=7)  # others wait while the first process fits a start; a process that dies is noticed at once
 
@@ -62,7 +67,7 @@ def shared(make: Callable[[], T]) -> T:
     with _alive():
         distributed.broadcast_object_list(found)
     if found[1] is not None:
-        raise DiffemError(found[1])
+        raise DiffemError(found[1]) if first() else ToldElsewhere(found[1])
     return found[0]
 
 

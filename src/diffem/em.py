@@ -73,9 +73,7 @@ class Progress:
 
 def stopped() -> None:
     """Ends this process, since another one of the run was asked to stop."""
-    raise DiffemError(
-        "another process of this run was asked to stop; the same command goes on from the last checkpoint"
-    )
+    raise distributed.ToldElsewhere("another process of this run was asked to stop")
 
 
 Hook = Callable[["DiffEM", dict], dict | None]
