@@ -458,7 +458,7 @@ def roll_back(em: DiffEM, what: str) -> None:
 def e_step(em: DiffEM) -> None:
     """Draw a reconstruction of every observation, or of a fraction of them (em.refresh); the others keep theirs. Every
     process draws a chunk of the observations at a time, and the first one writes."""
-    state, config, data = em.state, em.config.em, em.data
+    state, config, data, sampler = em.state, em.config.em, em.data, em.sampler
     later = state.final is None and state.iteration > 0
     fraction, renoises = config.refresh if later else 1.0, later and state.iteration > 1 and config.renoise
     purpose = "e_step" if state.final is None else "end"  # an extended run uses this iteration number again
@@ -466,7 +466,7 @@ def e_step(em: DiffEM) -> None:
 
     def draw(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, Tensor]:
         """The rows, those that are drawn, and their draws."""
-        sampler, fresh, seeds = em.sampler, rows, seeding.item_seeds(em.seed, state.iteration, purpose, rows)
+        fresh, seeds = rows, seeding.item_seeds(em.seed, state.iteration, purpose, rows)
         if fraction < 1:
             chosen = seeding.uniform(seeds, stream=REFRESH) < fraction
             fresh, seeds = rows[chosen.numpy()], seeds[chosen]
