@@ -52,6 +52,7 @@ from diffem.run import Run
 from diffem.samplers import DiffusionSampler, Sampler, trained_kind
 from diffem.selection import Selection, to_start
 from diffem.trainer import Examples, Trainer
+from diffem.watch import Watch
 
 REFRESH = 20_000  # the random stream that decides which reconstructions are drawn anew
 ABOUT_THE_END = ("prior.json", "pictures.npz", "diagnostics.json", "report.html")  # files of a finished run
@@ -60,13 +61,15 @@ FAILURES = 4  # rollbacks after values that are not finite, before the run ends 
 
 @dataclass(frozen=True)
 class Progress:
-    """Progress of a run: `step` of `iteration`, `done` of `total`; in the M-step also the mean `loss` so far."""
+    """Progress of a run: `step` of `iteration`, `done` of `total`; in the M-step also the mean `loss` so far; and an
+    estimate of the seconds that are `left` of the run, after its first iteration."""
 
     step: str
     iteration: int
     done: int
     total: int
     loss: float | None = None
+    left: float | None = None
 
 
 Hook = Callable[["DiffEM", dict], dict | None]
@@ -164,7 +167,7 @@ class DiffEM:
             raise DiffemError(f"batch: must be at least 1, got {batch}")
         self.config, self.observations, self.seed = config, observations, config.em.seed
         self.network = config.network if network is None else Given(network)
-        self.hooks, self.progress = hooks, progress
+        self.hooks, self.progress, self.watch = hooks, progress, Watch(self)
         self.given_batch, self.checkpoint_minutes = batch, checkpoint_minutes
         self.batch = batch or memory.MOST  # what fits is known when there is a network
         self.device, self.precision = devices.choose(device, precision)
@@ -209,7 +212,7 @@ class DiffEM:
 
     def iterate(self) -> Iterator[dict]:
         """Runs the rest of the algorithm and yields each row of metrics, first those of finished iterations."""
-        with self.run.open():
+        with self.run.open(), self.watch.open():
             self._resume()
             self._saved, known = time.monotonic(), 0
             while True:
@@ -338,7 +341,7 @@ def start(em: DiffEM) -> None:
     if em.given_start is not None:
         posterior, about = em.given_start, {"kind": em.given_start.sampler.kind, "run": em.config.start.run}
     else:
-        tell = lambda text: em.progress(Progress(text, 0, 0, 1))  # noqa: E731
+        tell = lambda text: em.watch(Progress(text, 0, 0, 1))  # noqa: E731
         sampler, about = starts.make(em.config.start, em.data, em.train, em.seed, tell, em.device, em.run.once)
         posterior = em.posterior(sampler)
     posterior.save_pretrained(folder / "start")
@@ -381,7 +384,7 @@ def train(em: DiffEM, steps: int, dropout: float) -> bool:
             return False
         state.updates += 1
         state.loss_sum += value
-        em.progress(Progress(state.step, state.iteration, state.updates, steps, state.loss_sum / state.updates))
+        em.watch(Progress(state.step, state.iteration, state.updates, steps, state.loss_sum / state.updates))
         if em.due():
             em.checkpoint()
             if em.stop:
@@ -442,7 +445,7 @@ def e_step(em: DiffEM) -> None:
                 roll_back(em, what)
                 return
             data.items(out)[fresh] = x
-        em.progress(Progress("e_step", state.iteration, int(rows[-1]) + 1, len(data)))
+        em.watch(Progress("e_step", state.iteration, int(rows[-1]) + 1, len(data)))
         if em.due():
             em.run.grown("next", out, int(rows[-1]) + 1, state.iteration)
             em._saved = time.monotonic()
@@ -498,7 +501,8 @@ def commit(em: DiffEM) -> None:
     if state.row["best"]:
         files.link(folder / "current.npy", folder / "reconstructions.npy")
     if state.row["best"] and state.width is not None:
-        em.posterior(em.sampler).save_pretrained(folder / "posterior")
+        scores = state.row if "final" in state.row else None
+        em.posterior(em.sampler).save_pretrained(folder / "posterior", scores)
         if em.config.prior.kind == "joint":
             em.posterior(em.diffusion(width=1.0)).save_pretrained(folder / "prior")
     state.rows.append(state.row)

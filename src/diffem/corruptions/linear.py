@@ -166,7 +166,7 @@ class LinearCorruption(Masked):
     def matrix(self, y: Tensor, params: Params) -> Tensor:
         """A without the mask, as matrices (B, entries of y, features), or (1, ...) if all observations share it."""
         own = {k: v for k, v in params.items() if k not in ("mask", "noise")}
-        if not own or not torch.compiler.is_exporting() and all(bool((v == v[:1]).all()) for v in own.values()):
+        if not own or (not torch.compiler.is_exporting() and all(bool((v == v[:1]).all()) for v in own.values())):
             y, own = y[:1], {k: v[:1] for k, v in own.items()}
         shape = self.adjoint(y, own).shape[1:]
         d, n = math.prod(shape), y.shape[0]
