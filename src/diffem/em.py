@@ -69,7 +69,7 @@ class Progress:
     done: int
     total: int
     loss: float | None = None
-    left: float | None = None
+    left: float | None = field(default=None, compare=False)
 
 
 Hook = Callable[["DiffEM", dict], dict | None]

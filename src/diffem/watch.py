@@ -141,13 +141,14 @@ class Status:
         running: Whether a process runs here at this moment; None if that is unknown.
         error: Why it failed.
         step: The step that is next or unfinished; `done` after the last.
-        iteration: Its iteration; 0 is the start, and what follows the last iteration is the end.
+        iteration: Its iteration; 0 is the start.
+        ending: Whether it follows the last iteration: final draws, their score, and the prior.
         iterations: How many iterations there are at most.
         finished: How many of them are finished.
         done: How far the step is, of `total`: updates or observations; of 0 if that is unknown.
         score_name: What a score is.
         start: The score of the start, and its standard error; on test observations after the end, as `best`.
-        best: `iteration`, `score` and `score_se` of the best iteration, or, after the end, of the final model.
+        best: `iteration`, `score` and `score_se` of the best iteration, or, after the end, of the `final` model.
         seconds_left: An estimate from the finished iterations; None before the first.
         checkpoint_seconds: How long ago the last checkpoint was saved.
     """
@@ -157,6 +158,7 @@ class Status:
     error: str | None
     step: str
     iteration: int
+    ending: bool
     iterations: int
     finished: int
     done: int
@@ -180,11 +182,12 @@ class Status:
         if self.state == "finished":
             early = "" if self.finished >= self.iterations else f" of {self.iterations} (em.patience)"
             return f"finished: {self.finished} iterations{early}"
-        place = "the start" if not self.iteration else f"iteration {self.iteration} of {self.iterations}"
-        if self.iteration > self.iterations or self.step in ("end", "prior") or (self.best or {}).get("final"):
-            place = "the end"
-        unit = "updates" if self.step in ("m_step", "prior") else "observations"
-        far = "" if not self.total else f", {self.done:,} of {self.total:,} {unit} ({self.done / self.total:.0%})"
+        place = "the end" if self.ending else f"iteration {self.iteration} of {self.iterations}"
+        place = place if self.iteration else "the start"
+        unit = {"m_step": "updates", "prior": "updates", "e_step": "observations"}.get(self.step)
+        far = ""
+        if unit and self.total:
+            far = f", {self.done:,} of {self.total:,} {unit} ({self.done / self.total:.0%})"
         return f"{self.state}: {place}, {self.step}{far}"
 
     def _lines(self) -> Iterator[str]:
@@ -237,7 +240,7 @@ def status(folder: str | Path) -> Status:
     if active and told.get("iteration") == iteration and (told["step"] == step or step == "start"):
         step, done, total, spent = told["step"], told["done"], told["total"], told["seconds"] + now - told["time"]
     ended = "failed" if "error" in told else "stopped" if "stopped" in told else "killed"
-    best = next((row for row in reversed(rows) if row["best"]), {})
+    best: dict[str, Any] = next((row for row in reversed(rows) if row["best"]), {})
     start = {name: best.get(f"start_{name}", rows[0][name]) for name in ("score", "score_se")} if rows else None
     return Status(
         state="running" if active else "finished" if step == "done" else "unknown" if active is None else ended,
@@ -245,23 +248,23 @@ def status(folder: str | Path) -> Status:
         error=told.get("error"),
         step=step,
         iteration=iteration,
+        ending=state["final"] is not None or step in ("end", "prior", "done"),
         iterations=iterations,
         finished=max((row["iteration"] for row in rows if "final" not in row), default=0),
         done=done,
         total=total,
         score_name=best.get("score_name"),
         start=start,
-        best={
-            "iteration": best.get("final", best["iteration"]),
-            "score": best["score"],
-            "score_se": best["score_se"],
-            "final": "final" in best,
-        }
-        if best
-        else None,
+        best=_figures(best) if best else None,
         seconds_left=seconds_left(config, rows, state["step"], iteration, state["final"], spent),
         checkpoint_seconds=max(now - checkpoint.stat().st_mtime, 0.0) if checkpoint.exists() else None,
     )
+
+
+def _figures(row: dict[str, Any]) -> dict[str, Any]:
+    """The figures of a row that :attr:`Status.best` holds."""
+    which = row.get("final", row["iteration"])
+    return {"iteration": which, "score": row["score"], "score_se": row["score_se"], "final": "final" in row}
 
 
 def running(folder: Path) -> bool | None:
