@@ -2,31 +2,43 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from test_em import make, observations
-from test_posterior import UNITS, diffusion, keys, mixture, observed, prior
+from test_posterior import NETWORK, UNITS, diffusion, keys, mixture, observed, prior
 
 from diffem.cli import main
-from diffem.corruptions import BlackBox, Corruption, GaussianBlur, GaussianNoise, RandomMask, RandomProjection
+from diffem.corruptions import BlackBox, Corruption, GaussianBlur, GaussianNoise, Params, RandomMask, RandomProjection
 from diffem.corruptions.blur import Blur
 from diffem.data import Layout
 from diffem.errors import DiffemError
 from diffem.mixtures import Mixture
 from diffem.networks import Given, NetworkConfig
-from diffem.posterior import Posterior
+from diffem.posterior import Posterior, from_pretrained
 from diffem.samplers import MixtureSampler
 
 UNET = NetworkConfig(kind="unet", channels=(4, 8), blocks=(1, 1), attention=(1,), embedding=8)
 
 
-def blurred(corruption: Corruption, shape: tuple[int, ...]) -> Posterior:
-    return diffusion(corruption, shape, UNET)
+def denoising(corruption: Corruption, shape: tuple[int, ...], network: NetworkConfig | Given = UNET, steps: int = 1):
+    """Reverse diffusion of few steps, since each is traced."""
+    of = diffusion(corruption, shape, network)
+    of.sampler.sampler = dataclasses.replace(of.sampler.sampler, steps=steps)
+    return of
+
+
+def kernels(corruption: Corruption, shape: tuple[int, ...]) -> tuple[torch.Tensor, Params]:
+    generator = torch.Generator().manual_seed(0)
+    params = {"kernel": torch.rand(5, 3, 3, generator=generator) / 5}
+    x = UNITS.restore(torch.randn(5, *shape, generator=generator))
+    return corruption.apply(x, params, generator), params
 
 
 def components(corruption: Corruption, shape: tuple[int, ...]) -> Posterior:
@@ -39,13 +51,11 @@ def components(corruption: Corruption, shape: tuple[int, ...]) -> Posterior:
 
 
 CASES = {
-    "mask, diffusion": (diffusion, RandomMask(0.5, 0.1), (6,)),
-    "mask, unet": (blurred, RandomMask(0.5, 0.1), (1, 8, 8)),
-    "mask, mixture": (components, RandomMask(0.5, 0.1), (6,)),
-    "noise, mixture": (mixture, GaussianNoise(0.3), (6,)),
-    "cosines, mixture": (mixture, GaussianBlur(0.8, 0.1), (1, 4, 4)),
-    "blur of files, diffusion": (diffusion, Blur(0.1), (1, 4, 4)),
-    "projection, mixture": (mixture, RandomProjection(2, 0.1), (6,)),
+    "mask, mlp": (partial(denoising, network=NETWORK, steps=2), RandomMask(0.5, 0.1), (6,), observed),
+    "blurs of files, unet": (denoising, Blur(noise=0.1), (1, 4, 4), kernels),  # conjugate gradients
+    "mask, mixture": (components, RandomMask(0.5, 0.1), (6,), observed),
+    "cosines, mixture": (mixture, GaussianBlur(0.8, 0.1), (1, 4, 4), observed),
+    "projection, mixture": (mixture, RandomProjection(2, 0.1), (6,), observed),
 }
 WITHOUT_DIFFEM = """
 import sys, torch
@@ -54,6 +64,12 @@ inputs = torch.load(sys.argv[2], weights_only=True)
 torch.save([program(*some) for some in inputs], sys.argv[3])
 assert not [name for name in sys.modules if name.startswith("diffem")]
 """
+
+
+def loaded(file: Path, *inputs: tuple) -> list[torch.Tensor]:
+    """What the program draws in this process: quicker."""
+    program = torch.export.load(file).module()
+    return [program(*some) for some in inputs]
 
 
 def load_and_draw(file: Path, *inputs: tuple) -> list[torch.Tensor]:
@@ -68,20 +84,15 @@ def load_and_draw(file: Path, *inputs: tuple) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("case", CASES)
 def test_without_diffem_it_draws_what_the_posterior_draws(case, tmp_path):
-    make, corruption, shape = CASES[case]
-    of = make(corruption, shape).eval()
-    params = {"kernel": torch.rand(5, 1, 3, 3)} if isinstance(corruption, Blur) else {}
-    if params:
-        x = UNITS.restore(torch.randn(5, *shape))
-        y = corruption.apply(x, params, torch.Generator().manual_seed(0))
-    else:
-        y, params = observed(corruption, shape)
+    make, corruption, shape, observe = CASES[case]
+    of, (y, params) = make(corruption, shape).eval(), observe(corruption, shape)
     file = tmp_path / "posterior.pt2"
     assert of.export(file, y, params) is None  # any number of observations
     seeds = keys(5)
     some = [slice(0, 5), slice(0, 1), slice(1, 4)]
     inputs = [(y[rows], {k: v[rows] for k, v in params.items()}, seeds[rows]) for rows in some]
-    for drawn, (y_, params_, seeds_) in zip(load_and_draw(file, *inputs), inputs, strict=True):
+    draw = load_and_draw if "unet" in case or case == "mask, mixture" else loaded
+    for drawn, (y_, params_, seeds_) in zip(draw(file, *inputs), inputs, strict=True):
         expected = of.sample(y_, params_, seeds=seeds_)[0]
         assert drawn.shape == expected.shape
         torch.testing.assert_close(drawn, expected, rtol=1e-4, atol=1e-4)
@@ -107,7 +118,7 @@ def test_images_without_a_channel_axis(tmp_path):
     assert of.export(file) is None  # the corruption makes an example
     y, params = observed(RandomMask(0.5, 0.1), (1, 3, 4))
     y, mask = y[:, 0], params["mask"][:, 0]
-    (drawn,) = load_and_draw(file, (y, {"mask": mask}, keys(5)))
+    drawn = loaded(file, (y, {"mask": mask}, keys(5)))[0]
     torch.testing.assert_close(drawn, of.sample(y, {"mask": mask}, seeds=keys(5))[0], rtol=1e-4, atol=1e-4)
 
 
@@ -143,11 +154,11 @@ def test_what_cannot_be_exported_is_refused_in_a_line(tmp_path):
 
 
 def test_a_black_box_with_an_example(tmp_path):
-    of = diffusion(BlackBox(lambda x: x**2))
+    of = denoising(BlackBox(lambda x: x**2), (6,), NETWORK)
     y = torch.rand(3, 6)
     file = tmp_path / "posterior.pt2"
     assert of.export(file, y) is None
-    (drawn,) = load_and_draw(file, (y, {}, keys(3)))
+    drawn = loaded(file, (y, {}, keys(3)))[0]
     torch.testing.assert_close(drawn, of.sample(y, seeds=keys(3))[0], rtol=1e-4, atol=1e-4)
 
 
@@ -160,21 +171,19 @@ def test_a_network_that_fixes_the_number_says_so(tmp_path):
         def forward(self, x, log_sigma):
             return torch.stack([self.layer(one) for one in x])
 
-    of = diffusion(GaussianNoise(0.3), network=Given(Fixed))
+    of = denoising(GaussianNoise(0.3), (6,), Given(Fixed))
     assert of.export(tmp_path / "posterior.pt2", torch.rand(4, 6)) == 4
 
 
 def test_export_of_a_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     observations().save("data")
-    em = make(Path("run"), observations().load("data"), em={"iterations": 1})
+    em = make(Path("run"), observations().load("data"), em={"iterations": 1}, sampler={"steps": 1})
     list(em.iterate())
     assert main(["export", "run", "--out", "posterior.pt2"]) == 0
     assert capsys.readouterr().out == "posterior.pt2: a program for any number of observations at a time\n"
     y, params = em.observations.batch(range(4))
-    (drawn,) = load_and_draw(Path("posterior.pt2").resolve(), (y, params, keys(4)))
-    from diffem.posterior import from_pretrained
-
+    drawn = loaded(Path("posterior.pt2"), (y, params, keys(4)))[0]
     expected = from_pretrained("run/posterior").sample(y, params, seeds=keys(4))[0]
     torch.testing.assert_close(drawn, expected, rtol=1e-4, atol=1e-4)
     assert main(["export", "run", "--out", "posterior.pt2"]) == 2

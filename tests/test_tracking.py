@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 
 import pytest
-from test_em import bare, make, settings, train
+from test_em import bare, make, observations, settings, train
 
 import diffem
 from diffem.em import DiffEM
@@ -99,26 +100,18 @@ def test_trackio_gets_the_rows_in_the_run_folder(tmp_path, monkeypatch):
             log.append("finished")
 
     def init(**arguments) -> Run:
-        import os
-
         log.append((arguments, os.environ["TRACKIO_DIR"]))
         return Run()
 
     stand_in(monkeypatch, "trackio", init=init)
     out = tmp_path / "run"
-    em = DiffEM(settings(em={"iterations": 1}), _observations(), out, hooks=[diffem.track("trackio", out)])
+    em = DiffEM(settings(em={"iterations": 1}), observations(), out, hooks=[diffem.track("trackio", out)])
     rows = list(em.iterate())
     (arguments, folder), *values, last = log
     assert folder == str(out / "trackio")
     assert arguments == {"project": "diffem", "name": "run", "config": em.run.config, "resume": "allow"}
     assert values == [(row["iteration"], numbers(row)) for row in rows]
     assert last == "finished"
-
-
-def _observations():
-    from test_em import observations
-
-    return observations()
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "trackio"])

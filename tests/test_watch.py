@@ -20,7 +20,6 @@ from diffem.cli import main
 from diffem.data import observations as data
 from diffem.diagnostics import scores
 from diffem.em import Progress
-from diffem.errors import DiffemError
 from diffem.run import Run
 from diffem.watch import FILE, Status, duration, seconds_left, status
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
 from diffem import files, seeding
 from diffem.corruptions import BlackBox, Params
@@ -79,7 +80,7 @@ def export(posterior: Posterior, file: str | Path, y: Any = None, params: Any = 
         raise DiffemError(f"{file}: the program does not draw what the posterior draws; it is not written")
     files.replace(file, stream.getvalue())
     size = next(node.meta["val"].shape[0] for node in program.graph.nodes if node.name == "seeds")
-    return size if isinstance(size, int) else None
+    return int(size) if is_concrete_int(size) else None
 
 
 def _strip(program: torch.export.ExportedProgram) -> None:
