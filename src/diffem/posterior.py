@@ -220,7 +220,7 @@ class Posterior(nn.Module):
         return sharing.push(self, name, token, private)
 
     def export(self, file: str | Path, y: Any = None, params: Any = None) -> int | None:
-        """Writes a program of torch.export that draws without diffem, see :mod:`diffem.program`.
+        """Writes a program of torch.export that draws without diffem; the module `diffem.program` says how it is used.
 
         Arguments:
             file: The file, NAME.pt2.
