@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,13 +18,15 @@ import yaml
 from safetensors import safe_open
 
 import diffem
-from diffem import samplers, seeding
+from diffem import samplers, seeding, tracking
 from diffem.clean.evaluation import as_text
-from diffem.cli import main
+from diffem.cli import ProgressBar, main
 from diffem.corruptions import REGISTRY
 from diffem.data import Observations
-from diffem.em import DiffEM
+from diffem.em import DiffEM, Progress
 from diffem.posterior import from_pretrained
+from diffem.report import page
+from diffem.watch import status
 
 TINY = [
     "--em.guard",
@@ -625,3 +628,47 @@ def test_a_function_with_a_number_for_each_observation(here, capsys, monkeypatch
     assert said(here, capsys, "sample", "run", "--out", "new.npy") == (
         "run: has no prior: it is not finished, or no iteration was better than its start"
     )
+
+
+def test_every_row_says_how_long_the_run_still_takes_and_the_report_is_written_anew(here, capsys, monkeypatch):
+    masked(here / "data")
+    written, write_page = [], page.write
+    monkeypatch.setattr(page, "write", lambda run: written.append(status(run).finished) or write_page(run))
+    train = ["train", "--observations", "data", "--out", "run", *TINY, "--em.iterations", "2"]
+    assert main(train) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("iteration")]
+    assert [bool(re.search(r"\(\d+ s\); about \d+ seconds left$", line)) for line in lines] == [False, True, True, True]
+    assert written == [0, 1, 2, 2, 2]  # after the start, the iterations, the final row, and the end
+    assert main(train) == 0  # nothing is left to do, so there is no time left
+    assert "left" not in capsys.readouterr().out
+    assert len(written) == 7
+    assert main(["status", "run"]) == 0
+    assert capsys.readouterr().out.startswith("finished: 2 iterations\nbest: iteration 2, crps ")
+
+
+def test_the_bar_says_how_long_the_run_still_takes(monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    bar = ProgressBar()
+    bar.update(Progress("m_step", 2, 3, 5, 0.25, 150.0))
+    assert bar.bar.desc == "iteration 2, m_step: loss 0.250; run: about 2 minutes left"
+    bar.update(Progress("m_step", 2, 4, 5, 0.25))
+    assert bar.bar.desc == "iteration 2, m_step: loss 0.250"
+    assert bar.bar.n == 4
+    bar.clear()
+
+
+def test_track(here, capsys, monkeypatch):
+    masked(here / "data")
+    train = ["train", "--observations", "data", "--out", "run", *TINY, "--track"]
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    assert refused(here, capsys, *train, "trackio") == (
+        "diffem: trackio is not installed: pip install 'diffem-torch[tracking]'\n"
+    )
+    assert refused(here, capsys, *train, "wandb") == (
+        "diffem: track: unknown tracker 'wandb'; (known: tensorboard, trackio)\n"
+    )
+    found = []
+    monkeypatch.setitem(tracking.TRACKERS, "trackio", lambda folder: lambda em, k, values: found.append((folder, k)))
+    monkeypatch.setattr(tracking.importlib.util, "find_spec", lambda name: name)
+    assert main([*train, "trackio"]) == 0
+    assert found == [(Path("run/trackio"), k) for k in range(3)]

@@ -9,6 +9,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+import test_em
 from PIL import Image
 
 from diffem.errors import DiffemError
@@ -461,3 +462,27 @@ def test_what_is_shown_of_an_item(shape, size, said):
         np.testing.assert_array_equal(plane[0, :6, 5:], middle[1])
     if shape[0] in (4, 7):
         np.testing.assert_array_equal(plane[0, 6:, 5:], middle[3])
+
+
+def test_the_report_of_an_unfinished_run_says_so(tmp_path):
+    em = test_em.make(tmp_path)
+    texts = []
+    for row in em.iterate():
+        page = report.write(tmp_path).read_text()
+        check(page)
+        texts.append(re.search(r"<p>(This run is not finished: .*?)</p>", page))
+        assert ("Start and final model" in page) == (texts[-1] is None)
+        assert page.count("<h2") >= 3
+        last = row["iteration"]
+    assert last == 4
+    # after the row of the final model its prior is still to be trained
+    assert [text.group(1).partition(", about")[0] for text in texts] == [
+        "This run is not finished: 0 of 3 iterations are done.",
+        "This run is not finished: 1 of 3 iterations are done",
+        "This run is not finished: 2 of 3 iterations are done",
+        "This run is not finished: 3 of 3 iterations are done",
+        "This run is not finished: 3 of 3 iterations are done",
+    ]
+    assert texts[1].group(1).endswith(" left.")
+    assert "not finished" not in report.write(tmp_path).read_text()
+    assert not list(tmp_path.glob("*.tmp"))

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from diffem.posterior import Posterior, from_pretrained
     from diffem.samplers import DiffusionSampler, register_sampler
     from diffem.tables import DiffEMImputer
+    from diffem.tracking import track
 
 __version__ = "0.1.0"
 __all__ = [
@@ -77,6 +78,7 @@ __all__ = [
     "load_config",
     "register_corruption",
     "register_sampler",
+    "track",
 ]
 _HOME = {
     "config": ("Config", "load_config"),
@@ -86,6 +88,7 @@ _HOME = {
     "posterior": ("Posterior", "from_pretrained"),
     "samplers": ("DiffusionSampler", "register_sampler"),
     "tables": ("DiffEMImputer",),
+    "tracking": ("track",),
 }
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
 

@@ -1,4 +1,5 @@
-"""The command line: diffem import | check | corrupt | train | reconstruct | sample | evaluate | diagnose | report | settings."""
+"""The command line: diffem import | check | corrupt | train | status | reconstruct | sample | evaluate | diagnose | report | export |
+push | settings."""
 
 from __future__ import annotations
 
@@ -98,6 +99,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="M",
         help="at most so much work is lost when the run is killed",
     )
+    train.add_argument(
+        "--track", metavar="TRACKER", help="also write the numbers of every iteration for tensorboard or trackio"
+    )
     train.add_argument("--force", action="store_true", help="go on although `diffem check` finds a problem")
     train.add_argument("--allow-unobserved", action="store_true", help="go on although some entry is never observed")
 
@@ -195,7 +199,28 @@ def _parser() -> argparse.ArgumentParser:
     _add_device(diagnose)
     diagnose.add_argument("--json", action="store_true", help="print JSON")
 
+    export = add("export", "Write a program of torch.export that draws from the posterior of a run without diffem.")
+    export.add_argument("run")
+    export.add_argument(
+        "--observations", metavar="DIR", help="for their shapes (default: the folder that the run read)"
+    )
+    _add_corruption(export)
+    export.add_argument("--out", required=True, metavar="FILE", help="a .pt2 file")
+    export.add_argument("--overwrite", action="store_true", help="replace what is there")
+    export.set_defaults(device="cpu", precision="float32")
+
+    push = add("push", "Upload the posterior of a run, with a model card, to the Hugging Face Hub.")
+    push.add_argument("run")
+    push.add_argument("name", metavar="OWNER/NAME")
+    _add_corruption(push)
+    push.add_argument("--private", action="store_true", help="only its owner may see it, if it is new")
+    push.set_defaults(device="cpu", precision="float32")
+
     add("settings", "List every setting of a run, with its default.")
+
+    status = add("status", "Say how far a run is and how long it still takes, while it runs or afterwards.")
+    status.add_argument("run")
+    status.add_argument("--json", action="store_true", help="print JSON")
 
     report = add("report", "Write report.html of a run again.")
     report.add_argument("run")
@@ -236,7 +261,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise DiffemError(f"diffem: {rest[0]}: give a command first; diffem --help lists them")
             parser.print_help()
             return 0
-        import diffem.rivals  # noqa: F401 - registers their samplers; imported here so that --help is quick
+        if arguments.command != "status":  # it answers at once, as --help does
+            import diffem.rivals  # noqa: F401 - registers their samplers
 
         if rest and arguments.command not in ("train", "import", "check", "corrupt"):
             raise DiffemError(f"diffem {arguments.command}: unknown argument {rest[0]}")
@@ -249,7 +275,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             "sample": lambda: _sample(arguments),
             "evaluate": lambda: _evaluate(arguments),
             "diagnose": lambda: _diagnose(arguments),
+            "export": lambda: _export(arguments),
+            "push": lambda: _push(arguments),
             "settings": _settings,
+            "status": lambda: _status(arguments),
             "report": lambda: say(str(_report(Path(arguments.run)))),
         }[arguments.command]()
     except DiffemError as error:
@@ -340,6 +369,8 @@ def _train(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     from diffem.em import DiffEM
     from diffem.report import page, pictures
     from diffem.samplers import trained_kind
+    from diffem.tracking import track
+    from diffem.watch import time_left
 
     config, place = configuration.load_config(arguments.preset, overrides(rest)), _place(arguments)
     distributed.begin()
@@ -352,7 +383,9 @@ def _train(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     if arguments.out is None and arguments.preset is None:
         raise DiffemError("diffem train: --out: give a run folder")
     out = Path(arguments.out or f"runs/{Path(arguments.preset).stem}")
-    own = _own(arguments)
+    own, hooks = _own(arguments), [] if reference is None else [against(reference)]
+    if arguments.track:
+        hooks.append(track(arguments.track, out))
     folder = Path(arguments.observations) if arguments.observations else out / "observations"
     if arguments.observations is None and not (folder / "y.npy").exists():
         if not config.data.source:
@@ -370,7 +403,7 @@ def _train(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
         config,
         observations,
         out,
-        hooks=[] if reference is None else [against(reference)],
+        hooks=hooks,
         progress=bar.update if distributed.first() else lambda progress: None,
         allow_unobserved=arguments.allow_unobserved,
         checkpoint_minutes=arguments.checkpoint_minutes,
@@ -384,10 +417,14 @@ def _train(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
         verdict = "best" if row["best"] else "accepted" if row["accepted"] else "refused"
         if row["loss"] is None:
             verdict = "start" if row["iteration"] == 0 else "final"
+        new = row is em.rows[-1]  # not of an earlier process
+        left = f"; {time_left(em.watch.left)}" if new and em.watch.left else ""
         say(
-            f"iteration {row['iteration']:3d} {verdict:8s} {row['score_name']} {row['score']:.4f} +- {row['score_se']:.4f}{ratio} ({row['seconds']:.0f} s)"
+            f"iteration {row['iteration']:3d} {verdict:8s} {row['score_name']} {row['score']:.4f} +- {row['score_se']:.4f}{ratio} ({row['seconds']:.0f} s){left}"
             + ("" if row["iteration"] else "; scores are in units of half the range of the data")
         )
+        if new:
+            page.write(out)
     if not distributed.first():
         return
     if not (out / "prior" / "config.json").exists():
@@ -552,7 +589,7 @@ def make_observations(
 
 
 class ProgressBar:
-    """A progress bar with the current step; silent if standard error is not a terminal."""
+    """A progress bar with the current step, and the time left of the run; silent if standard error is not a terminal."""
 
     def __init__(self) -> None:
         self.bar: Any = None
@@ -561,12 +598,15 @@ class ProgressBar:
     def update(self, progress: Progress) -> None:
         from tqdm import tqdm
 
+        from diffem.watch import time_left
+
         what = f"iteration {progress.iteration}, {progress.step}"
         if self.bar is None or self.what != what:
             self.clear()
             self.bar, self.what = tqdm(total=progress.total, leave=False, disable=not sys.stderr.isatty()), what
         loss = "" if progress.loss is None else f": loss {progress.loss:.3f}"
-        self.bar.set_description_str(what + loss, refresh=False)
+        left = "" if progress.left is None else f"; run: {time_left(progress.left)}"
+        self.bar.set_description_str(what + loss + left, refresh=False)
         self.bar.update(progress.done - self.bar.n)
 
     def clear(self) -> None:
@@ -696,6 +736,30 @@ def _refuse_other_range(run: Path, observations: Observations) -> None:
 def _refuse_to_overwrite(file: Path, arguments: argparse.Namespace) -> None:
     if file.exists() and not arguments.overwrite:
         raise DiffemError(f"diffem {arguments.command}: --out: {file} is there already; --overwrite replaces it")
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from diffem.program import users
+
+    _refuse_to_overwrite(Path(arguments.out), arguments)
+    posterior, folder = _model(arguments, "posterior"), _trained_on(arguments)
+    example: tuple[Any, Any] = (None, None)
+    if folder is not None:
+        observations = _observations(folder, posterior, arguments)
+        example = users(posterior.layout, *observations.batch(range(min(3, len(observations)))))
+    size = posterior.export(arguments.out, *example)
+    say(f"{arguments.out}: a program for {'any number of' if size is None else size} observations at a time")
+
+
+def _push(arguments: argparse.Namespace) -> None:
+    say(_model(arguments, "posterior").push_to_hub(arguments.name, private=arguments.private))
+
+
+def _status(arguments: argparse.Namespace) -> None:
+    from diffem.watch import status
+
+    found = status(arguments.run)
+    say(json.dumps(found.to_dict()) if arguments.json else str(found))
 
 
 def _sample(arguments: argparse.Namespace) -> None:

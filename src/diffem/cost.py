@@ -23,6 +23,7 @@ from diffem.diagnostics.scores import PREDICTIONS, final_splits
 from diffem.em import DiffEM
 from diffem.judging import DRAWS, SPLITS
 from diffem.samplers import draw_many
+from diffem.watch import duration
 
 FIT = 8
 FIT_ITEMS = 1024
@@ -74,8 +75,8 @@ def forecast(observations: Observations, config: Config) -> str:
         updates += config.prior.steps * (config.prior.kind == "unconditional")
     whole, parts = fit + updates * update + draws * draw, (fit, updates * update, draws * draw)
     size = m_step.micro_batch or m_step.batch
-    first, second, third = (_duration(seconds) for seconds in parts)
-    return f"about {_duration(whole)} on this machine, as busy as it is now ({em.device}): {first} for the start, {second} for {updates:,} updates, {third} for {draws:,.0f} draws; memory: {memory.words(em.trainer.footprint() * size)} for an update of {size}, {memory.words(sampler.footprint() * em.batch)} for {em.batch} draws at a time"
+    first, second, third = (duration(seconds) for seconds in parts)
+    return f"about {duration(whole)} on this machine, as busy as it is now ({em.device}): {first} for the start, {second} for {updates:,} updates, {third} for {draws:,.0f} draws; memory: {memory.words(em.trainer.footprint() * size)} for an update of {size}, {memory.words(sampler.footprint() * em.batch)} for {em.batch} draws at a time"
 
 
 def _seconds(work: Callable[[], object]) -> float:
@@ -86,10 +87,3 @@ def _seconds(work: Callable[[], object]) -> float:
         work()
         times.append(time.perf_counter() - begin)
     return statistics.median(times[1:] or times)
-
-
-def _duration(seconds: float) -> str:
-    for unit, name in ((3600, "hours"), (60, "minutes")):
-        if seconds >= 2 * unit:
-            return f"{seconds / unit:.0f} {name}"
-    return f"{seconds:.0f} seconds"

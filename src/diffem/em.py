@@ -53,6 +53,7 @@ from diffem.run import Run
 from diffem.samplers import DiffusionSampler, Sampler, trained_kind
 from diffem.selection import Selection, to_start
 from diffem.trainer import Examples, Trainer
+from diffem.watch import Watch
 
 REFRESH = 20_000  # the random stream that decides which reconstructions are drawn anew
 ABOUT_THE_END = ("prior.json", "pictures.npz", "diagnostics.json", "report.html")  # files of a finished run
@@ -62,13 +63,15 @@ FAILURES = 4  # rollbacks after values that are not finite, before the run ends 
 
 @dataclass(frozen=True)
 class Progress:
-    """Progress of a run: `step` of `iteration`, `done` of `total`; in the M-step also the mean `loss` so far."""
+    """Progress of a run: `step` of `iteration`, `done` of `total`; in the M-step also the mean `loss` so far; and an
+    estimate of the seconds that are `left` of the run, after its first iteration."""
 
     step: str
     iteration: int
     done: int
     total: int
     loss: float | None = None
+    left: float | None = field(default=None, compare=False)
 
 
 def stopped() -> None:
@@ -171,7 +174,7 @@ class DiffEM:
             raise DiffemError(f"batch: must be at least 1, got {batch}")
         self.config, self.observations, self.seed = config, observations, config.em.seed
         self.network = config.network if network is None else Given(network)
-        self.hooks, self.progress = hooks, progress
+        self.hooks, self.progress, self.watch = hooks, progress, Watch(self)
         self.given_batch, self.checkpoint_minutes = batch, checkpoint_minutes
         self.batch = batch or memory.MOST  # what fits is known when there is a network
         self.device, self.precision = devices.choose(device, precision)
@@ -221,6 +224,8 @@ class DiffEM:
         with contextlib.ExitStack() as stack:
             distributed.wait()  # until every process has seen the folder as it was
             distributed.shared(lambda: stack.enter_context(self.run.open()))
+            if self.run.writes:
+                stack.enter_context(self.watch.open())
             alone(self, lambda: resume(self))
             self._saved, known = time.monotonic(), 0
             while True:
@@ -381,7 +386,7 @@ def start(em: DiffEM) -> None:
     if em.given_start is not None:
         posterior, about = em.given_start, {"kind": em.given_start.sampler.kind, "run": em.config.start.run}
     else:
-        tell = lambda text: em.progress(Progress(text, 0, 0, 1))  # noqa: E731
+        tell = lambda text: em.watch(Progress(text, 0, 0, 1))  # noqa: E731
         sampler, about = starts.make(em.config.start, em.data, em.train, em.seed, tell, em.device, em.run.once)
         posterior = em.posterior(sampler)
     posterior.save_pretrained(folder / "start")
@@ -425,7 +430,7 @@ def train(em: DiffEM, steps: int, dropout: float) -> bool:
             return False
         state.updates += 1
         state.loss_sum += value
-        em.progress(Progress(state.step, state.iteration, state.updates, steps, state.loss_sum / state.updates))
+        em.watch(Progress(state.step, state.iteration, state.updates, steps, state.loss_sum / state.updates))
         rest(em, em.checkpoint)
     return True
 
@@ -503,7 +508,7 @@ def e_step(em: DiffEM) -> None:
             roll_back(em, what)
             return
         filled = int(chunks[min(k + size, len(chunks)) - 1][-1]) + 1
-        em.progress(Progress("e_step", state.iteration, filled, len(data)))
+        em.watch(Progress("e_step", state.iteration, filled, len(data)))
         rest(em, lambda filled=filled: em.run.grown("next", out, filled, state.iteration))
     if out is not None:
         out.flush()
@@ -556,7 +561,8 @@ def commit(em: DiffEM) -> None:
     if state.row["best"]:
         files.link(folder / "current.npy", folder / "reconstructions.npy")
     if state.row["best"] and state.width is not None:
-        em.posterior(em.sampler).save_pretrained(folder / "posterior")
+        scores = state.row if "final" in state.row else None
+        em.posterior(em.sampler).save_pretrained(folder / "posterior", scores)
         if em.config.prior.kind == "joint":
             em.posterior(em.diffusion(width=1.0)).save_pretrained(folder / "prior")
     state.rows.append(state.row)

@@ -25,5 +25,9 @@ def optional(module: str, extra: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError:
-        name = module.partition(".")[0]
-        raise DiffemError(f"{name} is not installed: pip install 'diffem-torch[{extra}]'") from None
+        raise missing(module.partition(".")[0], extra) from None
+
+
+def missing(package: str, extra: str) -> DiffemError:
+    """The error that says which extra brings a package."""
+    return DiffemError(f"{package} is not installed: pip install 'diffem-torch[{extra}]'")

@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as serialise
 from torch import Tensor, nn
 
-from diffem import devices, files, memory, samplers, seeding
+from diffem import devices, files, memory, samplers, seeding, sharing
 from diffem.corruptions import REGISTRY, BlackBox, Corruption, Params, from_config
 from diffem.data import Dataset, Layout, Observations
 from diffem.denoiser import Denoiser
@@ -36,6 +37,7 @@ class Posterior(nn.Module):
         trained_on: A checksum of the training observations, and the seed that decided which ones were held out.
         layout: The axes of observations, see :mod:`diffem.data.layout`; by default the layout of the model.
         item_layout: The axes of items, in the same way.
+        scores: Its scores on test observations, if they are known, under the names of metrics.jsonl.
     """
 
     def __init__(
@@ -46,10 +48,12 @@ class Posterior(nn.Module):
         trained_on: dict | None = None,
         layout: Layout | None = None,
         item_layout: Layout | None = None,
+        scores: dict | None = None,
     ) -> None:
         super().__init__()
         self.sampler, self.corruption, self.units, self.trained_on = sampler, corruption, units, trained_on
         self.layout, self.item_layout = layout, item_layout or Layout.usual(len(sampler.shape) + 1)
+        self.scores = scores
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -88,12 +92,8 @@ class Posterior(nn.Module):
         if not isinstance(params, Mapping | None):
             raise DiffemError(f'params: must be named arrays, e.g. {{"mask": mask}}, got {type(params).__name__}')
         arrays = isinstance(y, np.ndarray)
-        y, given = torch.as_tensor(y), {k: torch.as_tensor(v) for k, v in (params or {}).items()}
-        if self.layout is not None:
-            y, given = self.layout.observed(y, given)
-        y = y.float()
-        given = {k: (v.bool() if k == "mask" else v.float()).to(y.device) for k, v in given.items()}
-        sampler, size = self._drawing(self._check(y, given), batch, "y: is of")
+        y, given = self.converted(torch.as_tensor(y), {k: torch.as_tensor(v) for k, v in (params or {}).items()})
+        sampler, size = self._drawing(_observed_shape(self.corruption, self.shape, y, given), batch, "y: is of")
         if "mask" in given:
             y = torch.where(given["mask"], y, 0.0)
         if not y.isfinite().all():
@@ -108,13 +108,24 @@ class Posterior(nn.Module):
             raise DiffemError(f"seeds: {len(seeds)} of them, where y has {len(y)} rows")
         found = []
         for rows in torch.arange(len(y)).split(size):
-            part, of_part = y[rows].to(self.device), {k: v[rows].to(self.device) for k, v in given.items()}
-            part = self.corruption.scale_y(part, of_part, self.units)
-            of_part = self.corruption.scale_params(of_part, self.units)
+            of_part = {k: v[rows].to(self.device) for k, v in given.items()}
             keys = seeds.cpu()[rows].to(self.device)
-            found.append(torch.stack([sampler.draw(part, of_part, seeding.again(keys, j)) for j in range(n)]))
-        x = self._restored(torch.cat(found, 1)).to(y.device)
+            found.append(self.drawn(sampler, y[rows].to(self.device), of_part, keys, n))
+        x = torch.cat(found, 1).to(y.device)
         return x.numpy() if arrays else x
+
+    def converted(self, y: Tensor, params: Params) -> tuple[Tensor, Params]:
+        """Observations and their parameters in the layout and the dtypes of models."""
+        if self.layout is not None:
+            y, params = self.layout.observed(y, params)
+        y = y.float()
+        return y, {k: (v.bool() if k == "mask" else v.float()).to(y.device) for k, v in params.items()}
+
+    def drawn(self, sampler: Sampler, y: Tensor, params: Params, seeds: Tensor, n: int = 1) -> Tensor:
+        """n draws for each of some :meth:`converted` observations, shape (n, B, ...), in the units and the layout of
+        y."""
+        y, params = self.corruption.scale_y(y, params, self.units), self.corruption.scale_params(params, self.units)
+        return self._restored(torch.stack([sampler.draw(y, params, seeding.again(seeds, j)) for j in range(n)]))
 
     def _drawing(self, shape: tuple[int, ...], batch: int | None, what: str) -> tuple[Sampler, int]:
         """The sampler for items of a shape, and the batch size that takes as much memory as `batch` items of the
@@ -126,19 +137,6 @@ class Posterior(nn.Module):
             return tiled(self.sampler, shape, batch), max(1, batch * math.prod(self.shape) // math.prod(shape))
         except DiffemError as error:
             raise DiffemError(f"{what} {error}") from None
-
-    def _check(self, y: Tensor, params: dict[str, Tensor]) -> tuple[int, ...]:
-        """The shape of the items that were observed."""
-        for name, value in params.items():
-            known = self.corruption.parameters
-            if known is not None and name not in known:
-                raise DiffemError(
-                    f"params: {name}: is no parameter of {self.corruption.config['name']};{suggest(name, known)}"
-                )
-            if value.shape[:1] != y.shape[:1]:
-                raise DiffemError(f"{name}: has {len(value) if value.ndim else 0} rows where y has {len(y)}")
-        shape = tuple(y.shape[1:]) if self.corruption.diagonal else self.shape
-        return self.corruption.check(y.cpu().numpy(), {k: v.cpu().numpy() for k, v in params.items()}, shape)
 
     def sample_prior(self, n: int, generator: torch.Generator | None = None, batch: int | None = None) -> Tensor:
         """n new items, without an observation, shape (n, ...), in the units and the layout of y.
@@ -202,40 +200,84 @@ class Posterior(nn.Module):
         """The device on which it computes; draws are returned on the device of y."""
         return self.sampler.device
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Writes config.json, model.safetensors and a model card; each file is replaced atomically."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        config = {
-            "kind": self.sampler.kind,
-            "corruption": self.corruption.config,
-            "shape": list(self.shape),
-            "scaling": self.units.config,
-            "trained_on": self.trained_on,
-            "layout": None if self.layout is None else self.layout.config,
-            "item_layout": self.item_layout.config,
-            **self.sampler.config,
-        }
-        tensors = dict(self.sampler.state_dict())
-        if (measured := self.sampler.corruption.file_parameters) is not None:
-            # of one observation: without them it could be neither built again nor sampled without an observation
-            example = measured(1, torch.Generator().manual_seed(0))
-            tensors |= {f"{EXAMPLE}{name}": value for name, value in example.items()}
-        tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
-        files.replace(folder / "model.safetensors", serialise(tensors or {"empty": torch.zeros(1)}))
-        files.replace(folder / "config.json", json.dumps(config, indent=2).encode())
-        files.replace(folder / "README.md", _CARD.format(**config).encode())
+    def save_pretrained(self, folder: str | Path, scores: dict | None = None) -> None:
+        """Writes config.json, model.safetensors and a model card; each file is replaced atomically.
+
+        Arguments:
+            folder: The folder; it is made if it does not exist.
+            scores: Scores on test observations for the card: a row of metrics.jsonl; by default the known ones.
+        """
+        _save(self, Path(folder), sharing.chosen(scores) or self.scores)
+
+    def push_to_hub(self, name: str, token: str | None = None, private: bool = False) -> str:
+        """Uploads what :meth:`save_pretrained` writes to the Hugging Face Hub, and returns the address.
+
+        Arguments:
+            name: OWNER/NAME of the model there; it is made if it does not exist.
+            token: A token that may write; by default that of `hf auth login`, or of HF_TOKEN.
+            private: Whether a new one is private.
+        """
+        return sharing.push(self, name, token, private)
+
+    def export(self, file: str | Path, y: Any = None, params: Any = None) -> int | None:
+        """Writes a program of torch.export that draws without diffem; the module `diffem.program` says how it is used.
+
+        Arguments:
+            file: The file, NAME.pt2.
+            y: A few observations as an example of the shapes, as for :meth:`sample`; by default simulated ones.
+            params: Their parameters.
+
+        Returns:
+            The number of observations that the program takes at a time; None, as a rule: any number.
+
+        Raises:
+            DiffemError: If it cannot be traced.
+        """
+        from diffem import program  # torch.export takes a second to import
+
+        return program.export(self, file, y, params)
+
+
+def _observed_shape(
+    corruption: Corruption, shape: tuple[int, ...], y: Tensor, params: dict[str, Tensor]
+) -> tuple[int, ...]:
+    """The shape of the items that were observed; `shape` is that of the model's items."""
+    for name, value in params.items():
+        known = corruption.parameters
+        if known is not None and name not in known:
+            raise DiffemError(f"params: {name}: is no parameter of {corruption.config['name']};{suggest(name, known)}")
+        if value.shape[:1] != y.shape[:1]:
+            raise DiffemError(f"{name}: has {len(value) if value.ndim else 0} rows where y has {len(y)}")
+    shape = tuple(y.shape[1:]) if corruption.diagonal else shape
+    return corruption.check(y.cpu().numpy(), {k: v.cpu().numpy() for k, v in params.items()}, shape)
+
+
+def _save(posterior: Posterior, folder: Path, scores: dict | None) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    sampler, layout = posterior.sampler, posterior.layout
+    config = {
+        "kind": sampler.kind,
+        "corruption": posterior.corruption.config,
+        "shape": list(posterior.shape),
+        "scaling": posterior.units.config,
+        "trained_on": posterior.trained_on,
+        "layout": None if layout is None else layout.config,
+        "item_layout": posterior.item_layout.config,
+        **({} if scores is None else {"scores": scores}),
+        **sampler.config,
+    }
+    tensors = dict(sampler.state_dict())
+    if (measured := sampler.corruption.file_parameters) is not None:
+        # of one observation: without them it could be neither built again nor sampled without an observation
+        example = measured(1, torch.Generator().manual_seed(0))
+        tensors |= {f"{EXAMPLE}{name}": value for name, value in example.items()}
+    tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
+    files.replace(folder / "model.safetensors", serialise(tensors or {"empty": torch.zeros(1)}))
+    files.replace(folder / "config.json", json.dumps(config, indent=2).encode())
+    files.replace(folder / "README.md", sharing.card(config).encode())
 
 
 EXAMPLE = "example."  # prefix of tensors
-
-_CARD = """# diffem model: {kind}
-
-Trained by diffem on observations corrupted by `{corruption}`; items of shape {shape}, no clean data.
-
-    from diffem import from_pretrained
-    draws = from_pretrained("THIS FOLDER").sample(y, params, n=8)
-"""
 
 
 def from_pretrained(
@@ -248,7 +290,7 @@ def from_pretrained(
     """Loads what :meth:`Posterior.save_pretrained` wrote; nothing is unpickled.
 
     Arguments:
-        folder: The folder.
+        folder: The folder, or OWNER/NAME of a model on the Hugging Face Hub, if there is no such folder here.
         corruption: Used instead of the saved one; needed if that is not one of diffem's.
         network: The function that made the network, if it is not one of diffem's; see :class:`diffem.networks.Given`.
         device: Where it computes; see :func:`diffem.devices.choose`.
@@ -257,8 +299,10 @@ def from_pretrained(
     Raises:
         DiffemError: If the folder does not hold a complete model.
     """
-    folder = Path(folder)
     where, dtype = devices.choose(device, precision)
+    if isinstance(folder, str) and sharing.elsewhere(folder):
+        folder = sharing.pull(folder)
+    folder = Path(folder)
     try:
         config = json.loads((folder / "config.json").read_text())
         tensors = load_file(folder / "model.safetensors")
@@ -268,7 +312,7 @@ def from_pretrained(
         raise DiffemError(f"{folder}: is not a complete saved model: {str(error).splitlines()[0]}") from None
     try:
         units, shape = Units(*config["scaling"]), tuple(config["shape"])
-        layouts = [None if config.get(k) is None else Layout(*config[k]) for k in ("layout", "item_layout")]
+        layout, items = (None if config.get(k) is None else Layout(*config[k]) for k in ("layout", "item_layout"))
         corruption = _corruption(config["corruption"], corruption, shape)
         kind = samplers.kind_of(config["kind"], "config.json: kind")
         with seeding.global_generators("cpu", 0):  # initial weights are drawn, then overwritten
@@ -290,7 +334,7 @@ def from_pretrained(
         if isinstance(module, Denoiser):
             module.precision = dtype
     sampler.to(where).eval().requires_grad_(False)
-    return Posterior(sampler, corruption, units, config.get("trained_on"), *layouts)
+    return Posterior(sampler, corruption, units, config.get("trained_on"), layout, items, config.get("scores"))
 
 
 def _repeated(example: Params, n: int, generator: torch.Generator) -> Params:

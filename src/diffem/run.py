@@ -11,6 +11,7 @@ observations/           observations that a benchmark preset made
 posterior/ prior/       the best models
 start/ start.json       the start, for comparison
 diagnostics.json        diagnostics of the best models on held-out observations: see diffem.diagnostics.diagnose
+progress.json           while it runs: how far the step is, see diffem.watch
 current.npy             while it runs: the last accepted reconstructions, on which the M-step trains
 good.safetensors        while it runs: the weights for a rollback, if a value is not finite
 next.npy partial/       while it runs: the finished part of an unfinished step
@@ -23,6 +24,7 @@ import json
 import math
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -205,12 +207,15 @@ def _lock(stream, folder: Path) -> None:
         import fcntl
     except ImportError:  # Windows
         return
-    try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise DiffemError(f"{folder}: another process runs here; wait for it, or use another --out") from None
-    except OSError:  # a file system without locks
-        return
+    for last in (False, True):
+        try:
+            return fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if last:
+                raise DiffemError(f"{folder}: another process runs here; wait for it, or use another --out") from None
+            time.sleep(0.1)  # `diffem status` looks at the lock for a moment
+        except OSError:  # a file system without locks
+            return None
 
 
 def _finite(value: object) -> object:

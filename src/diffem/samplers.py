@@ -296,7 +296,7 @@ class DiffusionSampler(Sampler):
     @torch.no_grad()
     def draw(self, y: Tensor, params: Params, seeds: Tensor, withheld: Tensor | None = None) -> Tensor:
         if withheld is None:
-            withheld = torch.zeros(len(y), dtype=torch.bool, device=y.device)
+            withheld = torch.zeros(y.shape[:1], dtype=torch.bool, device=y.device)
         sigmas = self.sigmas.to(y)
         return self._reverse(sigmas[0] * seeding.normal(seeds, self.shape), sigmas, Query(y, params, withheld, seeds))
 
@@ -305,7 +305,7 @@ class DiffusionSampler(Sampler):
         """Adds noise to earlier draws, up to a middle level, and removes it again. A draw of the right distribution stays one."""
         low, high = float(self.sigmas[-1]), min(float(self.sigmas[0]), MIDDLE)
         sigmas = torch.logspace(math.log10(high), math.log10(low), renoise_steps(self.sampler.steps) + 1).to(y)
-        query = Query(y, params, torch.zeros(len(y), dtype=torch.bool, device=y.device), seeds)
+        query = Query(y, params, torch.zeros(y.shape[:1], dtype=torch.bool, device=y.device), seeds)
         return self._reverse(x + sigmas[0] * seeding.normal(seeds, self.shape), sigmas, query)
 
     def _reverse(self, x: Tensor, sigmas: Tensor, query: Query) -> Tensor:
@@ -334,7 +334,7 @@ class DiffusionSampler(Sampler):
         """The mean, and the draw of the residual variance that is added to it; both flat. Arguments as for
         :meth:`estimate`."""
         params = query.params if query.shown is None else query.shown
-        posterior, f, v = self.denoiser.predict(x, sigma.expand(len(x)), query.y, params, query.withheld)
+        posterior, f, v = self.denoiser.predict(x, sigma.expand(x.shape[:1]), query.y, params, query.withheld)
         mean = posterior.mean + posterior.scale(f)
         if not self.width:
             return mean, torch.zeros_like(mean)

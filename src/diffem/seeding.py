@@ -114,7 +114,7 @@ def uniform(seeds: Tensor, shape: Sequence[int] = (), stream: int = 0) -> Tensor
         stream: Which of the item's independent streams, e.g. the step of the sampler.
     """
     bits = _bits(seeds, math.prod(shape), stream)
-    return (_shift(bits, 40).to(torch.float32) * 2.0**-24).view(len(seeds), *shape)
+    return (_shift(bits, 40).to(torch.float32) * 2.0**-24).view(seeds.shape[0], *shape)
 
 
 def normal(seeds: Tensor, shape: Sequence[int] = (), stream: int = 0) -> Tensor:
@@ -125,4 +125,4 @@ def normal(seeds: Tensor, shape: Sequence[int] = (), stream: int = 0) -> Tensor:
     angle = (bits & 0xFFFFFFFF).to(torch.float32) * (2 * math.pi * 2.0**-32)
     radius = (-2 * first.log()).sqrt()
     both = torch.cat((radius * angle.cos(), radius * angle.sin()), 1)
-    return both[:, :count].reshape(len(seeds), *shape)
+    return both[:, :count].reshape(seeds.shape[0], *shape)

@@ -166,10 +166,10 @@ class LinearCorruption(Masked):
     def matrix(self, y: Tensor, params: Params) -> Tensor:
         """A without the mask, as matrices (B, entries of y, features), or (1, ...) if all observations share it."""
         own = {k: v for k, v in params.items() if k not in ("mask", "noise")}
-        if all(bool((v == v[:1]).all()) for v in own.values()):
+        if not own or (not torch.compiler.is_exporting() and all(bool((v == v[:1]).all()) for v in own.values())):
             y, own = y[:1], {k: v[:1] for k, v in own.items()}
         shape = self.adjoint(y, own).shape[1:]
-        d, n = math.prod(shape), len(y)
+        d, n = math.prod(shape), y.shape[0]
         units = torch.eye(d).to(y).view(d, *shape).repeat(n, *(1,) * len(shape))
         columns = self.forward(units, {k: v.repeat_interleave(d, 0) for k, v in own.items()})
         return columns.reshape(n, d, -1).mT
@@ -242,7 +242,7 @@ def solve(product: Callable[[Tensor], Tensor], b: Tensor, steps: int = STEPS) ->
     least = size * torch.finfo(b.dtype).eps ** (4 / 3)  # squared: the residual is 2e-5 of b in single precision
     for _ in range(steps):
         going = size > least
-        if not going.any():
+        if not (torch.compiler.is_exporting() or going.any()):  # a program takes all steps
             break
         image = product(direction)
         step = each(torch.where(going, size / dot(direction, image), 0.0))

@@ -165,7 +165,7 @@ class DiagonalPosterior(ExactPosterior):
         lam, psi = likelihood.precision, mixture.variance[:, None]
         seen = lam > 0
         z = self._z = torch.where(seen, likelihood.z, 0.0)  # makes unobserved entries finite; their weight is 0
-        B, r = len(z), mixture.rank
+        B, r = z.shape[0], mixture.rank
         # Arrays of shape (K, B, d) are large: as few of them as possible, and the means only on demand.
         self._shrink = 1 / (psi * lam + 1)  # (K, B, d)
         weight = self._weight = lam * self._shrink
@@ -239,15 +239,18 @@ class DiagonalPosterior(ExactPosterior):
 
     def draw(self, uniform: Tensor, normal: Tensor) -> Tensor:
         mixture, k, r = self.mixture, self._component(uniform), self.mixture.rank
-        b = torch.arange(len(k), device=k.device)
+        b = torch.arange(k.shape[0], device=k.device)
         normal = normal.to(self.mean)
         noise = torch.linalg.solve_triangular(self.chol[k, b].mT, normal[:, :r, None], upper=True)[..., 0]
         psi, shrink = mixture.variance[k], self._shrink[k, b]
         # the noise of the latent moves the centre; the observation pulls it back by psi * lam / (1 + psi * lam)
-        moved = torch.empty_like(shrink)
-        for component in k.unique():  # one product for all items of a component
-            here = k == component
-            moved[here] = noise[here] @ mixture.factor[component].T
+        if torch.compiler.is_exporting():  # a program cannot loop over the components that occur
+            moved = (mixture.factor[k] @ noise[..., None])[..., 0]
+        else:
+            moved = torch.empty_like(shrink)
+            for component in k.unique():  # one product for all items of a component
+                here = k == component
+                moved[here] = noise[here] @ mixture.factor[component].T
         x = self._means[k, b] + shrink * moved
         return self._synthesise(x + (psi * shrink).sqrt() * normal[:, r:])
 
@@ -258,7 +261,7 @@ class RowsPosterior(ExactPosterior):
     def __init__(self, mixture: Mixture, likelihood: Rows) -> None:
         self.mixture, self.likelihood = mixture, likelihood
         values, vectors = mixture.eigen()  # (K, d), (K, d, d)
-        B, _K = len(likelihood.y), mixture.components
+        B, _K = likelihood.y.shape[0], mixture.components
         if likelihood.x_t is None or likelihood.sigma is None:
             mean = mixture.mean.expand(B, -1, -1)
             cov = mixture.covariance().expand(B, -1, -1, -1)
@@ -312,7 +315,7 @@ class RowsPosterior(ExactPosterior):
         return torch.linalg.solve_triangular(self.chol, residual.to(self.chol)[..., None], upper=False)[..., 0]
 
     def draw(self, uniform: Tensor, normal: Tensor) -> Tensor:
-        k, b = self._component(uniform), torch.arange(len(uniform), device=uniform.device)
+        k, b = self._component(uniform), torch.arange(uniform.shape[0], device=uniform.device)
         chol, noise = _safe_cholesky(self._covs[b, k]), normal[:, self.mixture.rank :].to(self.mean)
         return self._means[b, k] + (chol @ noise[..., None])[..., 0]
 

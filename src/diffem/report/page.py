@@ -27,12 +27,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from diffem import files
 from diffem.diagnostics.diagnose import p_words
 from diffem.diagnostics.divergence import COMPARISONS
 from diffem.diagnostics.scores import OVER_CONFIDENT, UNDER_CONFIDENT
 from diffem.errors import DiffemError
 from diffem.report import drawing
 from diffem.report.drawing import ITEMS, Figure, Pictures, Row, finite, seen_entries, std_limit, uri
+from diffem.watch import status, time_left
 
 SCORES = {"crps": "CRPS", "energy_distance": "energy distance"}
 SAMPLES_OF = {"reconstructions": "reconstructions, re-corrupted", "prior": "prior samples, re-corrupted"}
@@ -371,6 +373,14 @@ def _images(folder: Path, pictures: Pictures) -> list[Figure]:
     return images
 
 
+def _unfinished(folder: Path) -> str | None:
+    """In words: how far a run is that is not finished; None if it is, or if its checkpoint is not there."""
+    if not (folder / "checkpoint.safetensors").exists() or (now := status(folder)).step == "done":
+        return None
+    left = "" if now.seconds_left is None else f", {time_left(now.seconds_left)}"
+    return f"This run is not finished: {now.finished} of {now.iterations} iterations are done{left}."
+
+
 def _cost(run: Run, diagnostics: Mapping[str, Any] | None = None) -> list[tuple[str, str]]:
     totals = {
         key: sum(finite(row, key) or 0.0 for row in run.rows)
@@ -429,6 +439,7 @@ def write(run: str | Path) -> Path:
     page = template.render(
         name=folder.resolve().name,
         verdict=_verdict(loaded, diagnostics),
+        unfinished=_unfinished(folder),
         warnings=warnings,
         good=loaded.chosen > 0 and honest and not warnings,
         heads=heads,
@@ -446,6 +457,5 @@ def write(run: str | Path) -> Path:
         cost=_cost(loaded, diagnostics),
         config=_read_text(folder / "config.yaml"),
     )
-    file = folder / "report.html"
-    file.write_text(page, encoding="utf-8")
-    return file
+    files.replace(folder / "report.html", page.encode())
+    return folder / "report.html"
