@@ -44,8 +44,8 @@ from torch import Tensor
 from diffem import devices, files, memory, seeding, starts
 from diffem.config import Config, load_config
 from diffem.data import Dataset, Items, Observations, refuse_unobserved
-from diffem.errors import DiffemError
-from diffem.judging import chosen_width, precise_score, row_of, selection_score
+from diffem.errors import DiffemError, unreadable
+from diffem.judging import chosen_width, elapsed, precise_score, row_of, selection_score
 from diffem.networks import Given, Network
 from diffem.posterior import Posterior, from_pretrained
 from diffem.run import Run
@@ -138,6 +138,7 @@ class DiffEM:
     stop: Callable[[], object] | None = (
         None  # if set, called after the next checkpoint; it raises an exception to end the run
     )
+    unsaved = False  # whether the network has updates that are in no checkpoint yet, or one is being written
     trainer: Trainer
     start: Posterior
     selection: Selection
@@ -233,7 +234,7 @@ class DiffEM:
 
     def items(self, name: str) -> Items:
         """An array of the run folder, read in model units."""
-        return self.data.items(self.run.array(name))
+        return self.data.items(self.run.present(name, self.data.array_shape))
 
     @property
     def reconstructions(self) -> np.memmap:
@@ -269,16 +270,19 @@ class DiffEM:
 
     def due(self) -> bool:
         """Whether it is time to save."""
-        return self.stop is not None or time.monotonic() - self._saved >= 60 * self.checkpoint_minutes
+        return self.stop is not None or abs(time.monotonic() - self._saved) >= 60 * self.checkpoint_minutes
 
     def checkpoint(self) -> None:
         """Saves everything that a resumed run needs."""
-        self.state.seconds = time.monotonic() - self._clock
+        self.unsaved = True
+        self.state.seconds = elapsed(self._clock)
         tensors, facts = self.trainer.state(), dataclasses.asdict(self.state)
         if hasattr(self, "selection"):
             tensors, facts = {**tensors, **self.selection.tensors}, {**facts, "selection": self.selection.facts}
         self.run.save_checkpoint(tensors, facts)
-        self._saved = time.monotonic()
+        self._saved, self.unsaved = time.monotonic(), False
+        if self.stop:
+            self.stop()
 
     def build(self) -> None:
         """Loads the start, and builds the trainer, with new weights or with those of an earlier run."""
@@ -303,13 +307,10 @@ class DiffEM:
         if saved is None:
             return
         tensors, facts = saved
-        self.state.batch = facts["batch"]
+        self.state.batch = facts.get("batch", 0)
         self.build()
-        self.trainer.load(tensors)
-        config, selection = self.config.em, facts.pop("selection", None)
-        if selection is not None:
-            self.selection = Selection.load(config.guard, config.patience, selection, tensors)
-        self.state = State(**facts)
+        restore(self, tensors, facts)
+        config = self.config.em
         ended = self.state.final is not None or self.state.step in ("end", "prior", "done")
         more = self.state.iterations[-1]["iteration"] < config.iterations if ended else False
         if more and self.run.longer and not self.selection.over:
@@ -320,6 +321,23 @@ class DiffEM:
             self.run.keep_checkpoint()  # the run may have been killed before it kept this one
         self.run.save_metrics(self.rows)
         self.run.save_config()  # last: a run that is killed before this is still recognised as extended
+
+
+def restore(em: DiffEM, tensors: dict[str, Tensor], facts: dict) -> None:
+    """Takes over what a checkpoint holds."""
+    config, version, selection = em.config.em, facts.pop("version", None), facts.pop("selection", None)
+    try:
+        state = State(**facts)
+        em.trainer.load(tensors)
+        if selection is not None:
+            em.selection = Selection.load(config.guard, config.patience, selection, tensors)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        what = " ".join(f"{type(error).__name__}: {error}".split())
+        raise DiffemError(
+            f"{em.run.folder / 'checkpoint.safetensors'}: {unreadable(version)}; another run can go on from this one: "
+            f"--out OTHER --start.kind run --start.run {em.run.folder} ({what})"
+        ) from error
+    em.state = state
 
 
 # --- the steps -------------------------------------------------------------------------------------------
@@ -333,6 +351,7 @@ def start(em: DiffEM) -> None:
         "metrics.jsonl",
         "reconstructions.npy",
         "good.safetensors",
+        "previous.safetensors",
     ):  # of an earlier run in this folder
         (folder / name).unlink(missing_ok=True)
     if em.given_start is not None:
@@ -372,6 +391,7 @@ def train(em: DiffEM, steps: int, dropout: float) -> bool:
     )  # separate random streams: an extended run uses this iteration number again
     trainer.denoiser.network.train()
     while state.updates < steps:
+        em.unsaved = True
         keys = state.iteration, purpose, state.updates
         generator = seeding.generator(em.seed, *keys, em.device)
         with seeding.global_generators(em.device, em.seed, *keys):  # of dropout layers
@@ -384,8 +404,6 @@ def train(em: DiffEM, steps: int, dropout: float) -> bool:
         em.progress(Progress(state.step, state.iteration, state.updates, steps, state.loss_sum / state.updates))
         if em.due():
             em.checkpoint()
-            if em.stop:
-                em.stop()
     return True
 
 
@@ -430,10 +448,14 @@ def e_step(em: DiffEM) -> None:
         if len(fresh):
             y, params = data.batch(fresh, sampler.device)
             seeds = seeds.to(sampler.device)
-            if renoises:
-                x = sampler.renoise(em.items("current")[fresh].to(sampler.device), y, params, seeds)
-            else:
-                x = sampler.draw(y, params, seeds)
+            try:
+                if renoises:
+                    x = sampler.renoise(em.items("current")[fresh].to(sampler.device), y, params, seeds)
+                else:
+                    x = sampler.draw(y, params, seeds)
+            except BaseException:  # such as a signal
+                em.run.grown("next", out, int(rows[0]), state.iteration)
+                raise
             bad = fresh[~x.isfinite().flatten(1).all(1).cpu().numpy()]
             if len(bad):
                 what = f"the draws of {len(bad)} observations (first: {bad[0]}) are not finite at iteration {state.iteration}"
@@ -490,6 +512,7 @@ def _checked(added: dict) -> dict:
 def commit(em: DiffEM) -> None:
     """Put the results of the iteration in place. Every action can be done twice, since a killed run repeats some."""
     state, folder = em.state, em.run.folder
+    em.run.forget_previous()  # it is of a step that needs next.npy
     if (folder / "next.npy").exists():
         if state.row["accepted"]:
             os.replace(folder / "next.npy", folder / "current.npy")
@@ -542,7 +565,7 @@ def prior(em: DiffEM) -> None:
     about = {
         "steps": state.updates,
         "examples": state.updates * config.m_step.batch,
-        "seconds": time.monotonic() - em._clock,
+        "seconds": elapsed(em._clock),
     }
     em.run.write("prior.json", json.dumps({**about, "loss": state.loss_sum / state.updates}, indent=2).encode())
     em.next_iteration("done")
@@ -567,9 +590,10 @@ def go_on(em: DiffEM) -> None:
         em.trainer.updates = sum(row["examples"] for row in rows) // em.config.m_step.batch  # without the prior's
     em.state = dataclasses.replace(em.state, iteration=rows[-1]["iteration"], rows=rows)
     em.next_iteration("m_step", width=em.config.sampler.width)
+    em.run.forget_previous()  # it is that of a finished run
 
 
 def finish(em: DiffEM) -> None:
     """Removes files that only an unfinished run needs."""
-    for name in ("current.npy", "good.safetensors"):
+    for name in ("current.npy", "good.safetensors", "previous.safetensors"):
         (em.run.folder / name).unlink(missing_ok=True)

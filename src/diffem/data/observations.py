@@ -34,10 +34,9 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-import yaml
 from torch import Tensor
 
-from diffem import memory, seeding
+from diffem import files, memory, seeding
 from diffem.corruptions import REGISTRY, BlackBox, Corruption, Observed, Params, from_config
 from diffem.errors import DiffemError
 from diffem.units import Units
@@ -208,7 +207,7 @@ class Observations:
             config["axes"] = self.axes
         if self.formula:
             config["formula"] = True
-        (folder / "corruption.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+        files.replace(folder / "corruption.yaml", files.as_yaml(config))
 
     def __len__(self) -> int:
         return len(self.y)
@@ -314,11 +313,9 @@ def evenly(rows: np.ndarray, count: int) -> np.ndarray:
 def read_mapping(file: Path) -> dict:
     """The mapping in a YAML file; empty if there is no file."""
     try:
-        config = yaml.safe_load(file.read_text()) or {}
+        config = files.read_yaml(file) or {}
     except FileNotFoundError:
         return {}
-    except yaml.YAMLError as error:
-        raise DiffemError(f"{file}: is not YAML: {str(error).splitlines()[0]}") from None
     if not isinstance(config, dict):
         raise DiffemError(f"{file}: must hold `key: value` lines")
     return config
@@ -507,9 +504,10 @@ def _is_range(value: object) -> bool:
 
 
 def open_array(file: Path) -> np.ndarray:
-    if not file.exists():
+    if not file.is_file():
         raise DiffemError(f"{file}: missing")
     try:
         return np.load(file, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
-        raise DiffemError(f"{file}: is not a complete .npy array: {str(error).splitlines()[0]}") from None
+    except (ValueError, OSError, EOFError, ArithmeticError, MemoryError) as error:
+        said = (str(error) or type(error).__name__).splitlines()[0]
+        raise DiffemError(f"{file}: is not a complete .npy array: {said}") from None

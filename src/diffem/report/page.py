@@ -33,6 +33,7 @@ from diffem.diagnostics.scores import OVER_CONFIDENT, UNDER_CONFIDENT
 from diffem.errors import DiffemError
 from diffem.report import drawing
 from diffem.report.drawing import ITEMS, Figure, Pictures, Row, finite, seen_entries, std_limit, uri
+from diffem.run import read_metrics
 
 SCORES = {"crps": "CRPS", "energy_distance": "energy distance"}
 SAMPLES_OF = {"reconstructions": "reconstructions, re-corrupted", "prior": "prior samples, re-corrupted"}
@@ -80,30 +81,7 @@ def _load(folder: str | Path) -> Run:
     folder = Path(folder)
     if not folder.is_dir():
         raise DiffemError(f"{folder}: no such run folder")
-    file = folder / "metrics.jsonl"
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-    except FileNotFoundError:
-        raise DiffemError(f"{file}: missing; is {folder} the folder of a run?") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise DiffemError(f"{file}: cannot be read: {error}") from None
-    rows: list[Row] = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            # Numbers that are not finite become None: they would break curves and tables.
-            row = json.loads(line, parse_constant=lambda _: None)
-        except json.JSONDecodeError:
-            if number == len(lines) and not line.endswith("\n") and rows:
-                break  # the run is writing this line now, or was killed while writing it
-            raise DiffemError(f"{file}: line {number} is not JSON") from None
-        if not isinstance(row, dict) or not isinstance(row.get("iteration"), int) or "score" not in row:
-            raise DiffemError(f"{file}: line {number} needs at least an `iteration` and a `score`")
-        rows.append(row)
-    if not rows:
-        raise DiffemError(f"{file}: holds no rows; the run has not scored its start yet")
-    return Run(folder, rows)
+    return Run(folder, read_metrics(folder))
 
 
 def _load_pictures(folder: Path) -> dict[str, NDArray] | None:

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from PIL import Image
 
 from diffem import files
@@ -116,7 +115,7 @@ def import_files(
             work.mkdir(parents=True)
             imported = _write_arrays(work, read, shape, options.patch, left_out)
         arrays = sorted(file.name for file in work.iterdir())
-        (work / "corruption.yaml").write_text(_corruption(imported, arrays, corruption, range, options.axes))
+        (work / "corruption.yaml").write_text(_corruption(imported, arrays, corruption, range, options.axes), "utf-8")
         about = {
             "source": str(Path(source).resolve()),
             "family": family,
@@ -310,7 +309,7 @@ def _corruption(
         lines.append(f"# range: {list(imported.limits)}  # of clean values; these are the least and the largest of y")
     if axes is not None:
         known["axes"] = axes
-    return "".join(f"{line}\n" for line in lines) + (yaml.safe_dump(known, sort_keys=False) if known else "")
+    return "".join(f"{line}\n" for line in lines) + (files.as_yaml(known).decode() if known else "")
 
 
 # --- the output folder -------------------------------------------------------------------------------
