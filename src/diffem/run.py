@@ -182,10 +182,12 @@ class Run:
     ) -> tuple[np.memmap, int]:
         """An array that an iteration fills row by row, and how many rows are filled already."""
         file, done = self.folder / f"{name}.npy", self.folder / "partial" / f"{iteration}-{name}.json"
-        with contextlib.suppress(FileNotFoundError, DiffemError, ValueError, TypeError):  # or damaged: it begins again
-            rows = int(json.loads(done.read_text()))
-            if not file.is_symlink() and (array := _opened(file, "r+")).shape == shape and array.dtype == dtype:
-                return array, rows
+        with contextlib.suppress(FileNotFoundError, DiffemError, ValueError):  # or damaged: it begins again
+            rows = json.loads(done.read_text())
+            if isinstance(rows, int) and rows <= shape[0] and not file.is_symlink():
+                array = _opened(file, "r+")
+                if array.shape == shape and array.dtype == dtype:
+                    return array, rows
         return self.array(name, shape, dtype), 0
 
     def grown(self, name: str, array: np.memmap, rows: int, iteration: int) -> None:
@@ -274,7 +276,8 @@ def _checkpoint(file: Path) -> tuple[dict[str, Tensor], dict]:
 def _opened(file: Path, mode: Literal["r", "r+"]) -> np.memmap:
     """A memory-mapped array that is there already."""
     try:
-        return np.lib.format.open_memmap(file, mode=mode)
+        array = np.lib.format.open_memmap(file, mode="r")  # r+ would lengthen a file that is too short
+        return array if mode == "r" else np.lib.format.open_memmap(file, mode=mode)
     except (ValueError, EOFError) as error:
         raise DiffemError(f"{file}: is damaged: {str(error).splitlines()[0]}") from None
 
