@@ -42,6 +42,7 @@ Exit status: 0 finished; 2 an error, told in one line; 143 or 130 stopped by a s
 """
 
 
+LONGEST = 1000  # letters of an error
 _CHECK_HELP = """
 examples:
   diffem check DIR                       what stands in the way, before any training
@@ -279,7 +280,8 @@ class Stopped(BaseException):
 
 def _complain(text: str) -> None:
     """Prints an error on one line; names in it may come from files of strangers."""
-    print(f"diffem: {printable(' '.join(text.split()))}", file=sys.stderr)
+    line = printable(" ".join(text.split()))
+    print(f"diffem: {line if len(line) <= LONGEST else f'{line[:LONGEST]} ...'}", file=sys.stderr)
 
 
 def say(text: str) -> None:

@@ -328,6 +328,13 @@ def restore(em: DiffEM, tensors: dict[str, Tensor], facts: dict) -> None:
     config, version, selection = em.config.em, facts.pop("version", None), facts.pop("selection", None)
     try:
         state = State(**facts)
+        for name, usual in vars(State()).items():
+            if not isinstance(value := getattr(state, name), int | float | None if usual is None else type(usual)):
+                raise TypeError(f"{name} is {value!r}")
+        if state.step not in (*em.steps, "done"):
+            raise ValueError(f"step is {state.step!r}")
+        if state.iteration and not any(row["best"] and row["iteration"] >= 0 for row in state.rows):
+            raise ValueError("no row is the best")
         em.trainer.load(tensors)
         if selection is not None:
             em.selection = Selection.load(config.guard, config.patience, selection, tensors)

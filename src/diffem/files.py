@@ -9,7 +9,7 @@ import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import yaml
@@ -80,6 +80,19 @@ def make_array(file: Path, shape: tuple[int, ...], dtype: DTypeLike = np.float32
             file.unlink(missing_ok=True)
         raise OSError(error.errno, error.strerror, str(file)) from None
     return array
+
+
+def open_array(file: Path, mode: Literal["r", "r+"] = "r") -> np.memmap:
+    """A .npy array, memory-mapped; nothing in it is unpickled."""
+    if not file.is_file():
+        raise DiffemError(f"{file}: missing")
+    try:
+        with np.errstate(all="ignore"):
+            array = np.lib.format.open_memmap(file, mode="r")  # r+ would lengthen a file that is too short
+            return array if mode == "r" else np.lib.format.open_memmap(file, mode=mode)
+    except Exception as error:  # of many kinds: the header is Python
+        said = (str(error) or type(error).__name__).splitlines()[0]
+        raise DiffemError(f"{file}: is not a complete .npy array: {said}") from None
 
 
 class _Loader(yaml.SafeLoader):

@@ -268,6 +268,10 @@ def from_pretrained(
         raise DiffemError(f"{folder / 'model.safetensors'}: {wrong}: holds values that are not finite; train it again")
     try:
         units, shape = Units(*config["scaling"]), tuple(config["shape"])
+        if not (np.isfinite(units.centre).all() and np.isfinite(units.half).all() and (units.half > 0).all()):
+            raise ValueError(f"scaling is {config['scaling']}")
+        if (trained_on := config.get("trained_on")) is not None:
+            trained_on = {"observations": str(trained_on["observations"]), "seed": int(trained_on["seed"])}
         layouts = [None if config.get(k) is None else Layout(*config[k]) for k in ("layout", "item_layout")]
         corruption = _corruption(config["corruption"], corruption, shape)
         kind = samplers.kind_of(config["kind"], "config.json: kind")
@@ -291,7 +295,7 @@ def from_pretrained(
         if isinstance(module, Denoiser):
             module.precision = dtype
     sampler.to(where).eval().requires_grad_(False)
-    return Posterior(sampler, corruption, units, config.get("trained_on"), *layouts)
+    return Posterior(sampler, corruption, units, trained_on, *layouts)
 
 
 def _repeated(example: Params, n: int, generator: torch.Generator) -> Params:

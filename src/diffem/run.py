@@ -27,7 +27,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -156,7 +156,7 @@ class Run:
         """A memory-mapped array: created if a shape is given, else opened read-only."""
         file = self.folder / f"{name}.npy"
         if shape is None:
-            return _opened(file, "r")
+            return files.open_array(file)
         return files.make_array(file, shape, dtype)
 
     def present(self, name: str, shape: tuple[int, ...]) -> np.memmap:
@@ -185,7 +185,7 @@ class Run:
         with contextlib.suppress(FileNotFoundError, DiffemError, ValueError):  # or damaged: it begins again
             rows = json.loads(done.read_text())
             if isinstance(rows, int) and rows <= shape[0] and not file.is_symlink():
-                array = _opened(file, "r+")
+                array = files.open_array(file, "r+")
                 if array.shape == shape and array.dtype == dtype:
                     return array, rows
         return self.array(name, shape, dtype), 0
@@ -271,15 +271,6 @@ def _checkpoint(file: Path) -> tuple[dict[str, Tensor], dict]:
     if not isinstance(state, dict):
         raise tensors.Damaged(f"{file}: is damaged: it holds no state of a run")
     return found, state
-
-
-def _opened(file: Path, mode: Literal["r", "r+"]) -> np.memmap:
-    """A memory-mapped array that is there already."""
-    try:
-        array = np.lib.format.open_memmap(file, mode="r")  # r+ would lengthen a file that is too short
-        return array if mode == "r" else np.lib.format.open_memmap(file, mode=mode)
-    except (ValueError, EOFError) as error:
-        raise DiffemError(f"{file}: is damaged: {str(error).splitlines()[0]}") from None
 
 
 def _of_version(version: object) -> str:

@@ -18,7 +18,7 @@ import contextlib
 import json
 import math
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from diffem import files
 from diffem.diagnostics.diagnose import p_words
 from diffem.diagnostics.divergence import COMPARISONS
 from diffem.diagnostics.scores import OVER_CONFIDENT, UNDER_CONFIDENT
@@ -37,6 +38,7 @@ from diffem.run import read_metrics
 
 SCORES = {"crps": "CRPS", "energy_distance": "energy distance"}
 SAMPLES_OF = {"reconstructions": "reconstructions, re-corrupted", "prior": "prior samples, re-corrupted"}
+FREE, DENSEST = 2**26, 100  # pictures may take this many bytes, or this many for each byte that is stored
 CLEAN = {"psnr": "PSNR of one draw [dB]", "energy_distance": "energy distance of the reconstructions"}
 
 
@@ -89,10 +91,17 @@ def _load_pictures(folder: Path) -> dict[str, NDArray] | None:
     if not file.exists():
         return None
     try:
+        with zipfile.ZipFile(file) as archive:
+            size, stored = sum(info.file_size for info in archive.infolist()), file.stat().st_size
+        if size > max(FREE, DENSEST * stored):
+            raise DiffemError(f"{file}: declares {size:,} bytes, but stores {stored:,}; not read")
         with np.load(file, allow_pickle=False) as archive:
             pictures = {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
-        raise DiffemError(f"{file}: cannot be read: {str(error).splitlines()[0]}") from None
+    except DiffemError:
+        raise
+    except Exception as error:  # of many kinds: the headers in it are Python
+        said = (str(error) or type(error).__name__).splitlines()[0]
+        raise DiffemError(f"{file}: cannot be read: {said}") from None
     for name in ("mean", "std", "draws"):
         if name not in pictures:
             raise DiffemError(f"{file}: lacks the array `{name}`")
@@ -133,7 +142,7 @@ def _read_json(file: Path) -> dict[str, Any] | None:
         return None
     try:
         content = json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         content = None
     if not isinstance(content, dict):
         raise DiffemError(f"{file}: is not JSON of a dictionary")
@@ -147,6 +156,16 @@ def _read_text(file: Path) -> str | None:
         return None
     except (OSError, UnicodeDecodeError) as error:
         raise DiffemError(f"{file}: cannot be read: {error}") from None
+
+
+@contextlib.contextmanager
+def _reading(file: Path, remedy: str) -> Iterator[None]:
+    """Turns errors about content that is not as diffem writes it into one line that names its file."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        what = " ".join(f"{type(error).__name__}: {error}".split())
+        raise DiffemError(f"{file}: is not what diffem writes ({what}); {remedy}") from error
 
 
 # Numbers and words
@@ -354,11 +373,12 @@ def _cost(run: Run, diagnostics: Mapping[str, Any] | None = None) -> list[tuple[
         key: sum(finite(row, key) or 0.0 for row in run.rows)
         for key in ("seconds", "score_seconds", "examples", "network_evaluations")
     }
-    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
-        prior = json.loads((run.folder / "prior.json").read_text())
-        totals["seconds"] += prior["seconds"]
-        totals["examples"] += prior["examples"]
-        totals["network_evaluations"] += 3 * prior["examples"]
+    file = run.folder / "prior.json"
+    if (prior := _read_json(file)) is not None:
+        with _reading(file, "remove it"):
+            totals["seconds"] += prior["seconds"]
+            totals["examples"] += prior["examples"]
+            totals["network_evaluations"] += 3 * prior["examples"]
     refused = sum(not row.get("accepted") for row in run.rows[1:])
     seconds = finite(diagnostics or {}, "seconds")
     checked = [] if seconds is None else [("time of the diagnostics", _duration(seconds))]
@@ -400,30 +420,37 @@ def write(run: str | Path) -> Path:
     template = environment.from_string(
         resources.files("diffem.report").joinpath("report.html").read_text(encoding="utf-8")
     )
+    warnings = [] if diagnostics is None else diagnostics["warnings"]
+    with _reading(folder / "diagnostics.json", "run diffem diagnose again"):
+        consistency = (diagnostics or {}).get("self_consistency")
+        told = {
+            "calibration": drawing.calibration(diagnostics or {}),
+            "divergence": _divergence_table(diagnostics or {}),
+            "consistency": None if consistency is None else p_words(consistency["p_value"]),
+            "collapse": _collapse_table(diagnostics or {}),
+        }
+    with _reading(folder / "pictures.npz", "remove it"):
+        images = [] if pictures is None else _images(folder, pictures)
     ratio = finite(loaded.final, "ratio")
     honest = ratio is None or OVER_CONFIDENT <= ratio <= UNDER_CONFIDENT
-    warnings = [] if diagnostics is None else diagnostics["warnings"]
-    consistency = (diagnostics or {}).get("self_consistency")
-    page = template.render(
-        name=folder.resolve().name,
-        verdict=_verdict(loaded, diagnostics),
-        warnings=warnings,
-        good=loaded.chosen > 0 and honest and not warnings,
-        heads=heads,
-        rows=rows,
-        clean_rows=clean_rows,
-        start=_start_words(folder),
-        curves=drawing.curves(loaded.iterations, loaded.chosen, loaded.score_name),
-        calibration=drawing.calibration(diagnostics or {}),
-        divergence=_divergence_table(diagnostics or {}),
-        consistency=None if consistency is None else p_words(consistency["p_value"]),
-        collapse=_collapse_table(diagnostics or {}),
-        images=[] if pictures is None else _images(folder, pictures),
-        score_name=loaded.score_name,
-        crps=loaded.score_name == "CRPS",
-        cost=_cost(loaded, diagnostics),
-        config=_read_text(folder / "config.yaml"),
-    )
+    with _reading(folder / "metrics.jsonl", "run the same command again"):
+        page = template.render(
+            name=folder.resolve().name,
+            verdict=_verdict(loaded, diagnostics),
+            warnings=warnings,
+            good=loaded.chosen > 0 and honest and not warnings,
+            heads=heads,
+            rows=rows,
+            clean_rows=clean_rows,
+            start=_start_words(folder),
+            curves=drawing.curves(loaded.iterations, loaded.chosen, loaded.score_name),
+            **told,
+            images=images,
+            score_name=loaded.score_name,
+            crps=loaded.score_name == "CRPS",
+            cost=_cost(loaded, diagnostics),
+            config=_read_text(folder / "config.yaml"),
+        )
     file = folder / "report.html"
-    file.write_text(page, encoding="utf-8")
+    files.replace(file, page.encode())
     return file
