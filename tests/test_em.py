@@ -367,7 +367,8 @@ def test_truncated_checkpoint(share, whole, tmp_path):
     file.write_bytes(content[: int(share * len(content))])
     with pytest.raises(DiffemError) as caught:
         list(DiffEM(settings(), observations(), tmp_path).iterate())
-    assert str(caught.value) == f"{file}: is truncated or not a checkpoint of diffem; remove it to start again"
+    assert str(caught.value).startswith(f"{file}: is damaged: ")
+    assert str(caught.value).endswith("; no earlier one is left: remove it to start again")
 
 
 def test_foreign_folder_is_refused(tmp_path):

@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 
+from diffem import __version__
 from diffem.cli import main
 from diffem.errors import DiffemError
 from diffem.run import Run
@@ -54,7 +55,7 @@ def test_full_disk_keeps_what_was_there(tmp_path, monkeypatch):
             run.save_checkpoint({"a": torch.zeros(3)}, {"step": 2})
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
     tensors, state = run.load_checkpoint()
-    assert state == {"step": 1}
+    assert state == {"version": __version__, "step": 1}
     assert torch.equal(tensors["a"], torch.ones(3))
 
 

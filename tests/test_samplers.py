@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from diffem import seeding
+from diffem import __version__, seeding
 from diffem.corruptions import GaussianBlur, GaussianNoise, RandomMask, RandomProjection
 from diffem.denoiser import LEAST, Denoiser, DenoiserConfig
 from diffem.errors import DiffemError
@@ -204,7 +204,7 @@ def test_saved_model_is_incomplete(tmp_path):
     Posterior(MixtureSampler(mask, (6,), gaussian()), mask, Units()).save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-8])
-    with pytest.raises(DiffemError, match="is not a complete saved model"):
+    with pytest.raises(DiffemError, match=r"model\.safetensors: is damaged: "):
         from_pretrained(tmp_path)
 
 
@@ -223,7 +223,7 @@ def configured(change: Callable[[dict], object]) -> Callable[[Path], None]:
     return apply
 
 
-OLD = "was saved by another version of diffem; train it again"
+OLD = "is damaged, or was changed by hand; train it again"
 
 
 @pytest.mark.parametrize(
@@ -281,6 +281,24 @@ def test_saved_model_of_another_version(age, text, tmp_path):
     with pytest.raises(DiffemError) as caught:
         from_pretrained(tmp_path)
     assert str(caught.value).startswith(f"{tmp_path}: {text}")
+
+
+@pytest.mark.parametrize(
+    ("version", "who"),
+    [("0.0.7", "diffem 0.0.7"), (None, "another version of diffem"), ([7], "another version of diffem")],
+)
+def test_saved_model_says_which_version_wrote_it(version, who, tmp_path):
+    mask = RandomMask(0.5, 0.1)
+    Posterior(diffusion(mask, 3, 1.0), mask, Units()).save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["version"] == __version__
+    configured(lambda config: config.update(version=version))(tmp_path)
+    from_pretrained(tmp_path)  # it is refused only where it cannot be read
+    configured(lambda config: config.pop("scaling"))(tmp_path)
+    with pytest.raises(DiffemError) as caught:
+        from_pretrained(tmp_path)
+    assert str(caught.value) == (
+        f"{tmp_path}: was saved by {who}, which {__version__} cannot read; train it again (KeyError: 'scaling')"
+    )
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe", b"[1]", b"3", b"{}", b"{"])

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from diffem import __version__
-from diffem.errors import DiffemError
+from diffem.errors import DiffemError, printable
 
 if TYPE_CHECKING:
     from diffem.config import Config
@@ -37,10 +37,13 @@ DIR holds y.npy, mask.npy (or matrix.npy) and corruption.yaml, e.g.
   name: RandomMask
   rate: 0.5
   noise: 0.01
-Run the same command again to go on where a run was stopped.
+SIGTERM or Ctrl-C: it saves and ends, usually within seconds, with status 143 or 130; a second one ends it at once.
+Run the same command again to go on where a run was stopped, killed, or out of space.
+Exit status: 0 finished; 2 an error, told in one line; 143 or 130 stopped by a signal.
 """
 
 
+LONGEST = 1000  # letters of an error
 _CHECK_HELP = """
 examples:
   diffem check DIR                       what stands in the way, before any training
@@ -249,8 +252,8 @@ def _add_device(parser: argparse.ArgumentParser) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command. The exit status is 0; 1 if a check finds a problem; 2 after a :class:`DiffemError`, which is
-    printed on one line."""
+    """Runs a command. The exit status is 0; 1 if a check finds a problem; 2 after a :class:`DiffemError` or an error of
+    the file system, which is printed on one line; 143 after SIGTERM and 130 after Ctrl-C."""
     try:
         words, settings = _separate(sys.argv[1:] if argv is None else argv)
         parser = _parser()
@@ -283,10 +286,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         }[arguments.command]()
     except DiffemError as error:
         if type(error).__name__ != "ToldElsewhere":
-            print(f"diffem: {' '.join(str(error).split())}", file=sys.stderr)
+            _complain(str(error))
         return 2
     except OSError as error:
-        print(f"diffem: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
+        _complain(f"{error.filename}: {error.strerror or error}" if error.filename else str(error))
         return 2
     except Stopped as stopped:
         print("diffem: stopped, and saved; run the same command to go on", file=sys.stderr)
@@ -305,10 +308,18 @@ class Stopped(BaseException):
         self.signal = number
 
 
+def _complain(text: str) -> None:
+    """Prints an error on one line; names in it may come from files of strangers."""
+    line = printable(" ".join(text.split()))
+    sys.stderr.write(
+        f"diffem: {line if len(line) <= LONGEST else f'{line[:LONGEST]} ...'}\n"
+    )  # at once: of several processes
+
+
 def say(text: str) -> None:
     """Prints a line; if the reader has gone (`| head`), prints nothing, and the work goes on."""
     try:
-        print(text, flush=True)
+        print(printable(text), flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -448,13 +459,16 @@ def _refuse_problems(observations: Observations) -> None:
 
 
 def _until_stopped(em: DiffEM) -> Iterator[dict]:
-    """The rows of a run. After SIGTERM or a first Ctrl-C the run saves before it ends; a second Ctrl-C ends it at
-    once."""
+    """The rows of a run. After SIGTERM or Ctrl-C the run saves before it ends; a second signal ends it at once."""
+
+    from diffem import distributed
+    from diffem.em import TOGETHER
 
     def stop(number: int, _frame: object) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         em.stop = lambda: _raise(Stopped(number))
-        if em.state.step not in ("m_step", "e_step", "prior"):  # other steps have nothing new to save
+        if not em.unsaved and (distributed.size() == 1 or em.state.step not in TOGETHER):  # else all stop together
             em.stop()
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -531,8 +545,6 @@ def _check(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
 
 def _estimate(arguments: argparse.Namespace) -> int:
     """Estimates the noise, and shows or writes the corresponding corruption.yaml."""
-    import yaml
-
     from diffem import files
     from diffem.corruptions import from_config
     from diffem.data import Observations
@@ -559,7 +571,7 @@ def _estimate(arguments: argparse.Namespace) -> int:
         raise DiffemError(f"{folder}: {str(error).removeprefix(f'{folder}: ')}") from None
     say(noise.text)
     try:
-        text = yaml.safe_dump(described(config, noise), sort_keys=False)
+        text = files.as_yaml(described(config, noise)).decode()
     except DiffemError as error:
         raise DiffemError(f"{file}: {error}") from None
     say("\n".join(["corruption.yaml:", *(f"    {line}" for line in text.splitlines())]))
@@ -720,10 +732,9 @@ def _reconstruct(arguments: argparse.Namespace) -> None:
 
 def _facts(run: Path) -> dict:
     """The facts that a run recorded about its training observations; empty if it is not a run."""
-    import yaml
+    from diffem.run import read_config
 
-    file = run / "config.yaml"
-    return (yaml.safe_load(file.read_text()).get("facts") if file.exists() else None) or {}
+    return read_config(run)["facts"] if (run / "config.yaml").exists() else {}
 
 
 def _refuse_other_range(run: Path, observations: Observations) -> None:

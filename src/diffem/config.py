@@ -11,8 +11,7 @@ from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 
-import yaml
-
+from diffem import files
 from diffem.denoiser import DenoiserConfig
 from diffem.errors import DiffemError, suggest
 from diffem.networks import NetworkConfig
@@ -161,9 +160,9 @@ def load_config(
     if preset is not None:
         file = resources.files("diffem") / "presets" / f"{preset}.yaml"
         if preset in presets():
-            values = yaml.safe_load(file.read_text())
+            values = files.parse_yaml(file.read_text(), preset)
         elif Path(preset).is_file():
-            values = _yaml(Path(preset).read_text(), preset) or {}
+            values = files.read_yaml(Path(preset)) or {}
             if not isinstance(values, dict) or not all(isinstance(v, dict | None) for v in values.values()):
                 raise DiffemError(f"{preset}: must hold sections of `field: value` lines")
         else:
@@ -172,16 +171,9 @@ def load_config(
         section, _, name = key.partition(".")
         values[section] = {
             **(values.get(section) or {}),
-            name: _yaml(text, f"--{key}") if isinstance(text, str) else text,
+            name: files.parse_yaml(text, f"--{key}") if isinstance(text, str) else text,
         }
     return from_dict(values, source)
-
-
-def _yaml(text: str, where: str) -> typing.Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise DiffemError(f"{where}: is not YAML: {str(error).splitlines()[0]}") from None
 
 
 def from_dict(values: Mapping, source: str = "configuration") -> Config:

@@ -45,8 +45,8 @@ from torch import Tensor
 from diffem import devices, distributed, files, memory, seeding, starts
 from diffem.config import Config, load_config
 from diffem.data import Dataset, Items, Observations, refuse_unobserved
-from diffem.errors import DiffemError
-from diffem.judging import chosen_width, precise_score, row_of, selection_score
+from diffem.errors import DiffemError, unreadable
+from diffem.judging import chosen_width, elapsed, precise_score, row_of, selection_score
 from diffem.networks import Given, Network
 from diffem.posterior import Posterior, from_pretrained
 from diffem.run import Run
@@ -148,6 +148,7 @@ class DiffEM:
     stop: Callable[[], object] | None = (
         None  # if set, called after the next checkpoint; it raises an exception to end the run
     )
+    unsaved = False  # whether the network has updates that are in no checkpoint yet, or one is being written
     trainer: Trainer
     start: Posterior
     selection: Selection
@@ -253,7 +254,7 @@ class DiffEM:
 
     def items(self, name: str) -> Items:
         """An array of the run folder, read in model units."""
-        return self.data.items(self.run.array(name))
+        return self.data.items(self.run.present(name, self.data.array_shape))
 
     @property
     def reconstructions(self) -> np.memmap:
@@ -289,14 +290,15 @@ class DiffEM:
 
     def checkpoint(self) -> None:
         """Saves everything that a resumed run needs."""
-        self.state.seconds = time.monotonic() - self._clock
-        self._saved = time.monotonic()
+        self.unsaved = True
+        self.state.seconds, self._saved = elapsed(self._clock), time.monotonic()
         if not self.run.writes:
             return
         tensors, facts = self.trainer.state(), dataclasses.asdict(self.state)
         if hasattr(self, "selection"):
             tensors, facts = {**tensors, **self.selection.tensors}, {**facts, "selection": self.selection.facts}
         self.run.save_checkpoint(tensors, facts)
+        self.unsaved = False
 
     def build(self) -> None:
         """Loads the start, and builds the trainer, with new weights or with those of an earlier run."""
@@ -323,16 +325,12 @@ def load(em: DiffEM) -> bool:
     if saved is None:
         return False
     tensors, facts = saved
-    em.state.batch = facts["batch"]
+    em.state.batch = facts.get("batch", 0)
     if hasattr(em, "trainer"):
         em.trainer.restart()
     else:
         em.build()
-    em.trainer.load(tensors)
-    config, selection = em.config.em, facts.pop("selection", None)
-    if selection is not None:
-        em.selection = Selection.load(config.guard, config.patience, selection, tensors)
-    em.state = State(**facts)
+    restore(em, tensors, facts)
     return True
 
 
@@ -362,12 +360,36 @@ def alone(em: DiffEM, step: Callable[[], None]) -> None:
 def rest(em: DiffEM, save: Callable[[], None]) -> None:
     """Saves if it is time to; then ends the run, if some process was asked to stop."""
     stopping = distributed.anyone(em.stop is not None)
-    if stopping or time.monotonic() - em._saved >= 60 * em.checkpoint_minutes:
+    if stopping or elapsed(em._saved) >= 60 * em.checkpoint_minutes:
         save()
         em._saved = time.monotonic()
     if stopping:
         distributed.wait()
         (em.stop or stopped)()
+
+
+def restore(em: DiffEM, tensors: dict[str, Tensor], facts: dict) -> None:
+    """Takes over what a checkpoint holds."""
+    config, version, selection = em.config.em, facts.pop("version", None), facts.pop("selection", None)
+    try:
+        state = State(**facts)
+        for name, usual in vars(State()).items():
+            if not isinstance(value := getattr(state, name), int | float | None if usual is None else type(usual)):
+                raise TypeError(f"{name} is {value!r}")
+        if state.step not in (*em.steps, "done"):
+            raise ValueError(f"step is {state.step!r}")
+        if state.iteration and not any(row["best"] and row["iteration"] >= 0 for row in state.rows):
+            raise ValueError("no row is the best")
+        em.trainer.load(tensors)
+        if selection is not None:
+            em.selection = Selection.load(config.guard, config.patience, selection, tensors)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        what = " ".join(f"{type(error).__name__}: {error}".split())
+        raise DiffemError(
+            f"{em.run.folder / 'checkpoint.safetensors'}: {unreadable(version)}; another run can go on from this one: "
+            f"--out OTHER --start.kind run --start.run {em.run.folder} ({what})"
+        ) from error
+    em.state = state
 
 
 # --- the steps -------------------------------------------------------------------------------------------
@@ -381,6 +403,7 @@ def start(em: DiffEM) -> None:
         "metrics.jsonl",
         "reconstructions.npy",
         "good.safetensors",
+        "previous.safetensors",
     ):  # of an earlier run in this folder
         (folder / name).unlink(missing_ok=True)
     if em.given_start is not None:
@@ -421,6 +444,7 @@ def train(em: DiffEM, steps: int, dropout: float) -> bool:
     own_seed = em.seed if distributed.first() else seeding.fold(em.seed, distributed.rank())
     trainer.denoiser.network.train()
     while state.updates < steps:
+        em.unsaved = True
         keys = state.iteration, purpose, state.updates
         generator = seeding.generator(em.seed, *keys, em.device)
         with seeding.global_generators(em.device, own_seed, *keys):  # of dropout layers
@@ -498,7 +522,11 @@ def e_step(em: DiffEM) -> None:
 
     chunks, rank, size = [*data.chunks(np.arange(done, len(data)), em.batch)], distributed.rank(), distributed.size()
     for k in range(0, len(chunks), size):
-        parts = distributed.gathered(draw(chunks[k + rank]) if k + rank < len(chunks) else None)
+        try:
+            parts = distributed.gathered(draw(chunks[k + rank]) if k + rank < len(chunks) else None)
+        except BaseException:  # such as a signal
+            em.run.grown("next", out, int(chunks[k][0]), state.iteration)
+            raise
         if bad := distributed.shared(lambda parts=parts: write(parts)):
             what = (
                 f"the draws of {len(bad)} observations (first: {bad[0]}) are not finite at iteration {state.iteration}"
@@ -553,6 +581,7 @@ def _checked(added: dict) -> dict:
 def commit(em: DiffEM) -> None:
     """Put the results of the iteration in place. Every action can be done twice, since a killed run repeats some."""
     state, folder = em.state, em.run.folder
+    em.run.forget_previous()  # it is of a step that needs next.npy
     if (folder / "next.npy").exists():
         if state.row["accepted"]:
             os.replace(folder / "next.npy", folder / "current.npy")
@@ -607,7 +636,7 @@ def prior(em: DiffEM) -> None:
     about = {
         "steps": state.updates,
         "examples": state.updates * config.m_step.batch,
-        "seconds": time.monotonic() - em._clock,
+        "seconds": elapsed(em._clock),
     }
     em.run.write("prior.json", json.dumps({**about, "loss": state.loss_sum / state.updates}, indent=2).encode())
     em.next_iteration("done")
@@ -631,8 +660,9 @@ def go_on(em: DiffEM) -> None:
         em.trainer.updates = sum(row["examples"] for row in rows) // em.config.m_step.batch  # without the prior's
     em.state = dataclasses.replace(em.state, iteration=rows[-1]["iteration"], rows=rows)
     em.next_iteration("m_step", width=em.config.sampler.width)
+    em.run.forget_previous()  # it is that of a finished run
 
 
 def finish(em: DiffEM) -> None:
     """Removes files that only an unfinished run needs."""
-    em.run.remove("current.npy", "good.safetensors")
+    em.run.remove("current.npy", "good.safetensors", "previous.safetensors")

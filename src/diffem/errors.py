@@ -7,6 +7,8 @@ import importlib
 from collections.abc import Iterable
 from typing import Any
 
+from diffem import __version__
+
 
 class DiffemError(Exception):
     """An error that the user can correct. The command line prints it on one line and exits with status 2."""
@@ -18,6 +20,21 @@ def suggest(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, known, n=1)
     hint = f" did you mean {close[0]!r}?" if close else ""
     return f"{hint} (known: {', '.join(known)})"
+
+
+def unreadable(version: object) -> str:
+    """Words for what the present version cannot read, where `version` is noted in it."""
+    if version == __version__:
+        return "is damaged, or was changed by hand"
+    known = isinstance(version, str) and 0 < len(version) < 32
+    return (
+        f"was saved by {f'diffem {version}' if known else 'another version of diffem'}, which {__version__} cannot read"
+    )
+
+
+def printable(text: str) -> str:
+    """Text in which control characters, and those that hide or reorder others, are written as escapes."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
 def optional(module: str, extra: str) -> Any:

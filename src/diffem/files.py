@@ -1,41 +1,50 @@
-"""Atomic replacement of files."""
+"""Files that are replaced atomically, never through a link; and YAML as far as it is trusted."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
+import secrets
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
+import yaml
 from numpy.typing import DTypeLike
 
+from diffem.errors import DiffemError
 
-def replace(file: Path, content: bytes) -> None:
-    """Writes `content` to a temporary file next to `file`, flushes it to disk, and renames it to `file`."""
-    temporary = file.with_name(file.name + ".tmp")
+TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
+LARGEST_TEXT = 2**20  # bytes of a YAML file
+
+
+@contextlib.contextmanager
+def _renamed(file: Path) -> Iterator[Path]:
+    """A new path next to `file`, which is renamed to `file` at the end. After an exception it is removed."""
+    temporary = file.with_name(f".{file.name}.{secrets.token_hex(4)}.tmp")  # other processes may write the same file
     try:
-        with open(temporary, "wb") as stream:
+        yield temporary
+        os.replace(temporary, file)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(file)) from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)  # after link() it remains also if both names already were one file
+
+
+def replace(file: Path, content: bytes, keep: Path | None = None) -> None:
+    """Writes `content` to a temporary file next to `file`, flushes it to disk, and renames it to `file`; the file that
+    was there is kept as `keep`, if one is named."""
+    with _renamed(file) as temporary:
+        with open(temporary, "xb") as stream:
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
-        os.replace(temporary, file)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror, str(file)) from None
-
-
-def make_array(file: Path, shape: tuple[int, ...], dtype: DTypeLike = np.float32) -> np.memmap:
-    """A new memory-mapped array with its disk space allocated: on a full disk, writing to the map would kill the
-    process."""
-    try:
-        array = np.lib.format.open_memmap(file, mode="w+", dtype=dtype, shape=shape)
-        if hasattr(os, "posix_fallocate"):  # not on macOS
-            with open(file, "r+b") as stream:
-                os.posix_fallocate(stream.fileno(), 0, os.fstat(stream.fileno()).st_size)
-    except OSError as error:
-        file.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror, str(file)) from None
-    return array
+        if keep is not None and file.exists():
+            link(file, keep)
 
 
 def link(source: Path, target: Path) -> None:
@@ -43,11 +52,81 @@ def link(source: Path, target: Path) -> None:
 
     Afterwards neither file may be written to, only replaced.
     """
-    temporary = target.with_name(target.name + ".tmp")
-    temporary.unlink(missing_ok=True)
+    with _renamed(target) as temporary:
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Removes temporary files that killed processes left in a folder."""
+    for file in folder.glob(".*.tmp"):
+        if TEMPORARY.fullmatch(file.name) and not file.is_dir():
+            file.unlink(missing_ok=True)
+
+
+def make_array(file: Path, shape: tuple[int, ...], dtype: DTypeLike = np.float32) -> np.memmap:
+    """A new memory-mapped array with its disk space allocated: on a full disk, writing to the map would kill the
+    process."""
     try:
-        os.link(source, temporary)
-    except OSError:
-        shutil.copyfile(source, temporary)
-    os.replace(temporary, target)
-    temporary.unlink(missing_ok=True)  # it remains if both names already were one file
+        file.unlink(missing_ok=True)  # it may be a link to another file
+        array = np.lib.format.open_memmap(file, mode="w+", dtype=dtype, shape=shape)
+        if hasattr(os, "posix_fallocate"):  # not on macOS
+            with open(file, "r+b") as stream:
+                os.posix_fallocate(stream.fileno(), 0, os.fstat(stream.fileno()).st_size)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            file.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(file)) from None
+    return array
+
+
+def open_array(file: Path, mode: Literal["r", "r+"] = "r") -> np.memmap:
+    """A .npy array, memory-mapped; nothing in it is unpickled."""
+    if not file.is_file():
+        raise DiffemError(f"{file}: missing")
+    try:
+        with np.errstate(all="ignore"):
+            array = np.lib.format.open_memmap(file, mode="r")  # r+ would lengthen a file that is too short
+            return array if mode == "r" else np.lib.format.open_memmap(file, mode=mode)
+    except Exception as error:  # of many kinds: the header is Python
+        said = (str(error) or type(error).__name__).splitlines()[0]
+        raise DiffemError(f"{file}: is not a complete .npy array: {said}") from None
+
+
+class _Loader(yaml.SafeLoader):
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):  # a few lines of them can stand for billions of values
+            raise yaml.YAMLError("it holds an alias (*); write the value itself")
+        return super().compose_node(parent, index)
+
+
+class _Dumper(yaml.SafeDumper):
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """The content of YAML text, which makes plain values only; `where` is its name in errors."""
+    try:
+        return yaml.load(text, _Loader)
+    except Exception as error:  # not only of YAML: a date or a number that is none, or too deep a nesting
+        raise DiffemError(f"{where}: is not YAML: {(str(error) or type(error).__name__).splitlines()[0]}") from None
+
+
+def read_yaml(file: Path) -> Any:
+    """The content of a YAML file."""
+    with open(file, "rb") as stream:
+        content = stream.read(LARGEST_TEXT + 1)
+    if len(content) > LARGEST_TEXT:
+        raise DiffemError(f"{file}: is larger than {LARGEST_TEXT:,} bytes; it should hold a few `key: value` lines")
+    try:
+        return parse_yaml(content.decode(), str(file))
+    except UnicodeDecodeError:
+        raise DiffemError(f"{file}: is not YAML: it is not text in UTF-8") from None
+
+
+def as_yaml(content: Any) -> bytes:
+    """YAML that :func:`read_yaml` reads."""
+    return yaml.dump(content, Dumper=_Dumper, sort_keys=False).encode()

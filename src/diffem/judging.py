@@ -33,7 +33,7 @@ def selection_score(em: DiffEM, sampler: Sampler) -> Score:
     most = memory.at_once(math.prod(em.observations.y.shape[1:]), COMPARED)
     rows, began = evenly(em.train, most), time.monotonic()
     found = energy_items(em.items("next")[rows], em.data, rows, em.seed, CORRUPTED)
-    em.state.score_seconds += time.monotonic() - began
+    em.state.score_seconds += elapsed(began)
     return Score("energy_distance", found)
 
 
@@ -41,8 +41,13 @@ def scored(em: DiffEM, sampler: Sampler, rows: np.ndarray, splits: int) -> Score
     """How well a sampler predicts hidden parts of observations."""
     began = time.monotonic()
     found = score(sampler, em.data, rows, em.seed, DRAWS, splits, em.batch)
-    em.state.score_seconds += time.monotonic() - began
+    em.state.score_seconds += elapsed(began)
     return found
+
+
+def elapsed(since: float) -> float:
+    """Seconds since a time of :func:`time.monotonic`; none where the clock was set back."""
+    return max(0.0, time.monotonic() - since)
 
 
 def precise_score(em: DiffEM, name: str, sampler: Sampler, part: np.ndarray) -> Score:
@@ -87,7 +92,7 @@ def row_of(em: DiffEM, sampler: Sampler, current: Score, verdict: dict) -> dict:
     examples = state.updates * em.config.m_step.batch
     return {
         "iteration": state.iteration,
-        "seconds": time.monotonic() - em._clock,
+        "seconds": elapsed(em._clock),
         "score_seconds": state.score_seconds,
         "examples": examples,
         "network_evaluations": 3 * examples + state.evaluations,

@@ -11,16 +11,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from safetensors.torch import save as serialise
 from torch import Tensor, nn
 
-from diffem import devices, files, memory, samplers, seeding, sharing
+from diffem import __version__, devices, files, memory, samplers, seeding, sharing, tensors
 from diffem.corruptions import REGISTRY, BlackBox, Corruption, Params, from_config
 from diffem.data import Dataset, Layout, Observations
 from diffem.denoiser import Denoiser
-from diffem.errors import DiffemError, suggest
+from diffem.errors import DiffemError, suggest, unreadable
 from diffem.networks import Given, Network
 from diffem.samplers import Sampler
 from diffem.tiles import tiled
@@ -256,6 +253,7 @@ def _save(posterior: Posterior, folder: Path, scores: dict | None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     sampler, layout = posterior.sampler, posterior.layout
     config = {
+        "version": __version__,
         "kind": sampler.kind,
         "corruption": posterior.corruption.config,
         "shape": list(posterior.shape),
@@ -266,13 +264,12 @@ def _save(posterior: Posterior, folder: Path, scores: dict | None) -> None:
         **({} if scores is None else {"scores": scores}),
         **sampler.config,
     }
-    tensors = dict(sampler.state_dict())
+    weights = dict(sampler.state_dict())
     if (measured := sampler.corruption.file_parameters) is not None:
         # of one observation: without them it could be neither built again nor sampled without an observation
         example = measured(1, torch.Generator().manual_seed(0))
-        tensors |= {f"{EXAMPLE}{name}": value for name, value in example.items()}
-    tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
-    files.replace(folder / "model.safetensors", serialise(tensors or {"empty": torch.zeros(1)}))
+        weights |= {f"{EXAMPLE}{name}": value for name, value in example.items()}
+    tensors.save(folder / "model.safetensors", weights or {"empty": torch.zeros(1)})
     files.replace(folder / "config.json", json.dumps(config, indent=2).encode())
     files.replace(folder / "README.md", sharing.card(config).encode())
 
@@ -305,36 +302,44 @@ def from_pretrained(
     folder = Path(folder)
     try:
         config = json.loads((folder / "config.json").read_text())
-        tensors = load_file(folder / "model.safetensors")
+        weights, _ = tensors.load(folder / "model.safetensors")
     except FileNotFoundError as error:
         raise DiffemError(f"{error.filename or folder}: missing; {folder} is not a saved model") from None
-    except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise DiffemError(f"{folder}: is not a complete saved model: {str(error).splitlines()[0]}") from None
+    strange = f"{folder}: {unreadable(config.get('version') if isinstance(config, dict) else __version__)}"
+    if wrong := next((k for k, v in weights.items() if not v.isfinite().all()), None):
+        raise DiffemError(f"{folder / 'model.safetensors'}: {wrong}: holds values that are not finite; train it again")
     try:
         units, shape = Units(*config["scaling"]), tuple(config["shape"])
+        if not (np.isfinite(units.centre).all() and np.isfinite(units.half).all() and (units.half > 0).all()):
+            raise ValueError(f"scaling is {config['scaling']}")
+        if (trained_on := config.get("trained_on")) is not None:
+            trained_on = {"observations": str(trained_on["observations"]), "seed": int(trained_on["seed"])}
         layout, items = (None if config.get(k) is None else Layout(*config[k]) for k in ("layout", "item_layout"))
         corruption = _corruption(config["corruption"], corruption, shape)
         kind = samplers.kind_of(config["kind"], "config.json: kind")
         with seeding.global_generators("cpu", 0):  # initial weights are drawn, then overwritten
             own = None if network is None else Given(network)
-            example = {k[len(EXAMPLE) :]: tensors.pop(k) for k in [*tensors] if k.startswith(EXAMPLE)}
+            example = {k[len(EXAMPLE) :]: weights.pop(k) for k in [*weights] if k.startswith(EXAMPLE)}
             scaled = corruption.scaled(units)
             scaled = scaled.with_file_parameters(partial(_repeated, example)) if example else scaled
-            sampler = kind.rebuild(config, tensors, scaled, shape, own)
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            sampler = kind.rebuild(config, weights, scaled, shape, own)
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
         what = " ".join(f"{type(error).__name__}: {error}".split())
-        raise DiffemError(f"{folder}: was saved by another version of diffem; train it again ({what})") from error
+        raise DiffemError(f"{strange}; train it again ({what})") from error
     except DiffemError as error:
         raise DiffemError(f"{folder}: {error}") from None
-    tensors.pop("empty", None)
-    if {k: v.shape for k, v in tensors.items()} != {k: v.shape for k, v in sampler.state_dict().items()}:
-        raise DiffemError(f"{folder}: was saved by another version of diffem; train it again")
-    sampler.load_state_dict(tensors)
+    weights.pop("empty", None)
+    like = lambda found: {k: (v.shape, v.dtype) for k, v in found.items()}  # noqa: E731
+    if like(weights) != like(sampler.state_dict()):
+        raise DiffemError(f"{strange}; train it again")
+    sampler.load_state_dict(weights)
     for module in sampler.modules():
         if isinstance(module, Denoiser):
             module.precision = dtype
     sampler.to(where).eval().requires_grad_(False)
-    return Posterior(sampler, corruption, units, config.get("trained_on"), layout, items, config.get("scores"))
+    return Posterior(sampler, corruption, units, trained_on, layout, items, config.get("scores"))
 
 
 def _repeated(example: Params, n: int, generator: torch.Generator) -> Params:

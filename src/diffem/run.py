@@ -3,6 +3,7 @@
 run.json                marks the folder as a run; locked while it runs
 config.yaml             the configuration; resuming with another one is refused
 checkpoint.safetensors  weights, average, optimiser; the rest of the state is in its header
+previous.safetensors    while it runs: the checkpoint before, from which a run goes on if that one is damaged
 metrics.jsonl           one object per iteration, the start first
 reconstructions.npy     of the best iteration; row i belongs to observation i
 prior.json              steps, time and loss of the training of the prior
@@ -21,25 +22,26 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import yaml
 from numpy.typing import DTypeLike
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
-from safetensors.torch import save as serialise
 from torch import Tensor
 
-from diffem import distributed, files
+from diffem import __version__, distributed, files, tensors
 from diffem.errors import DiffemError
 
+LOG = logging.getLogger("diffem")
 MARKER = "run.json"
+CHECKPOINT, PREVIOUS = "checkpoint.safetensors", "previous.safetensors"
+PARTS = ("partial", "posterior", "prior", "start")  # folders that a run writes
 MAY_RISE = ("em.iterations", "em.patience")
 
 
@@ -57,6 +59,7 @@ class Run:
     def __init__(self, folder: str | os.PathLike[str], config: dict) -> None:
         self.folder, self.config = Path(folder), config
         marked, file = (self.folder / MARKER).exists(), self.folder / "config.yaml"
+        version = self._made_by() if marked else None
         if not marked and self.folder.exists():
             foreign = [p.name for p in self.folder.iterdir() if "observations" not in p.name and p.suffix != ".tmp"]
             if foreign:
@@ -64,14 +67,16 @@ class Run:
                     f"{self.folder}: holds {foreign[0]} but no {MARKER}, so it is not a run; use an empty --out"
                 )
         self.longer = False  # whether the configuration extends the run that is here
-        if marked and (self.folder / "checkpoint.safetensors").exists():
-            present = yaml.safe_load(file.read_text())
-            changed = _differences(present, config) if isinstance(present, dict) else ["config.yaml"]
+        if marked and (self.folder / CHECKPOINT).exists():
+            present = files.read_yaml(file)
+            if not isinstance(present, dict):
+                raise DiffemError(f"{file}: is damaged; it should hold the settings of this run")
+            changed = _differences(present, config)
             changed = [name for name in changed if not _harmless(name, config)]
             self.longer = bool(changed) and all(_raised(name, present, config) for name in changed)
             if changed and not self.longer:
                 raise DiffemError(
-                    f"{file}: {changed[0]} differs from this run's, and only {' and '.join(MAY_RISE)} may be raised; "
+                    f"{file}: {changed[0]} differs from this run's{_of_version(version)}, and only {' and '.join(MAY_RISE)} may be raised; "
                     f"another run can go on from this one: --out OTHER --start.kind run --start.run {self.folder}"
                 )
 
@@ -88,18 +93,23 @@ class Run:
             DiffemError: If another process runs here.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
+        for path in (self.folder / MARKER, *(self.folder / name for name in PARTS)):
+            if path.is_symlink():
+                raise DiffemError(f"{path}: is a link to {os.readlink(path)}; a run writes into its own folder only")
         with (self.folder / MARKER).open("a+") as marker:
             _lock(marker, self.folder)
             if marker.tell() == 0:
-                marker.write('{"run": "diffem"}\n')
+                marker.write(json.dumps({"run": "diffem", "version": __version__}) + "\n")
                 marker.flush()
-            if not (self.folder / "checkpoint.safetensors").exists():
+            for folder in (self.folder, *(self.folder / name for name in PARTS)):
+                files.remove_temporaries(folder)
+            if not (self.folder / CHECKPOINT).exists():
                 self.save_config(first=True)
             yield
 
     def save_config(self, first: bool = False) -> None:
         """Writes config.yaml, if it differs; with `first`, also discards parts begun with the other configuration."""
-        file, content = self.folder / "config.yaml", yaml.safe_dump(self.config, sort_keys=False).encode()
+        file, content = self.folder / "config.yaml", files.as_yaml(self.config)
         if not file.exists() or file.read_bytes() != content:
             if first:
                 self.forget_parts()
@@ -115,32 +125,42 @@ class Run:
         for name in names if self.writes else ():
             (self.folder / name).unlink(missing_ok=True)
 
-    def save_checkpoint(self, tensors: dict[str, Tensor], state: dict) -> None:
-        """Replaces the checkpoint atomically; `state` is JSON."""
+    def save_checkpoint(self, weights: dict[str, Tensor], state: dict) -> None:
+        """Replaces the checkpoint atomically, and keeps the one before it; `state` is JSON."""
         if not self.writes:
             return
-        self._write_tensors("checkpoint.safetensors", tensors, {"diffem": json.dumps(state)})
+        text = json.dumps({"version": __version__, **state})
+        tensors.save(self.folder / CHECKPOINT, weights, text, keep=self.folder / PREVIOUS)
 
     def load_checkpoint(self) -> tuple[dict[str, Tensor], dict] | None:
-        """The tensors and the state, or None if there is no checkpoint yet."""
-        file = self.folder / "checkpoint.safetensors"
+        """The tensors and the state, or None if there is no checkpoint yet. If it is damaged, the one before it takes
+        its place."""
+        file, previous = self.folder / CHECKPOINT, self.folder / PREVIOUS
         if not file.exists():
             return None
         try:
-            with safe_open(file, "pt") as stream:
-                state = json.loads((stream.metadata() or {})["diffem"])
-                return {k: stream.get_tensor(k) for k in stream.keys()}, state  # noqa: SIM118
-        except (SafetensorError, KeyError, json.JSONDecodeError):
-            raise DiffemError(f"{file}: is truncated or not a checkpoint of diffem; remove it to start again") from None
+            return _checkpoint(file)
+        except tensors.Damaged as error:
+            try:
+                found = _checkpoint(previous)
+            except (FileNotFoundError, tensors.Damaged):
+                raise DiffemError(f"{error}; no earlier one is left: remove it to start again") from None
+            os.replace(previous, file)
+            LOG.warning("%s; the run goes on from the checkpoint before it", error)
+            return found
+
+    def forget_previous(self) -> None:
+        """Removes the checkpoint before the present one, when files are changed that going back would need."""
+        (self.folder / PREVIOUS).unlink(missing_ok=True)
 
     def keep_checkpoint(self) -> None:
         """Keeps the present checkpoint for rollbacks."""
         if self.writes:
-            files.link(self.folder / "checkpoint.safetensors", self.folder / "good.safetensors")
+            files.link(self.folder / CHECKPOINT, self.folder / "good.safetensors")
 
     def kept_checkpoint(self) -> dict[str, Tensor]:
         """The tensors of the checkpoint for rollbacks."""
-        return load_file(self.folder / "good.safetensors")
+        return tensors.load(self.folder / "good.safetensors")[0]
 
     def save_metrics(self, rows: list[dict]) -> None:
         """Replaces metrics.jsonl; values that are not finite become null. A resumed run writes the same rows as one
@@ -152,19 +172,26 @@ class Run:
         """A memory-mapped array: created if a shape is given, else opened read-only."""
         file = self.folder / f"{name}.npy"
         if shape is None:
-            return np.lib.format.open_memmap(file, mode="r")
+            return files.open_array(file)
         return files.make_array(file, shape, dtype)
+
+    def present(self, name: str, shape: tuple[int, ...]) -> np.memmap:
+        """An array that must have this shape, opened read-only."""
+        array = self.array(name)
+        if array.shape != shape:
+            raise DiffemError(f"{array.filename}: is damaged: its shape is {array.shape} instead of {shape}")
+        return array
 
     # --- parts of a step -----------------------------------------------------------------------------
 
     def once(self, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """The result of `make`, which is saved; after a kill within this step, the saved copy."""
         file = self.folder / "partial" / f"{name}.safetensors"
-        if file.exists():
-            return load_file(file)
+        with contextlib.suppress(FileNotFoundError, tensors.Damaged):
+            return tensors.load(file)[0]
         file.parent.mkdir(exist_ok=True)
-        self._write_tensors(f"partial/{file.name}", make(), None)
-        return load_file(file)  # same memory layout as after a kill: strides change the rounding of products
+        tensors.save(file, make())
+        return tensors.load(file)[0]  # same memory layout as after a kill: strides change the rounding of products
 
     def growing(
         self, name: str, shape: tuple[int, ...], iteration: int, dtype: DTypeLike = np.float32
@@ -178,9 +205,13 @@ class Run:
 
     def _growing(self, name: str, shape: tuple[int, ...], iteration: int, dtype: DTypeLike) -> tuple[np.memmap, int]:
         file, done = self.folder / f"{name}.npy", self.folder / "partial" / f"{iteration}-{name}.json"
-        if not (file.exists() and done.exists()):
-            return self.array(name, shape, dtype), 0
-        return np.lib.format.open_memmap(file, mode="r+"), int(json.loads(done.read_text()))
+        with contextlib.suppress(FileNotFoundError, DiffemError, ValueError):  # or damaged: it begins again
+            rows = json.loads(done.read_text())
+            if isinstance(rows, int) and rows <= shape[0] and not file.is_symlink():
+                array = files.open_array(file, "r+")
+                if array.shape == shape and array.dtype == dtype:
+                    return array, rows
+        return self.array(name, shape, dtype), 0
 
     def grown(self, name: str, array: np.memmap | None, rows: int, iteration: int) -> None:
         """Records that the first `rows` rows of a growing array are filled."""
@@ -195,10 +226,82 @@ class Run:
         if self.writes:
             shutil.rmtree(self.folder / "partial", ignore_errors=True)
 
-    def _write_tensors(self, name: str, tensors: dict[str, Tensor], metadata: dict[str, str] | None) -> None:
-        # clones: tensors that share memory cannot be written
-        tensors = {k: v.detach().cpu().clone().contiguous() for k, v in tensors.items()}
-        self.write(name, serialise(tensors, metadata=metadata))
+    def _made_by(self) -> str | None:
+        """The version of diffem that began this run; None if it was not noted.
+
+        Raises:
+            DiffemError: If the marker is that of another program.
+        """
+        text = (self.folder / MARKER).read_bytes()
+        try:
+            marker = json.loads(text or '{"run": "diffem"}')  # empty: it was killed, or the disk full, at once
+            if marker["run"] == "diffem":
+                return marker.get("version")
+        except (ValueError, TypeError, KeyError, RecursionError):
+            pass
+        raise DiffemError(
+            f'{self.folder / MARKER}: is not of diffem; use an empty --out, or write {{"run": "diffem"}} into it'
+        )
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl in a run folder; numbers that are not finite are None."""
+    file = folder / "metrics.jsonl"
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    except FileNotFoundError:
+        raise DiffemError(f"{file}: missing; is {folder} the folder of a run?") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DiffemError(f"{file}: cannot be read: {error}") from None
+    rows: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line, parse_constant=lambda _: None)  # they would break curves and tables
+        except (ValueError, RecursionError):
+            if number == len(lines) and not line.endswith("\n") and rows:
+                break  # the run is writing this line now, or was killed while writing it
+            raise DiffemError(f"{file}: line {number} is not JSON") from None
+        if not isinstance(row, dict) or "score" not in row or not isinstance(row.get("iteration"), int):
+            raise DiffemError(f"{file}: line {number} needs at least an `iteration` and a `score`")
+        if not isinstance(row.get("final", 0), int):
+            raise DiffemError(f"{file}: line {number}: `final` must be the number of an iteration")
+        rows.append(row)
+    if not rows:
+        raise DiffemError(f"{file}: holds no rows; the run has not scored its start yet")
+    return rows
+
+
+def read_config(folder: Path) -> dict[str, dict]:
+    """The configuration in a run folder; its `facts` are what the run noted about its observations."""
+    file = folder / "config.yaml"
+    if not file.exists():
+        raise DiffemError(f"{folder}: is not a run folder (no config.yaml)")
+    config = files.read_yaml(file)
+    sections = [config.get("em"), config.get("facts")] if isinstance(config, dict) else []
+    if not sections or not all(isinstance(section, dict) for section in sections):
+        raise DiffemError(f"{file}: is damaged; it should hold the sections `em` and `facts`")
+    if not isinstance(config["em"].get("seed"), int):
+        raise DiffemError(f"{file}: em.seed: must be a whole number, got {str(config['em'].get('seed'))[:20]}")
+    return config
+
+
+def _checkpoint(file: Path) -> tuple[dict[str, Tensor], dict]:
+    """The tensors and the state in a checkpoint."""
+    found, text = tensors.load(file)
+    try:
+        state = json.loads(text)
+    except (ValueError, RecursionError):
+        state = None
+    if not isinstance(state, dict):
+        raise tensors.Damaged(f"{file}: is damaged: it holds no state of a run")
+    return found, state
+
+
+def _of_version(version: object) -> str:
+    """Words for a run that another version of diffem began."""
+    return "" if version in (None, __version__) else f" (diffem {version} made it, this is {__version__})"
 
 
 def _lock(stream, folder: Path) -> None:
@@ -221,6 +324,8 @@ def _lock(stream, folder: Path) -> None:
 def _finite(value: object) -> object:
     if isinstance(value, dict):
         return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_finite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -247,7 +352,9 @@ def _raised(name: str, before: dict, after: dict) -> bool:
     if name not in MAY_RISE:
         return False
     section, field = name.split(".")
-    old, new = before[section][field], after[section][field]
+    old, new = before[section].get(field), after[section][field]
+    if not isinstance(old, int):
+        return False
     if name == "em.patience":  # 0 never ends a run
         return old != 0 and (new == 0 or new > old)
     return new > old

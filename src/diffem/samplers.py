@@ -376,6 +376,10 @@ def renoise_steps(steps: int) -> int:
 
 def _mixture(tensors: dict[str, Tensor], prefix: str, corruption: Corruption, shape: tuple[int, ...]) -> Mixture:
     parts = [tensors[prefix + name] for name in Mixture.names]
+    count, features = parts[1].shape
+    wanted = {(count,), (count, features), (count, features, parts[2].shape[-1])}
+    if not count or not all(v.is_floating_point() and v.shape in wanted for v in parts):
+        raise DiffemError(OTHER_WEIGHTS)
     if math.prod(shape) != parts[1].shape[-1]:
         raise DiffemError(f"its items have shape {shape}, but its mixture has {parts[1].shape[-1]} features")
     return Mixture(*parts, basis=corruption.basis(shape))

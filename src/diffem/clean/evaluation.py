@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import yaml
 from torch import Tensor
 
 from diffem.clean import metrics
@@ -14,6 +13,7 @@ from diffem.data import Dataset, Items, Observations, evenly, open_array
 from diffem.em import DiffEM, Hook
 from diffem.errors import DiffemError
 from diffem.posterior import from_pretrained
+from diffem.run import read_config
 from diffem.samplers import draw_many, prior_samples
 
 
@@ -68,17 +68,15 @@ def evaluate(
         `nearest_item` the mean distance of a clean item to the nearest item.
     """
     run, reference = Path(run), Path(reference)
-    if not (run / "config.yaml").exists():
-        raise DiffemError(f"{run}: is not a run folder (no config.yaml)")
+    seed = read_config(run)["em"]["seed"]
     if not reference.exists():
         raise DiffemError(f"{reference}: no such file; --reference is a .npy of clean items")
     clean = open_array(reference)
     if observations is not None:
         clean = observations.cut(clean)
-    x = np.load(run / "reconstructions.npy", mmap_mode="r")
+    x = open_array(run / "reconstructions.npy")
     if clean.shape != x.shape:
         raise DiffemError(f"{reference}: shape {clean.shape}, but the run has reconstructions of {x.shape}")
-    seed = yaml.safe_load((run / "config.yaml").read_text())["em"]["seed"]
     rows = evenly(np.arange(len(x)), metrics.most(x.shape))
     load = lambda name: from_pretrained(run / name, given, device=device, precision=precision)  # noqa: E731
     given = None if observations is None else observations.corruption

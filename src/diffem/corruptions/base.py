@@ -234,6 +234,7 @@ class Corruption:
         return units.restore(y)
 
 
+LARGEST_ITEM = 2**28  # numbers in an item whose size a file only states, a gigabyte
 REGISTRY: dict[str, type[Corruption]] = {}
 Kind = TypeVar("Kind", bound=type[Corruption])
 

@@ -25,6 +25,7 @@ from .base import Params, register_corruption
 from .linear import NOISE_FLOOR, SPREAD, LinearCorruption
 from .thinning import Masked
 
+WIDEST = 1000  # standard deviation of a kernel, in pixels
 LEAST_GAIN = 1e-3  # a coefficient that the blur weakens more than this counts as unseen
 
 
@@ -170,8 +171,8 @@ class GaussianBlur(DiagonalCorruption):
 
     def __init__(self, std: float, noise: float | Sequence[float] | None = None) -> None:
         super().__init__(noise)
-        if not std > 0:
-            raise DiffemError(f"GaussianBlur: std of the kernel must be > 0 pixels, got {std}")
+        if not 0 < std <= WIDEST:
+            raise DiffemError(f"GaussianBlur: std of the kernel must be > 0 and at most {WIDEST:,} pixels, got {std}")
         self.std = float(std)
         self._cache: dict[tuple[int, ...], tuple[Basis, Tensor]] = {}
 

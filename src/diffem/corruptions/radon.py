@@ -12,6 +12,8 @@ from diffem.errors import DiffemError
 from .base import Params, register_corruption
 from .linear import LinearCorruption
 
+MOST = 100_000  # angles
+
 
 @register_corruption
 class Radon(LinearCorruption):
@@ -37,8 +39,10 @@ class Radon(LinearCorruption):
     ) -> None:
         super().__init__(noise)
         number = 0 if isinstance(angles, Sequence) else angles
-        if (number < 1 and not (isinstance(angles, Sequence) and angles)) or number != int(number):
-            raise DiffemError(f"Radon: angles must be a number of angles >= 1, or a list in degrees, got {angles}")
+        if (number < 1 and not (isinstance(angles, Sequence) and angles)) or number > MOST or number != int(number):
+            raise DiffemError(
+                f"Radon: angles must be a number of angles from 1 to {MOST:,}, or a list in degrees, got {angles}"
+            )
         self.angles = tuple(map(float, angles)) if isinstance(angles, Sequence) else int(angles)
         self.span = float(span)
         self._cache: dict[tuple, Tensor] = {}

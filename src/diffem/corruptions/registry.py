@@ -50,12 +50,19 @@ def from_config(config: dict, source: str = "corruption") -> Corruption:
             with contextlib.suppress(ValueError):
                 value = arguments[key] = float(value)
         several = isinstance(value, list) and value and "Sequence" in annotation
-        if any(isinstance(v, bool) or not isinstance(v, int | float) for v in (value if several else [value])):
+        if not all(map(_is_number, value if several else [value])):
             raise DiffemError(f"{source}: {key}: must be a number, got {value!r}")
     missing = [k for k, p in known.items() if p.default is p.empty and k not in arguments]
     if missing:
         raise DiffemError(f"{source}: {missing[0]}: {name} needs it")
-    return kind(**arguments)
+    try:
+        return kind(**arguments)
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise DiffemError(f"{source}: {name} cannot be made of {arguments}: {error}") from error
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2.0**127
 
 
 def from_path(path: str) -> Corruption | type[Corruption]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diffem.errors import DiffemError
 
-from .base import Params, register_corruption
+from .base import LARGEST_ITEM, Params, register_corruption
 from .linear import LinearCorruption
 
 
@@ -42,6 +42,8 @@ class Downsample(LinearCorruption):
         item = [1, *shape]
         for axis, factor in self._factors(tuple(item)):
             item[axis] *= factor
+        if math.prod(item) > LARGEST_ITEM:
+            raise DiffemError(f"Downsample: factor {self.factor} makes items of shape {tuple(item[1:])}: too large")
         return tuple(item[1:])
 
     def apart(self, shape: tuple[int, ...]) -> bool:

@@ -34,12 +34,13 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-import yaml
 from torch import Tensor
 
-from diffem import memory, seeding
+from diffem import files, memory, seeding
 from diffem.corruptions import REGISTRY, BlackBox, Corruption, Observed, Params, from_config
+from diffem.corruptions.base import LARGEST_ITEM
 from diffem.errors import DiffemError
+from diffem.files import open_array
 from diffem.units import Units
 
 from .layout import LIKE_Y, Layout, Seen
@@ -128,6 +129,8 @@ class Observations:
             raise DiffemError(f"{source}: {error}") from None
         self.y = _seen(y, self.layout)
         self.params = {k: _parameter(self, k, v) for k, v in params.items()}
+        if shape is not None and not _is_shape(shape):
+            raise DiffemError(f"{source}: shape: must be that of one clean item, e.g. [1, 28, 28], got {shape!r}")
         shape = tuple(int(s) for s in (shape or ()))
         if shape and len(shape) + 1 == len(self.layout.axes):
             shape = self.layout.shape(shape)
@@ -174,7 +177,10 @@ class Observations:
         if isinstance(corruption, type):
             config, corruption = {"name": corruption.__name__, **config}, None
         if corruption is None:
-            corruption = from_config(config, str(config_file))
+            try:
+                corruption = from_config(config, str(config_file))
+            except DiffemError as error:
+                raise DiffemError(f"{config_file}: {str(error).removeprefix(f'{config_file}: ')}") from None
         elif isinstance(corruption, BlackBox) and config:
             name = next(iter(config))
             raise DiffemError(f"{config_file}: {name}: is not used beside --corruption {corruption.path}; take it out")
@@ -208,7 +214,7 @@ class Observations:
             config["axes"] = self.axes
         if self.formula:
             config["formula"] = True
-        (folder / "corruption.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+        files.replace(folder / "corruption.yaml", files.as_yaml(config))
 
     def __len__(self) -> int:
         return len(self.y)
@@ -314,11 +320,9 @@ def evenly(rows: np.ndarray, count: int) -> np.ndarray:
 def read_mapping(file: Path) -> dict:
     """The mapping in a YAML file; empty if there is no file."""
     try:
-        config = yaml.safe_load(file.read_text()) or {}
+        config = files.read_yaml(file) or {}
     except FileNotFoundError:
         return {}
-    except yaml.YAMLError as error:
-        raise DiffemError(f"{file}: is not YAML: {str(error).splitlines()[0]}") from None
     if not isinstance(config, dict):
         raise DiffemError(f"{file}: must hold `key: value` lines")
     return config
@@ -500,16 +504,15 @@ def _clipped(corruption: Corruption, value_range: Any, clip: object, source: str
     return BlackBox(corruption.function, corruption.path, (float(low), float(high)))
 
 
+def _is_shape(value: object) -> bool:
+    """Whether it can be the shape of an item, of at most :data:`LARGEST_ITEM` numbers."""
+    if not isinstance(value, list | tuple | torch.Size) or not all(isinstance(v, int | np.integer) for v in value):
+        return False
+    return all(v >= 1 for v in value) and math.prod(map(int, value)) <= LARGEST_ITEM
+
+
 def _is_range(value: object) -> bool:
     if not isinstance(value, list | tuple | np.ndarray) or len(value) != 2:
         return False
-    return all(isinstance(v, int | float | np.number) for v in value) and bool(value[0] < value[1])
-
-
-def open_array(file: Path) -> np.ndarray:
-    if not file.exists():
-        raise DiffemError(f"{file}: missing")
-    try:
-        return np.load(file, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
-        raise DiffemError(f"{file}: is not a complete .npy array: {str(error).splitlines()[0]}") from None
+    numbers = all(isinstance(v, int | float | np.number) and abs(v) <= np.finfo(np.float32).max for v in value)
+    return numbers and bool(value[0] < value[1])

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from pathlib import Path
 
-import numpy as np
-import yaml
-
 from diffem import memory, seeding
-from diffem.data import Dataset, Observations, evenly
+from diffem.data import Dataset, Observations, evenly, open_array
 from diffem.diagnostics.calibration import self_consistency
 from diffem.diagnostics.collapse import collapse_watch
 from diffem.diagnostics.divergence import COMPARISONS, sample_divergence
 from diffem.diagnostics.scores import Coverage, coverage
 from diffem.errors import DiffemError
 from diffem.posterior import from_pretrained
+from diffem.run import read_config, read_metrics
 from diffem.samplers import draw_many, prior_samples
 
 ITEMS = 256  # held-out observations, each reconstructed once; also the number of prior samples
@@ -71,12 +68,11 @@ def diagnose(
     for name in ("config.yaml", "metrics.jsonl"):
         if not (run / name).exists():
             raise DiffemError(f"{run}: is not a finished run (no {name})")
-    config = yaml.safe_load((run / "config.yaml").read_text())
-    if config["facts"]["digest"] != observations.digest():
+    config, metrics = read_config(run), read_metrics(run)
+    if config["facts"].get("digest") != observations.digest():
         raise DiffemError(f"{observations.source}: are not the observations that {run} was trained on")
     seed = config["em"]["seed"]
-    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    final = next(row for row in reversed(metrics) if row["best"])
+    final = next((row for row in reversed(metrics) if row.get("best")), metrics[0])
     place = {"device": device, "precision": precision}
     loaded = from_pretrained(run / "posterior", observations.corruption, **place)
     train, _, test = observations.split(seed)
@@ -97,10 +93,8 @@ def diagnose(
     x = draw_many(posterior, data, rows, 1, key, batch=batch)[0]
     samples = None if prior is None else prior_samples(prior, len(rows), key, batch)
     result["divergence"] = sample_divergence(x, samples, data, rows, key, PERMUTATIONS)
-    kept = data.items(np.load(run / "reconstructions.npy", mmap_mode="r"))[
-        evenly(train, memory.at_once(features, TRAINING))
-    ]
-    ratio = None if final["ratio"] is None else (final["ratio"], final["ratio_se"])
+    kept = data.items(open_array(run / "reconstructions.npy"))[evenly(train, memory.at_once(features, TRAINING))]
+    ratio = None if final.get("ratio") is None else (final["ratio"], final["ratio_se"])
     result["collapse"] = collapse_watch(x, samples, kept, data, rows, key, ratio)
     if full and prior is not None:
         result["self_consistency"] = self_consistency(posterior, prior, key, batch=batch)

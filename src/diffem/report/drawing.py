@@ -14,6 +14,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from diffem import files
 from diffem.diagnostics.scores import OVER_CONFIDENT, UNDER_CONFIDENT
 
 Row = dict[str, Any]
@@ -45,7 +46,7 @@ THEMES = (LIGHT, DARK)
 
 def finite(row: Mapping[str, Any], key: str) -> float | None:
     value = row.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < math.inf:
         return None
     return float(value)
 
@@ -328,7 +329,7 @@ def draw(folder: Path, pictures: Pictures) -> dict[str, list[bytes]]:
                 drawn[name].append(picture)
     for name, versions in drawn.items():
         if versions:
-            (folder / f"{name}.png").write_bytes(versions[0])
+            files.replace(folder / f"{name}.png", versions[0])
     return drawn
 
 

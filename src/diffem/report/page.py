@@ -18,7 +18,7 @@ import contextlib
 import json
 import math
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -34,10 +34,12 @@ from diffem.diagnostics.scores import OVER_CONFIDENT, UNDER_CONFIDENT
 from diffem.errors import DiffemError
 from diffem.report import drawing
 from diffem.report.drawing import ITEMS, Figure, Pictures, Row, finite, seen_entries, std_limit, uri
+from diffem.run import read_metrics
 from diffem.watch import status, time_left
 
 SCORES = {"crps": "CRPS", "energy_distance": "energy distance"}
 SAMPLES_OF = {"reconstructions": "reconstructions, re-corrupted", "prior": "prior samples, re-corrupted"}
+FREE, DENSEST = 2**26, 100  # pictures may take this many bytes, or this many for each byte that is stored
 CLEAN = {"psnr": "PSNR of one draw [dB]", "energy_distance": "energy distance of the reconstructions"}
 
 
@@ -82,30 +84,7 @@ def _load(folder: str | Path) -> Run:
     folder = Path(folder)
     if not folder.is_dir():
         raise DiffemError(f"{folder}: no such run folder")
-    file = folder / "metrics.jsonl"
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-    except FileNotFoundError:
-        raise DiffemError(f"{file}: missing; is {folder} the folder of a run?") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise DiffemError(f"{file}: cannot be read: {error}") from None
-    rows: list[Row] = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            # Numbers that are not finite become None: they would break curves and tables.
-            row = json.loads(line, parse_constant=lambda _: None)
-        except json.JSONDecodeError:
-            if number == len(lines) and not line.endswith("\n") and rows:
-                break  # the run is writing this line now, or was killed while writing it
-            raise DiffemError(f"{file}: line {number} is not JSON") from None
-        if not isinstance(row, dict) or not isinstance(row.get("iteration"), int) or "score" not in row:
-            raise DiffemError(f"{file}: line {number} needs at least an `iteration` and a `score`")
-        rows.append(row)
-    if not rows:
-        raise DiffemError(f"{file}: holds no rows; the run has not scored its start yet")
-    return Run(folder, rows)
+    return Run(folder, read_metrics(folder))
 
 
 def _load_pictures(folder: Path) -> dict[str, NDArray] | None:
@@ -113,10 +92,17 @@ def _load_pictures(folder: Path) -> dict[str, NDArray] | None:
     if not file.exists():
         return None
     try:
+        with zipfile.ZipFile(file) as archive:
+            size, stored = sum(info.file_size for info in archive.infolist()), file.stat().st_size
+        if size > max(FREE, DENSEST * stored):
+            raise DiffemError(f"{file}: declares {size:,} bytes, but stores {stored:,}; not read")
         with np.load(file, allow_pickle=False) as archive:
             pictures = {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
-        raise DiffemError(f"{file}: cannot be read: {str(error).splitlines()[0]}") from None
+    except DiffemError:
+        raise
+    except Exception as error:  # of many kinds: the headers in it are Python
+        said = (str(error) or type(error).__name__).splitlines()[0]
+        raise DiffemError(f"{file}: cannot be read: {said}") from None
     for name in ("mean", "std", "draws"):
         if name not in pictures:
             raise DiffemError(f"{file}: lacks the array `{name}`")
@@ -157,7 +143,7 @@ def _read_json(file: Path) -> dict[str, Any] | None:
         return None
     try:
         content = json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         content = None
     if not isinstance(content, dict):
         raise DiffemError(f"{file}: is not JSON of a dictionary")
@@ -171,6 +157,16 @@ def _read_text(file: Path) -> str | None:
         return None
     except (OSError, UnicodeDecodeError) as error:
         raise DiffemError(f"{file}: cannot be read: {error}") from None
+
+
+@contextlib.contextmanager
+def _reading(file: Path, remedy: str) -> Iterator[None]:
+    """Turns errors about content that is not as diffem writes it into one line that names its file."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        what = " ".join(f"{type(error).__name__}: {error}".split())
+        raise DiffemError(f"{file}: is not what diffem writes ({what}); {remedy}") from error
 
 
 # Numbers and words
@@ -386,11 +382,12 @@ def _cost(run: Run, diagnostics: Mapping[str, Any] | None = None) -> list[tuple[
         key: sum(finite(row, key) or 0.0 for row in run.rows)
         for key in ("seconds", "score_seconds", "examples", "network_evaluations")
     }
-    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
-        prior = json.loads((run.folder / "prior.json").read_text())
-        totals["seconds"] += prior["seconds"]
-        totals["examples"] += prior["examples"]
-        totals["network_evaluations"] += 3 * prior["examples"]
+    file = run.folder / "prior.json"
+    if (prior := _read_json(file)) is not None:
+        with _reading(file, "remove it"):
+            totals["seconds"] += prior["seconds"]
+            totals["examples"] += prior["examples"]
+            totals["network_evaluations"] += 3 * prior["examples"]
     refused = sum(not row.get("accepted") for row in run.rows[1:])
     seconds = finite(diagnostics or {}, "seconds")
     checked = [] if seconds is None else [("time of the diagnostics", _duration(seconds))]
@@ -432,30 +429,38 @@ def write(run: str | Path) -> Path:
     template = environment.from_string(
         resources.files("diffem.report").joinpath("report.html").read_text(encoding="utf-8")
     )
+    warnings = [] if diagnostics is None else diagnostics["warnings"]
+    with _reading(folder / "diagnostics.json", "run diffem diagnose again"):
+        consistency = (diagnostics or {}).get("self_consistency")
+        told = {
+            "calibration": drawing.calibration(diagnostics or {}),
+            "divergence": _divergence_table(diagnostics or {}),
+            "consistency": None if consistency is None else p_words(consistency["p_value"]),
+            "collapse": _collapse_table(diagnostics or {}),
+        }
+    with _reading(folder / "pictures.npz", "remove it"):
+        images = [] if pictures is None else _images(folder, pictures)
     ratio = finite(loaded.final, "ratio")
     honest = ratio is None or OVER_CONFIDENT <= ratio <= UNDER_CONFIDENT
-    warnings = [] if diagnostics is None else diagnostics["warnings"]
-    consistency = (diagnostics or {}).get("self_consistency")
-    page = template.render(
-        name=folder.resolve().name,
-        verdict=_verdict(loaded, diagnostics),
-        unfinished=_unfinished(folder),
-        warnings=warnings,
-        good=loaded.chosen > 0 and honest and not warnings,
-        heads=heads,
-        rows=rows,
-        clean_rows=clean_rows,
-        start=_start_words(folder),
-        curves=drawing.curves(loaded.iterations, loaded.chosen, loaded.score_name),
-        calibration=drawing.calibration(diagnostics or {}),
-        divergence=_divergence_table(diagnostics or {}),
-        consistency=None if consistency is None else p_words(consistency["p_value"]),
-        collapse=_collapse_table(diagnostics or {}),
-        images=[] if pictures is None else _images(folder, pictures),
-        score_name=loaded.score_name,
-        crps=loaded.score_name == "CRPS",
-        cost=_cost(loaded, diagnostics),
-        config=_read_text(folder / "config.yaml"),
-    )
-    files.replace(folder / "report.html", page.encode())
-    return folder / "report.html"
+    with _reading(folder / "metrics.jsonl", "run the same command again"):
+        page = template.render(
+            name=folder.resolve().name,
+            verdict=_verdict(loaded, diagnostics),
+            unfinished=_unfinished(folder),
+            warnings=warnings,
+            good=loaded.chosen > 0 and honest and not warnings,
+            heads=heads,
+            rows=rows,
+            clean_rows=clean_rows,
+            start=_start_words(folder),
+            curves=drawing.curves(loaded.iterations, loaded.chosen, loaded.score_name),
+            **told,
+            images=images,
+            score_name=loaded.score_name,
+            crps=loaded.score_name == "CRPS",
+            cost=_cost(loaded, diagnostics),
+            config=_read_text(folder / "config.yaml"),
+        )
+    file = folder / "report.html"
+    files.replace(file, page.encode())
+    return file

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from diffem import files, memory
-from diffem.data import Observations, evenly
+from diffem.data import Observations, evenly, open_array
 from diffem.posterior import from_pretrained
 
 NUMBERS = 2**21  # numbers in all samples of the prior; if items are large, fewer are drawn
@@ -45,7 +45,7 @@ def save(
     if "mask" in params:
         arrays["mask"] = params["mask"].numpy()
     if clean is not None and clean.exists():
-        arrays["clean"] = np.asarray(seen(observations.cut(np.load(clean, mmap_mode="r"))[rows]), dtype=np.float32)
+        arrays["clean"] = np.asarray(seen(observations.cut(open_array(clean))[rows]), dtype=np.float32)
     if (run / "prior" / "config.json").exists():
         arrays["samples"] = seen(load("prior").generate(samples, seed, batch)).numpy()
     stream = io.BytesIO()

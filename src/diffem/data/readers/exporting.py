@@ -45,7 +45,15 @@ class Export:
         family, self.suffix = FORMATS[kind]
         self.kind, self.range, self.module = kind, range, importlib.import_module(f"{__package__}.{family}")
         source = described(Path(folder))
-        self.patch, stored = source["patch"], np.dtype(source["dtype"])
+        self.source = Path(folder) / SOURCE
+        try:
+            stored = _checked(source)
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            what = f"{type(error).__name__}: {error}"
+            raise DiffemError(
+                f"{self.source}: is not what diffem import wrote ({what}); import the data again"
+            ) from None
+        self.patch = source["patch"]
         self.dtype = np.dtype(np.uint8) if stored.kind == "b" else stored
         if stored.kind == "c":
             raise DiffemError(f"--as {kind}: complex numbers are in mean.npy only")
@@ -76,6 +84,11 @@ class Export:
             out: The folder, which is created.
             whole: Whether they are values, with the dtype of y; else standard deviations: float32 if the format allows.
         """
+        told = sum(n * self._patches(of) for about in self.about for n, of in about["items"])
+        if told != len(values):
+            raise DiffemError(
+                f"{self.source}: tells of {told} observations instead of {len(values)}; import them again"
+            )
         at = 0
         for path, about in zip(self.paths, self.about, strict=True):
             (out / path).parent.mkdir(parents=True, exist_ok=True)
@@ -83,7 +96,11 @@ class Export:
             rows = sum(n * self._patches(of) for n, of in about["items"])
             dtype = self.dtype if whole or self.kind == "png" else np.dtype(np.float32)
             items = (self._cast(item, dtype) for item in self._items(values[at : at + rows], about["items"]))
-            self.module.write(self.kind, out / path, items, {**about, "count": count, "whole": whole})
+            try:
+                self.module.write(self.kind, out / path, items, {**about, "count": count, "whole": whole})
+            except (LookupError, TypeError, ValueError, AttributeError) as error:
+                what = f"{type(error).__name__}: {error}".splitlines()[0]
+                raise DiffemError(f"{self.source}: what it tells of {path} cannot be written ({what})") from None
             at += rows
 
     def _patches(self, shape: Sequence[int]) -> int:
@@ -108,9 +125,27 @@ class Export:
         return np.clip(np.rint(item), max(low, info.min), min(high, info.max)).astype(dtype)
 
 
+def _checked(source: dict) -> np.dtype:
+    """The dtype that source.json tells; raises a ValueError or the like unless it is as :mod:`.importing` writes it."""
+    patch, whole = source["patch"], lambda value: type(value) is int and value > 0
+    shapes = [source["shape"]]
+    for file in source["files"]:
+        if not isinstance(file["name"], str) or not file["name"]:
+            raise ValueError(f"the name of a file is {file['name']!r}")
+        if not all(whole(n) for n, _ in file["items"]):
+            raise ValueError(f"the items of {file['name']} are {file['items']}")
+        shapes += [shape for _, shape in file["items"]]
+    if not (patch is None or whole(patch)) or not all(map(whole, itertools.chain.from_iterable(shapes))):
+        raise ValueError("patch and shapes must be whole numbers")
+    if (dtype := np.dtype(source["dtype"])).kind not in "biufc":
+        raise ValueError(f"dtype is {dtype}")
+    return dtype
+
+
 def _path(name: str, suffix: str) -> str:
     """The name of a file with another suffix; a name that leads out of the folder is refused."""
-    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\\" in name:
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name:
         raise DiffemError(f"{SOURCE}: names a file {name!r}, outside of the folder; import the data again")
     known = sorted((known for suffixes in SUFFIXES.values() for known in suffixes), key=len, reverse=True)
     return name[: len(name) - len(next((end for end in known if name.lower().endswith(end)), ""))] + suffix

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from PIL import Image
 
 from diffem import files
@@ -45,6 +44,7 @@ OPTIONS = {  # the options of each family
     "arrays": ("axes",),
     "tables": ("columns",),
 }
+ARRAY = re.compile(r"[A-Za-z]\w*\.npy", re.ASCII)
 INSIDE = re.compile(r"(.+\.(?:npz|h5|hdf5|zarr)):(.+)", re.IGNORECASE)
 
 
@@ -116,7 +116,7 @@ def import_files(
             work.mkdir(parents=True)
             imported = _write_arrays(work, read, shape, options.patch, left_out)
         arrays = sorted(file.name for file in work.iterdir())
-        (work / "corruption.yaml").write_text(_corruption(imported, arrays, corruption, range, options.axes))
+        (work / "corruption.yaml").write_text(_corruption(imported, arrays, corruption, range, options.axes), "utf-8")
         about = {
             "source": str(Path(source).resolve()),
             "family": family,
@@ -310,7 +310,7 @@ def _corruption(
         lines.append(f"# range: {list(imported.limits)}  # of clean values; these are the least and the largest of y")
     if axes is not None:
         known["axes"] = axes
-    return "".join(f"{line}\n" for line in lines) + (yaml.safe_dump(known, sort_keys=False) if known else "")
+    return "".join(f"{line}\n" for line in lines) + (files.as_yaml(known).decode() if known else "")
 
 
 # --- the output folder -------------------------------------------------------------------------------
@@ -328,19 +328,22 @@ def _refuse_to_overwrite(out: Path, overwrite: bool) -> None:
 def _put(work: Path, out: Path, names: list[str]) -> None:
     """Moves files into the folder, and removes those of an earlier import that were not written again."""
     out.mkdir(exist_ok=True)
-    before = described(out)["arrays"] if (out / SOURCE).exists() else []
+    before = described(out).get("arrays") if (out / SOURCE).exists() else []
     for name in names:
         os.replace(work / name, out / name)
-    for name in before:
-        if name not in names and Path(name).name == name:
+    for name in before if isinstance(before, list) else []:
+        if name not in names and isinstance(name, str) and ARRAY.fullmatch(name):
             (out / name).unlink(missing_ok=True)
 
 
 def described(folder: Path) -> dict[str, Any]:
     """The contents of source.json of an imported folder."""
     try:
-        return json.loads((folder / SOURCE).read_text())
+        content = json.loads((folder / SOURCE).read_text())
     except FileNotFoundError:
         raise DiffemError(f"{folder}: has no {SOURCE}: it was not written by diffem import") from None
-    except ValueError:
-        raise DiffemError(f"{folder / SOURCE}: is not JSON; import the data again") from None
+    except (ValueError, RecursionError):
+        content = None
+    if not isinstance(content, dict):
+        raise DiffemError(f"{folder / SOURCE}: is not JSON of a dictionary; import the data again")
+    return content
