@@ -547,7 +547,7 @@ def test_an_import_removes_only_its_own_arrays(arrays, imported, here, capsys):
     (here / "data" / "notes.txt").write_text("mine")
     imported.write_text(json.dumps({**json.loads(imported.read_text()), "arrays": arrays}))
     status = main(["import", "images", "--out", "data", "--overwrite"])
-    out, err = capsys.readouterr()
+    err = capsys.readouterr().err
     assert (status, err.count("\n")) in ((0, 0), (2, 1))
     assert (here / "outside.npy").read_text() == (here / "data" / "notes.txt").read_text() == "mine"
 

@@ -240,6 +240,7 @@ class DiffEM:
                     step(self)
                 else:
                     alone(self, lambda step=step: step(self))
+                rest(self)
 
     # --- what the steps share ------------------------------------------------------------------------
 
@@ -357,11 +358,13 @@ def alone(em: DiffEM, step: Callable[[], None]) -> None:
         load(em)
 
 
-def rest(em: DiffEM, save: Callable[[], None]) -> None:
-    """Saves if it is time to; then ends the run, if some process was asked to stop."""
+def rest(em: DiffEM, save: Callable[[], None] | None = None) -> None:
+    """Saves if it is time to, and there is something to save; then ends the run, if some process was asked to stop."""
     stopping = distributed.anyone(em.stop is not None)
-    if stopping or elapsed(em._saved) >= 60 * em.checkpoint_minutes:
-        save()
+    late = abs(time.monotonic() - em._saved) >= 60 * em.checkpoint_minutes  # also if the clock was set back
+    if stopping or (late and save is not None):
+        if save is not None:
+            save()
         em._saved = time.monotonic()
     if stopping:
         distributed.wait()
