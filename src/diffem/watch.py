@@ -77,9 +77,13 @@ class Watch:
     def _write(self, content: dict) -> None:
         # not flushed to the disk, and a full disk is no reason to end a run
         file, self._written = self.em.run.folder / FILE, time.monotonic()
-        with contextlib.suppress(OSError):
-            file.with_name(f"{FILE}.tmp").write_text(json.dumps(content))
-            os.replace(file.with_name(f"{FILE}.tmp"), file)
+        temporary = file.with_name(f"{FILE}.tmp")
+        try:
+            temporary.write_text(json.dumps(content))
+            os.replace(temporary, file)
+        except OSError:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
 
     def _remove(self) -> None:
         for name in (FILE, f"{FILE}.tmp"):
