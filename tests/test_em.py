@@ -691,6 +691,7 @@ def test_joint_prior_is_the_posterior_with_all_of_its_variance(tmp_path, monkeyp
         1.0,
         4.0,
     )  # the width was chosen for the posterior
+    assert posterior.pop("scores")["score"] == pytest.approx(0.4)  # they are scores of posterior draws
     assert prior == posterior
     assert not (tmp_path / "prior.json").exists()
 

@@ -36,7 +36,7 @@ def denoising(corruption: Corruption, shape: tuple[int, ...], network: NetworkCo
 
 def kernels(corruption: Corruption, shape: tuple[int, ...]) -> tuple[torch.Tensor, Params]:
     generator = torch.Generator().manual_seed(0)
-    params = {"kernel": torch.rand(5, 3, 3, generator=generator) / 5}
+    params = {"kernel": torch.rand(5, 3, generator=generator)}
     x = UNITS.restore(torch.randn(5, *shape, generator=generator))
     return corruption.apply(x, params, generator), params
 
@@ -51,8 +51,9 @@ def components(corruption: Corruption, shape: tuple[int, ...]) -> Posterior:
 
 
 CASES = {
-    "mask, mlp": (partial(denoising, network=NETWORK, steps=2), RandomMask(0.5, 0.1), (6,), observed),
-    "blurs of files, unet": (denoising, Blur(noise=0.1), (1, 4, 4), kernels),  # conjugate gradients
+    "mask, unet": (denoising, RandomMask(0.5, 0.1), (1, 4, 4), observed),
+    "noise, two steps": (partial(denoising, network=NETWORK, steps=2), GaussianNoise(0.3), (4,), observed),
+    "blurs of files": (partial(denoising, network=NETWORK), Blur(noise=0.1), (4,), kernels),  # conjugate gradients
     "mask, mixture": (components, RandomMask(0.5, 0.1), (6,), observed),
     "cosines, mixture": (mixture, GaussianBlur(0.8, 0.1), (1, 4, 4), observed),
     "projection, mixture": (mixture, RandomProjection(2, 0.1), (6,), observed),

@@ -4,6 +4,7 @@ push | settings."""
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import json
 import math
@@ -435,7 +436,8 @@ def _train(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
             + ("" if row["iteration"] else "; scores are in units of half the range of the data")
         )
         if new:
-            page.write(out)
+            with contextlib.suppress(OSError):  # a full disk: it is written again at the end
+                page.write(out)
     if not distributed.first():
         return
     if not (out / "prior" / "config.json").exists():
