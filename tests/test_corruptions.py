@@ -604,7 +604,10 @@ def test_black_box_errors():
         (lambda: RandomMask(1.0, 0.1), "RandomMask: rate is the fraction deleted, in [0, 1), got 1.0"),
         (lambda: RandomMask(-0.1, 0.1), "RandomMask: rate is the fraction deleted, in [0, 1), got -0.1"),
         (lambda: RandomMask(0.5, 0.1, 0), "RandomMask: block must be at least 1, got 0"),
-        (lambda: GaussianBlur(0.0, 0.1), "GaussianBlur: std of the kernel must be > 0 and at most 1,000 pixels, got 0.0"),
+        (
+            lambda: GaussianBlur(0.0, 0.1),
+            "GaussianBlur: std of the kernel must be > 0 and at most 1,000 pixels, got 0.0",
+        ),
         (lambda: RandomProjection(0, 0.1), "RandomProjection: rows must be at least 1, got 0"),
         (
             lambda: RandomProjection(1, 0.1).draw(2, (1, 3, 3), seeded()),

@@ -202,7 +202,12 @@ def test_configurations_of_models(change, here, capsys):
     refused(capsys, "reconstruct", "run", "--observations", "obs", "--out", "rec", names="run/posterior: ")
 
 
-JSON = {"deep": b"[" * 10**6, "a long number": b'{"kind": ' + b"9" * 10**5 + b"}", "UTF-16": b"\xff\xfe{\0}\0", "NUL": b"\0"}
+JSON = {
+    "deep": b"[" * 10**6,
+    "a long number": b'{"kind": ' + b"9" * 10**5 + b"}",
+    "UTF-16": b"\xff\xfe{\0}\0",
+    "NUL": b"\0",
+}
 
 
 @pytest.mark.parametrize("content", JSON.values(), ids=JSON)
@@ -265,7 +270,9 @@ def test_arrays(content, name, here, capsys):
     refused(capsys, "check", "obs", names=name.removesuffix(".npy") if name != "held_out.npy" else "held_out.npy")
 
 
-@pytest.mark.parametrize("content", [pickled(), npy(described("(60, 1, 4, 5)"), b"\0" * 4800)], ids=["objects", "shape"])
+@pytest.mark.parametrize(
+    "content", [pickled(), npy(described("(60, 1, 4, 5)"), b"\0" * 4800)], ids=["objects", "shape"]
+)
 def test_clean_items_and_reconstructions(content, here, capsys):
     (here / "clean.npy").write_bytes(content)
     refused(capsys, "evaluate", "run", "--reference", "clean.npy", names="clean.npy")
@@ -276,7 +283,10 @@ def test_clean_items_and_reconstructions(content, here, capsys):
 
 def bomb(file: Path, name: str, size: int) -> None:
     """An archive of little size that holds an array of much."""
-    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive, archive.open(name, "w") as stream:
+    with (
+        zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive,
+        archive.open(name, "w") as stream,
+    ):
         stream.write(npy(described(f"({size // 64}, 16)")))
         for _ in range(size // 2**22):
             stream.write(b"\0" * 2**22)
@@ -432,7 +442,15 @@ def test_notes_of_a_run(name, text, here, capsys):
     refused(capsys, "report", "run", names=f"run/{name}: ")
 
 
-METRICS = ["[1]", "{" * 10**5, '{"iteration": true}', '{"iteration": "1", "score": 1}', "9" * 10**5, '{"score": 1}', "\0"]
+METRICS = [
+    "[1]",
+    "{" * 10**5,
+    '{"iteration": true}',
+    '{"iteration": "1", "score": 1}',
+    "9" * 10**5,
+    '{"score": 1}',
+    "\0",
+]
 
 
 @pytest.mark.parametrize("text", METRICS)
@@ -529,7 +547,7 @@ def test_an_import_removes_only_its_own_arrays(arrays, imported, here, capsys):
     (here / "data" / "notes.txt").write_text("mine")
     imported.write_text(json.dumps({**json.loads(imported.read_text()), "arrays": arrays}))
     status = main(["import", "images", "--out", "data", "--overwrite"])
-    out, err = capsys.readouterr()
+    err = capsys.readouterr().err
     assert (status, err.count("\n")) in ((0, 0), (2, 1))
     assert (here / "outside.npy").read_text() == (here / "data" / "notes.txt").read_text() == "mine"
 

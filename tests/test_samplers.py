@@ -284,7 +284,8 @@ def test_saved_model_of_another_version(age, text, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("version", "who"), [("0.0.7", "diffem 0.0.7"), (None, "another version of diffem"), ([7], "another version of diffem")]
+    ("version", "who"),
+    [("0.0.7", "diffem 0.0.7"), (None, "another version of diffem"), ([7], "another version of diffem")],
 )
 def test_saved_model_says_which_version_wrote_it(version, who, tmp_path):
     mask = RandomMask(0.5, 0.1)

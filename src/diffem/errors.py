@@ -27,7 +27,9 @@ def unreadable(version: object) -> str:
     if version == __version__:
         return "is damaged, or was changed by hand"
     known = isinstance(version, str) and 0 < len(version) < 32
-    return f"was saved by {f'diffem {version}' if known else 'another version of diffem'}, which {__version__} cannot read"
+    return (
+        f"was saved by {f'diffem {version}' if known else 'another version of diffem'}, which {__version__} cannot read"
+    )
 
 
 def printable(text: str) -> str:

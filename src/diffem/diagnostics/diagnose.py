@@ -6,8 +6,6 @@ import math
 import time
 from pathlib import Path
 
-import numpy as np
-
 from diffem import memory, seeding
 from diffem.data import Dataset, Observations, evenly, open_array
 from diffem.diagnostics.calibration import self_consistency
@@ -95,9 +93,7 @@ def diagnose(
     x = draw_many(posterior, data, rows, 1, key, batch=batch)[0]
     samples = None if prior is None else prior_samples(prior, len(rows), key, batch)
     result["divergence"] = sample_divergence(x, samples, data, rows, key, PERMUTATIONS)
-    kept = data.items(open_array(run / "reconstructions.npy"))[
-        evenly(train, memory.at_once(features, TRAINING))
-    ]
+    kept = data.items(open_array(run / "reconstructions.npy"))[evenly(train, memory.at_once(features, TRAINING))]
     ratio = None if final.get("ratio") is None else (final["ratio"], final["ratio_se"])
     result["collapse"] = collapse_watch(x, samples, kept, data, rows, key, ratio)
     if full and prior is not None:

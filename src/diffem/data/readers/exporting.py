@@ -50,7 +50,9 @@ class Export:
             stored = _checked(source)
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             what = f"{type(error).__name__}: {error}"
-            raise DiffemError(f"{self.source}: is not what diffem import wrote ({what}); import the data again") from None
+            raise DiffemError(
+                f"{self.source}: is not what diffem import wrote ({what}); import the data again"
+            ) from None
         self.patch = source["patch"]
         self.dtype = np.dtype(np.uint8) if stored.kind == "b" else stored
         if stored.kind == "c":
@@ -84,7 +86,9 @@ class Export:
         """
         told = sum(n * self._patches(of) for about in self.about for n, of in about["items"])
         if told != len(values):
-            raise DiffemError(f"{self.source}: tells of {told} observations instead of {len(values)}; import them again")
+            raise DiffemError(
+                f"{self.source}: tells of {told} observations instead of {len(values)}; import them again"
+            )
         at = 0
         for path, about in zip(self.paths, self.about, strict=True):
             (out / path).parent.mkdir(parents=True, exist_ok=True)
