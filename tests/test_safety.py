@@ -190,7 +190,7 @@ def test_a_damaged_part_of_a_score_is_made_again(damage, tmp_path):
 def test_damaged_reconstructions_are_named(share, tmp_path):
     stopped_at(tmp_path, "m_step", 3)
     truncate(tmp_path / "current.npy", share)
-    with pytest.raises(DiffemError, match=r"current\.npy: is (damaged|not a complete \.npy array): "):
+    with pytest.raises(DiffemError, match=r"current\.npy: is not a complete \.npy array: "):
         finish(tmp_path)
 
 
@@ -551,6 +551,29 @@ def test_two_that_write_the_same_file_do_not_mix(tmp_path, monkeypatch):
     files.replace(file, b"one, which is longer")
     assert file.read_bytes() == b"one, which is longer"
     assert [p.name for p in tmp_path.iterdir()] == ["diagnostics.json"]
+
+
+@pytest.mark.parametrize("command", ["report", "diagnose"])
+def test_nothing_is_written_into_a_folder_that_is_no_run(command, whole, tmp_path, capsys):
+    shutil.copytree(whole, tmp_path / "other")
+    (tmp_path / "other" / "run.json").unlink()
+    (tmp_path / "other" / "report.html").write_text("mine")
+    assert cli.main([command, str(tmp_path / "other")]) == 2
+    said = f"diffem: {tmp_path / 'other'}: is not a run folder (no run.json); nothing is written there\n"
+    assert capsys.readouterr().err == said
+    assert (tmp_path / "other" / "report.html").read_text() == "mine"
+
+
+@pytest.mark.parametrize("command", ["report", "diagnose"])
+def test_a_run_can_be_looked_at_while_it_trains(command, whole, tmp_path, capsys):
+    em = make(tmp_path)
+    rows = em.iterate()
+    next(rows), next(rows)  # it holds the lock
+    data = test_em.observations()
+    data.save(tmp_path / "observations")
+    assert cli.main([command, str(tmp_path)]) == 0
+    assert [row["iteration"] for row in rows] == [2]
+    test_em.assert_same(tmp_path, whole)
 
 
 def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path):

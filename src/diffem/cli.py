@@ -823,6 +823,7 @@ def _diagnose(arguments: argparse.Namespace) -> None:
     from diffem.data import Observations
 
     run = Path(arguments.run)
+    _refuse_foreign(run)
     if isinstance(_model(arguments, "posterior").corruption, BlackBox) and not arguments.corruption:
         raise DiffemError("diffem diagnose: --corruption: the run is of a black box; give it as MODULE:NAME")
     if (folder := _trained_on(arguments)) is None:
@@ -856,7 +857,14 @@ def _print_warnings(found: dict) -> None:
 def _report(run: Path) -> Path:
     from diffem.report import page
 
+    _refuse_foreign(run)
     return page.write(run)
+
+
+def _refuse_foreign(run: Path) -> None:
+    """Refuses to write into a folder that no run made."""
+    if run.is_dir() and not (run / "run.json").exists():
+        raise DiffemError(f"{run}: is not a run folder (no run.json); nothing is written there")
 
 
 if __name__ == "__main__":

@@ -88,7 +88,9 @@ def open_array(file: Path, mode: Literal["r", "r+"] = "r") -> np.memmap:
         raise DiffemError(f"{file}: missing")
     try:
         with np.errstate(all="ignore"):
-            array = np.lib.format.open_memmap(file, mode="r")  # r+ would lengthen a file that is too short
+            array = np.load(file, mmap_mode="r", allow_pickle=False)  # r+ would lengthen a file that is too short
+            if not isinstance(array, np.memmap):
+                raise ValueError("it is an archive")
             return array if mode == "r" else np.lib.format.open_memmap(file, mode=mode)
     except Exception as error:  # of many kinds: the header is Python
         said = (str(error) or type(error).__name__).splitlines()[0]

@@ -129,9 +129,7 @@ class Observations:
             raise DiffemError(f"{source}: {error}") from None
         self.y = _seen(y, self.layout)
         self.params = {k: _parameter(self, k, v) for k, v in params.items()}
-        if shape is not None and not _is_shape(shape):
-            raise DiffemError(f"{source}: shape: must be that of one clean item, e.g. [1, 28, 28], got {shape!r}")
-        shape = tuple(int(s) for s in (shape or ()))
+        shape = _shape(shape or (), source)
         if shape and len(shape) + 1 == len(self.layout.axes):
             shape = self.layout.shape(shape)
         self.shape = shape or tuple(self.y.shape[1:])
@@ -177,10 +175,7 @@ class Observations:
         if isinstance(corruption, type):
             config, corruption = {"name": corruption.__name__, **config}, None
         if corruption is None:
-            try:
-                corruption = from_config(config, str(config_file))
-            except DiffemError as error:
-                raise DiffemError(f"{config_file}: {str(error).removeprefix(f'{config_file}: ')}") from None
+            corruption = _stated(config, str(config_file))
         elif isinstance(corruption, BlackBox) and config:
             name = next(iter(config))
             raise DiffemError(f"{config_file}: {name}: is not used beside --corruption {corruption.path}; take it out")
@@ -504,11 +499,21 @@ def _clipped(corruption: Corruption, value_range: Any, clip: object, source: str
     return BlackBox(corruption.function, corruption.path, (float(low), float(high)))
 
 
-def _is_shape(value: object) -> bool:
-    """Whether it can be the shape of an item, of at most :data:`LARGEST_ITEM` numbers."""
-    if not isinstance(value, list | tuple | torch.Size) or not all(isinstance(v, int | np.integer) for v in value):
-        return False
-    return all(v >= 1 for v in value) and math.prod(map(int, value)) <= LARGEST_ITEM
+def _stated(config: dict, source: str) -> Corruption:
+    """The corruption of corruption.yaml, which errors name."""
+    try:
+        return from_config(config, source)
+    except DiffemError as error:
+        raise DiffemError(f"{source}: {str(error).removeprefix(f'{source}: ')}") from None
+
+
+def _shape(value: object, source: str) -> tuple[int, ...]:
+    """The shape of an item, of at most :data:`LARGEST_ITEM` numbers."""
+    if isinstance(value, Sequence) and all(isinstance(v, int | np.integer) and v >= 1 for v in value):
+        shape = tuple(map(int, value))
+        if math.prod(shape) <= LARGEST_ITEM:
+            return shape
+    raise DiffemError(f"{source}: shape: must be that of one clean item, e.g. [1, 28, 28], got {value!r}")
 
 
 def _is_range(value: object) -> bool:
