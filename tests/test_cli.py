@@ -369,7 +369,7 @@ def test_full_disk(fails, here, capsys, monkeypatch):
     assert process.returncode == 2, process.stderr
     after = snapshot(run)
     changed = {name for name in before if before[name] != after.get(name)} - {"progress.json", "report.html"}
-    assert changed <= ({"checkpoint.safetensors"} if fails == "next.npy" else set())
+    assert changed <= ({"checkpoint.safetensors", "previous.safetensors"} if fails == "next.npy" else set())
     assert process.stderr == f"diffem: run/{fails}: File too large\n"
     assert not [name for name in after if name.endswith(".tmp")]  # they would fill the disk
 
@@ -476,7 +476,10 @@ def test_a_signal_lets_a_run_save(number, status, here):
     process = started(here, *argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None
     assert process.stdout.readline().startswith("iteration   0")
-    time.sleep(0.5)  # some updates
+    told, deadline = here / "run" / "progress.json", time.monotonic() + 60
+    while not (told.exists() and '"step": "m_step"' in told.read_text()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
     process.send_signal(number)
     assert process.communicate()[1] == "diffem: stopped, and saved; run the same command to go on\n"
     assert process.returncode == status

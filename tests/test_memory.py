@@ -66,7 +66,7 @@ def e_step(folder: str, n: int) -> None:
     )
     with em.run.open():
         em_module.e_step(em)
-    assert em.after == ("judge", {"drawn": n})
+    assert em.after == ("judge", {"evaluations": 0})
     out = em.run.array("next")
     assert out.shape == (n, *SHAPE)
     assert (out[0] == 0).all()

@@ -643,7 +643,7 @@ def test_the_template_of_corruption_yaml_and_what_check_says(here, capsys):
     assert Path("obs/corruption.yaml").read_text() == (
         "# How the observations came about: docs/your-data.md says what to write here.\n"
         "# name: GaussianNoise\n"
-        "# noise: 0.1  # its standard deviation, in the units of y\n"
+        "# noise: LEVEL  # its standard deviation, in the units of y; `diffem check --estimate` tells it of images\n"
         f"# range: [{low}, {high}]  # of clean values; these are the least and the largest of y\n"
     )
     assert main(["check", "obs"]) == 2

@@ -249,7 +249,7 @@ def test_the_report_is_the_same_twice(tmp_path):
 
 
 def test_a_finished_run_shows_the_close_scores_of_both_and_the_iteration_that_is_kept(tmp_path):
-    last = row(4, 0.18, loss=None, of=2, start_score=0.21, start_score_se=0.001, start_ratio=0.97, start_delta=-0.03)
+    last = row(4, 0.18, loss=None, final=2, start_score=0.21, start_score_se=0.001, start_ratio=0.97, start_delta=-0.03)
     run = make(tmp_path / "kept", [row(0, 0.208), row(1, 0.2), row(2, 0.19), row(3, 0.2, accepted=False), last])
     lines = report.summary_table(run).splitlines()
     assert lines[0].split("  ")[-1] == "iteration 2"

@@ -290,11 +290,11 @@ def test_interrupted_run_goes_on_bitwise(where, whole, tmp_path, monkeypatch):
         if made.step == where and made.done == {"m_step": 5, "e_step": 32}[where] and made.iteration == 1:
             raise Interrupted
 
-    def save(self, folder, save=Posterior.save_pretrained):
+    def save(self, folder, scores=None, original=Posterior.save_pretrained):
         name = Path(folder).name
         if isinstance(self.sampler, AmbientSampler) and name == {"commit": "posterior", "finish": "prior"}.get(where):
             raise Interrupted
-        save(self, folder)
+        original(self, folder, scores)
 
     run = Ambient(settings(), observations(case), tmp_path, progress=progress, batch=16, checkpoint_minutes=0)
     with monkeypatch.context() as patched:
