@@ -90,6 +90,7 @@ def open_array(file: Path, mode: Literal["r", "r+"] = "r") -> np.memmap:
         with np.errstate(all="ignore"):
             array = np.load(file, mmap_mode="r", allow_pickle=False)  # r+ would lengthen a file that is too short
             if not isinstance(array, np.memmap):
+                array.close()
                 raise ValueError("it is an archive")
             return array if mode == "r" else np.lib.format.open_memmap(file, mode=mode)
     except Exception as error:  # of many kinds: the header is Python
