@@ -88,10 +88,10 @@ def open_array(file: Path, mode: Literal["r", "r+"] = "r") -> np.memmap:
         raise DiffemError(f"{file}: missing")
     try:
         with np.errstate(all="ignore"):
+            with open(file, "rb") as stream:
+                if stream.read(2) == b"PK":  # numpy would open it
+                    raise ValueError("it is an archive")
             array = np.load(file, mmap_mode="r", allow_pickle=False)  # r+ would lengthen a file that is too short
-            if not isinstance(array, np.memmap):
-                array.close()
-                raise ValueError("it is an archive")
             return array if mode == "r" else np.lib.format.open_memmap(file, mode=mode)
     except Exception as error:  # of many kinds: the header is Python
         said = (str(error) or type(error).__name__).splitlines()[0]
