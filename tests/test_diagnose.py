@@ -144,6 +144,7 @@ def test_words():
 
 def test_command(tmp_path, capsys):
     make(tmp_path, width=0.6)
+    (tmp_path / "run.json").write_text('{"run": "diffem"}')
     assert main(["diagnose", str(tmp_path), "--device", "cpu"]) == 0
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
     assert main(["diagnose", str(tmp_path), "--device", "cpu", "--json"]) == 0

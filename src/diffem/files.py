@@ -89,8 +89,8 @@ def open_array(file: Path, mode: Literal["r", "r+"] = "r") -> np.memmap:
     try:
         with np.errstate(all="ignore"):
             with open(file, "rb") as stream:
-                if stream.read(2) == b"PK":  # numpy would open it
-                    raise ValueError("it is an archive")
+                if stream.read(2) == b"PK":
+                    raise ValueError("it is an archive; give one array of it")
             array = np.load(file, mmap_mode="r", allow_pickle=False)  # r+ would lengthen a file that is too short
             return array if mode == "r" else np.lib.format.open_memmap(file, mode=mode)
     except Exception as error:  # of many kinds: the header is Python
