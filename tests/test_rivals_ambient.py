@@ -290,7 +290,7 @@ def test_interrupted_run_goes_on_bitwise(where, whole, tmp_path, monkeypatch):
         if made.step == where and made.done == {"m_step": 5, "e_step": 32}[where] and made.iteration == 1:
             raise Interrupted
 
-    def save(self, folder, save=Posterior.save_pretrained):
+    def save(self, folder, scores=None, save=Posterior.save_pretrained):
         name = Path(folder).name
         if isinstance(self.sampler, AmbientSampler) and name == {"commit": "posterior", "finish": "prior"}.get(where):
             raise Interrupted
