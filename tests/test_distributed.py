@@ -34,7 +34,7 @@ def progress(done):
     if count == last and distributed.rank() == 1:
         os.kill(os.getpid(), signal.SIGKILL)
 em.progress = progress
-print(distributed.rank(), [row["iteration"] for row in em.iterate()], flush=True)
+sys.stdout.write(f"{{distributed.rank()}} {{[row['iteration'] for row in em.iterate()]}}\\n")
 """
 
 
