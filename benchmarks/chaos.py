@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -130,8 +130,8 @@ def outcome(out: Path) -> dict[str, object]:
     return found
 
 
-def chaos(ends: int, seed: int, folder: Path) -> dict:
-    """Ends runs `ends` times; returns the numbers that benchmarks/results/chaos.json holds."""
+def chaos(ends: int, seed: int, folder: Path) -> Iterator[dict]:
+    """Ends runs `ends` times; after each run yields the numbers that benchmarks/results/chaos.json holds."""
     dice, began, counts, runs, damaged = random.Random(seed), time.monotonic(), Counter(), 0, 0
     wrong: list[str] = []
     status, events = child(folder / "whole")
@@ -158,16 +158,16 @@ def chaos(ends: int, seed: int, folder: Path) -> dict:
         elif differs := [name for name, value in outcome(out).items() if value != whole[name]]:
             wrong.append(f"run {runs}: {', '.join(differs)} differ after {story}")
         shutil.rmtree(out)
-    return {
-        "ends": sum(counts.values()),
-        "ways": dict(sorted(counts.items())),
-        "damaged_checkpoints": damaged,
-        "runs": runs,
-        "moments": events,
-        "wrong": wrong,
-        "seed": seed,
-        "seconds": round(time.monotonic() - began),
-    }
+        yield {
+            "ends": sum(counts.values()),
+            "ways": dict(sorted(counts.items())),
+            "damaged_checkpoints": damaged,
+            "runs": runs,
+            "moments": events,
+            "wrong": wrong,
+            "seed": seed,
+            "seconds": round(time.monotonic() - began),
+        }
 
 
 def main() -> int:
@@ -177,8 +177,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "chaos.json")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        found = chaos(arguments.ends, arguments.seed, Path(folder))
-    arguments.out.write_text(json.dumps(found, indent=2) + "\n")
+        for found in chaos(arguments.ends, arguments.seed, Path(folder)):
+            arguments.out.write_text(json.dumps(found, indent=2) + "\n")
     print(json.dumps(found))
     return int(bool(found["wrong"]))
 

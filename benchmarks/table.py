@@ -306,7 +306,7 @@ def pages() -> dict[Path, str]:
     tables = {
         HERE / "README.md": [ablation()]
         + [comparison(f) for f in compared()]
-        + [single(f) for f in sorted((HERE / "results").glob("*.json"))],
+        + [single(f) for f in sorted((HERE / "results").glob("*.json")) if f.stem != "chaos"],
         HERE.parent / "README.md": [evidence()],
         HERE.parent / "docs" / "which-method.md": [summary(f) for f in compared() if not f.name.endswith("-long")],
         HERE.parent / "docs" / "wrong-corruptions.md": [turning(), misspecified()],
