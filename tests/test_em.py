@@ -285,8 +285,9 @@ def test_invariant_4_every_observation_has_its_reconstruction(whole):
     distance = [[np.abs(x[i] - y[j].numpy())[mask[j]].mean() for j in range(len(x))] for i in range(len(x))]
     own = np.diag(distance)
     assert own.max() < 0.5  # held-out ones included
-    # two digits may look alike where one of them was observed
-    assert (np.argmin(distance, 0) == np.arange(len(x))).sum() >= len(x) - 2
+    assert (own <= np.min(distance, 0) + 0.01).all()  # another digit may look the same in a few pixels
+    told = mask.reshape(len(x), -1).sum(1) >= 8
+    assert (np.argmin(distance, 0) == np.arange(len(x)))[told].all()
 
 
 def test_changed_configuration_is_refused(whole):

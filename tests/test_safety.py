@@ -23,7 +23,7 @@ import test_em
 import torch
 from safetensors.torch import save_file
 
-from diffem import __version__, cli, files, judging, starts, tensors
+from diffem import __version__, cli, files, judging, safe_yaml, starts, tensors
 from diffem.data import Observations
 from diffem.em import DiffEM, Progress, rest
 from diffem.errors import DiffemError
@@ -293,9 +293,9 @@ def test_a_checkpoint_of_another_version_that_can_be_read_goes_on(whole, tmp_pat
 def test_settings_of_another_version(tmp_path):
     stopped_at(tmp_path, "m_step")
     (tmp_path / "run.json").write_text('{"run": "diffem", "version": "0.0.3"}')
-    config = files.read_yaml(tmp_path / "config.yaml")
+    config = safe_yaml.read(tmp_path / "config.yaml")
     config["em"]["seeds"] = config["em"].pop("seed")
-    (tmp_path / "config.yaml").write_bytes(files.as_yaml(config))
+    (tmp_path / "config.yaml").write_bytes(safe_yaml.dump(config))
     with pytest.raises(DiffemError) as caught:
         make(tmp_path)
     assert f" differs from this run's (diffem 0.0.3 made it, this is {__version__}), and only" in str(caught.value)

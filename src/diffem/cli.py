@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from diffem import __version__
-from diffem.errors import DiffemError, printable
+from diffem.errors import DiffemError, ToldElsewhere, printable
 
 if TYPE_CHECKING:
     from diffem.config import Config
@@ -285,9 +285,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             "status": lambda: _status(arguments),
             "report": lambda: say(str(_report(Path(arguments.run)))),
         }[arguments.command]()
+    except ToldElsewhere:
+        return 2
     except DiffemError as error:
-        if type(error).__name__ != "ToldElsewhere":
-            _complain(str(error))
+        _complain(str(error))
         return 2
     except OSError as error:
         _complain(f"{error.filename}: {error.strerror or error}" if error.filename else str(error))
@@ -547,7 +548,7 @@ def _check(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
 
 def _estimate(arguments: argparse.Namespace) -> int:
     """Estimates the noise, and shows or writes the corresponding corruption.yaml."""
-    from diffem import files
+    from diffem import files, safe_yaml
     from diffem.corruptions import from_config
     from diffem.data import Observations
     from diffem.data.observations import NO_ARGUMENTS, read_mapping
@@ -573,7 +574,7 @@ def _estimate(arguments: argparse.Namespace) -> int:
         raise DiffemError(f"{folder}: {str(error).removeprefix(f'{folder}: ')}") from None
     say(noise.text)
     try:
-        text = files.as_yaml(described(config, noise)).decode()
+        text = safe_yaml.dump(described(config, noise)).decode()
     except DiffemError as error:
         raise DiffemError(f"{file}: {error}") from None
     say("\n".join(["corruption.yaml:", *(f"    {line}" for line in text.splitlines())]))

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 
-from diffem import files
+from diffem import safe_yaml
 from diffem.denoiser import DenoiserConfig
 from diffem.errors import DiffemError, suggest
 from diffem.networks import NetworkConfig
@@ -160,9 +160,9 @@ def load_config(
     if preset is not None:
         file = resources.files("diffem") / "presets" / f"{preset}.yaml"
         if preset in presets():
-            values = files.parse_yaml(file.read_text(), preset)
+            values = safe_yaml.parse(file.read_text(), preset)
         elif Path(preset).is_file():
-            values = files.read_yaml(Path(preset)) or {}
+            values = safe_yaml.read(Path(preset)) or {}
             if not isinstance(values, dict) or not all(isinstance(v, dict | None) for v in values.values()):
                 raise DiffemError(f"{preset}: must hold sections of `field: value` lines")
         else:
@@ -171,7 +171,7 @@ def load_config(
         section, _, name = key.partition(".")
         values[section] = {
             **(values.get(section) or {}),
-            name: files.parse_yaml(text, f"--{key}") if isinstance(text, str) else text,
+            name: safe_yaml.parse(text, f"--{key}") if isinstance(text, str) else text,
         }
     return from_dict(values, source)
 

@@ -2,7 +2,7 @@
 
 The first process writes; all of them read. Every process makes the same random draws, since these are keyed by the item and the
 step, and works on its share of them: a part of each batch in the M-step, every n-th chunk of the observations in the E-step. What
-is decided once is decided by the first process (:func:`shared`). With one process all of this does nothing.
+must be decided once, the first process decides (:func:`shared`). With one process all of this does nothing.
 """
 
 from __future__ import annotations
@@ -16,12 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, distributed
 
-from diffem.errors import DiffemError
-
-
-class ToldElsewhere(DiffemError):
-    """An error that another process reports."""
-
+from diffem.errors import DiffemError, ToldElsewhere
 
 T = TypeVar("T")
 PATIENCE = timedelta(days=7)  # others wait while the first process fits a start; a process that dies is noticed at once

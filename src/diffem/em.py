@@ -12,16 +12,16 @@
 
 Held-out observations are never trained on. The score is how well q_k predicts hidden parts of them (for a black box:
 whether reconstructions of training observations, corrupted again, look like these). One half of the held-out
-observations, the validation part, is used for selection (:mod:`diffem.selection`). The other half, the test part, is only used for reporting.
+observations, the validation part, is used for selection (:mod:`diffem.selection`). The other half, the test part, is
+only used for reporting.
 
 A run is a sequence of the steps below (:data:`STEPS`),
 
     start, e_step, judge, commit, (m_step, e_step, judge, commit) for every iteration,
     end, e_step, judge, commit, prior
 
-Each step begins from the contents of the run folder, and ends
-with a checkpoint that names the next step. A killed run repeats the unfinished part of a step with the same random
-numbers.
+Each step begins from the contents of the run folder, and ends with a checkpoint that names the next step. A killed run
+repeats the unfinished part of a step with the same random numbers.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from torch import Tensor
 from diffem import devices, distributed, files, memory, seeding, starts
 from diffem.config import Config, load_config
 from diffem.data import Dataset, Items, Observations, refuse_unobserved
-from diffem.errors import DiffemError, unreadable
+from diffem.errors import DiffemError, ToldElsewhere, unreadable
 from diffem.judging import chosen_width, elapsed, precise_score, row_of, selection_score
 from diffem.networks import Given, Network
 from diffem.posterior import Posterior, from_pretrained
@@ -76,7 +76,7 @@ class Progress:
 
 def stopped() -> None:
     """Ends this process, since another one of the run was asked to stop."""
-    raise distributed.ToldElsewhere("another process of this run was asked to stop")
+    raise ToldElsewhere("another process of this run was asked to stop")
 
 
 Hook = Callable[["DiffEM", dict], dict | None]
@@ -544,9 +544,10 @@ def e_step(em: DiffEM) -> None:
     if out is not None:
         out.flush()
     evaluations = 0 if state.width is None else em.sampler_class.evaluations(em.config.sampler, renoises)
-    keys = seeding.item_seeds(em.seed, state.iteration, purpose, np.arange(len(data)))
-    # counted again, since a resumed E-step has drawn only a part of them
-    drawn = len(data) if fraction == 1 else int((seeding.uniform(keys, stream=REFRESH) < fraction).sum())
+    drawn = len(data)
+    if fraction < 1:  # counted again, since a resumed E-step has drawn only a part of them
+        keys = seeding.item_seeds(em.seed, state.iteration, purpose, np.arange(len(data)))
+        drawn = int((seeding.uniform(keys, stream=REFRESH) < fraction).sum())
     em.next("judge", evaluations=drawn * evaluations)
 
 

@@ -14,6 +14,10 @@ class DiffemError(Exception):
     """An error that the user can correct. The command line prints it on one line and exits with status 2."""
 
 
+class ToldElsewhere(DiffemError):
+    """An error that another process of the run prints."""
+
+
 def suggest(name: str, known: Iterable[str]) -> str:
     """' did you mean ...?' if one of the known names is close, and the list of all known names."""
     known = sorted(known)

@@ -1,4 +1,4 @@
-"""Files that are replaced atomically, never through a link; and YAML as far as it is trusted."""
+"""Files that are replaced atomically, never through a link."""
 
 from __future__ import annotations
 
@@ -9,16 +9,14 @@ import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-import yaml
 from numpy.typing import DTypeLike
 
 from diffem.errors import DiffemError
 
 TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
-LARGEST_TEXT = 2**20  # bytes of a YAML file
 
 
 @contextlib.contextmanager
@@ -96,40 +94,3 @@ def open_array(file: Path, mode: Literal["r", "r+"] = "r") -> np.memmap:
     except Exception as error:  # of many kinds: the header is Python
         said = (str(error) or type(error).__name__).splitlines()[0]
         raise DiffemError(f"{file}: is not a complete .npy array: {said}") from None
-
-
-class _Loader(yaml.SafeLoader):
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):  # a few lines of them can stand for billions of values
-            raise yaml.YAMLError("it holds an alias (*); write the value itself")
-        return super().compose_node(parent, index)
-
-
-class _Dumper(yaml.SafeDumper):
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
-
-
-def parse_yaml(text: str, where: str) -> Any:
-    """The content of YAML text, which makes plain values only; `where` is its name in errors."""
-    try:
-        return yaml.load(text, _Loader)
-    except Exception as error:  # not only of YAML: a date or a number that is none, or too deep a nesting
-        raise DiffemError(f"{where}: is not YAML: {(str(error) or type(error).__name__).splitlines()[0]}") from None
-
-
-def read_yaml(file: Path) -> Any:
-    """The content of a YAML file."""
-    with open(file, "rb") as stream:
-        content = stream.read(LARGEST_TEXT + 1)
-    if len(content) > LARGEST_TEXT:
-        raise DiffemError(f"{file}: is larger than {LARGEST_TEXT:,} bytes; it should hold a few `key: value` lines")
-    try:
-        return parse_yaml(content.decode(), str(file))
-    except UnicodeDecodeError:
-        raise DiffemError(f"{file}: is not YAML: it is not text in UTF-8") from None
-
-
-def as_yaml(content: Any) -> bytes:
-    """YAML that :func:`read_yaml` reads."""
-    return yaml.dump(content, Dumper=_Dumper, sort_keys=False).encode()

@@ -35,7 +35,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 from torch import Tensor
 
-from diffem import __version__, distributed, files, tensors
+from diffem import __version__, distributed, files, safe_yaml, tensors
 from diffem.errors import DiffemError
 
 LOG = logging.getLogger("diffem")
@@ -68,7 +68,7 @@ class Run:
                 )
         self.longer = False  # whether the configuration extends the run that is here
         if marked and (self.folder / CHECKPOINT).exists():
-            present = files.read_yaml(file)
+            present = safe_yaml.read(file)
             if not isinstance(present, dict):
                 raise DiffemError(f"{file}: is damaged; it should hold the settings of this run")
             changed = _differences(present, config)
@@ -109,7 +109,7 @@ class Run:
 
     def save_config(self, first: bool = False) -> None:
         """Writes config.yaml, if it differs; with `first`, also discards parts begun with the other configuration."""
-        file, content = self.folder / "config.yaml", files.as_yaml(self.config)
+        file, content = self.folder / "config.yaml", safe_yaml.dump(self.config)
         if not file.exists() or file.read_bytes() != content:
             if first:
                 self.forget_parts()
@@ -278,7 +278,7 @@ def read_config(folder: Path) -> dict[str, dict]:
     file = folder / "config.yaml"
     if not file.exists():
         raise DiffemError(f"{folder}: is not a run folder (no config.yaml)")
-    config = files.read_yaml(file)
+    config = safe_yaml.read(file)
     sections = [config.get("em"), config.get("facts")] if isinstance(config, dict) else []
     if not sections or not all(isinstance(section, dict) for section in sections):
         raise DiffemError(f"{file}: is damaged; it should hold the sections `em` and `facts`")

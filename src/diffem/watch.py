@@ -224,7 +224,7 @@ def status(folder: str | Path) -> Status:
     Raises:
         DiffemError: If the folder does not hold a run.
     """
-    import yaml
+    from diffem import safe_yaml
 
     folder = Path(folder)
     if not (folder / "run.json").exists():
@@ -232,9 +232,9 @@ def status(folder: str | Path) -> Status:
     active, now = running(folder), time.time()
     file, checkpoint = folder / "config.yaml", folder / "checkpoint.safetensors"
     try:
-        config = yaml.safe_load(file.read_text())
+        config = safe_yaml.read(file)
         iterations = config["em"]["iterations"]
-    except (OSError, yaml.YAMLError, TypeError, KeyError):
+    except (OSError, DiffemError, TypeError, KeyError):
         raise DiffemError(f"{file}: is missing or not the configuration of a run") from None
     state, rows, told = _header(checkpoint), _rows(folder / "metrics.jsonl"), _json(folder / FILE)
     iteration, step, spent = state["iteration"], state["step"], state["seconds"]

@@ -25,6 +25,17 @@ Params = dict[str, Tensor]
 Observed = tuple[Tensor, Params]  # observations (B, *y shape), and their parameters
 
 
+class Asked(Params):
+    """Parameters of a corruption, given to code of a user: one that is not there is named by its file."""
+
+    def __init__(self, params: Params, corruption: object) -> None:
+        super().__init__(params)
+        self.corruption = corruption
+
+    def __missing__(self, name: str) -> Tensor:
+        raise DiffemError(f"{name}.npy: missing; corruption {self.corruption} asks for it")
+
+
 class Corruption:
     """How clean items become observations.
 
@@ -115,11 +126,9 @@ class Corruption:
         try:
             generator = torch.Generator().manual_seed(0)
             drawn = params or self.draw(len(x), tuple(x.shape[1:]), generator)
-            y = self.apply(x, drawn, generator)
+            y = self.apply(x, Asked(drawn, name), generator)
         except DiffemError:
             raise
-        except KeyError as error:  # of params
-            raise DiffemError(f"{error.args[0]}.npy: missing; corruption {name} asks for it") from error
         except Exception as error:
             raise DiffemError(f"corruption {name}: raised {type(error).__name__}: {error}") from error
         if not isinstance(y, Tensor):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diffem.errors import DiffemError
 
-from .base import Corruption, Params
+from .base import Asked, Corruption, Params
 
 GENERATORS = ("generator", "rng", "seed")  # an argument of such a name is no parameters
 
@@ -39,15 +39,15 @@ class BlackBox(Corruption):
         clip: tuple[float, float] | None = None,
     ) -> None:
         self.function, self.path, self.clip = function, name or getattr(function, "__name__", "function"), clip
-        self.arguments = _arguments(function)
+        places = _positional(function)
+        self.arguments = max(sum(p.default is p.empty for p in places), 1)  # that it needs
         if not 1 <= self.arguments <= 3:
             raise DiffemError(
                 f"corruption {self.path}: must be f(x), f(x, params) or f(x, params, generator), takes {self.arguments}"
             )
-        second = _names(function)[1:2]
-        if self.arguments == 2 and second and any(word in second[0] for word in GENERATORS):
+        if self.arguments == 2 and any(word in places[1].name for word in GENERATORS):
             raise DiffemError(
-                f"corruption {self.path}: its second argument is given the parameters; write f(x, params, {second[0]})"
+                f"corruption {self.path}: its second argument is given the parameters; write f(x, params, {places[1].name})"
             )
         self.parameters = () if self.arguments == 1 else None
 
@@ -65,10 +65,11 @@ class BlackBox(Corruption):
             random.seed(seed)
             try:
                 x_cpu = (x if self.clip is None else x.clamp(*self.clip)).cpu()
-                given = x_cpu, {k: v.cpu() for k, v in params.items()}, torch.Generator().manual_seed(seed)
+                asked = Asked({k: v.cpu() for k, v in params.items()}, self.path)
+                given = x_cpu, asked, torch.Generator().manual_seed(seed)
                 y = self.function(*given[: self.arguments])
-            except KeyError as error:  # of params
-                raise DiffemError(f"{error.args[0]}.npy: missing; corruption {self.path} asks for it") from error
+            except DiffemError:
+                raise
             except Exception as error:
                 raise DiffemError(f"corruption {self.path}: raised {type(error).__name__}: {error}") from error
             finally:
@@ -91,20 +92,10 @@ class BlackBox(Corruption):
         return made
 
 
-def _names(function: Callable) -> list[str]:
-    """The names of its positional arguments; none where it does not say."""
+def _positional(function: Callable) -> list[inspect.Parameter]:
+    """The positional arguments of a function; none where it does not say."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):  # some builtins
         return []
-    return [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-
-
-def _arguments(function: Callable) -> int:
-    """The number of positional arguments a function requires; 1 if it has no signature."""
-    try:
-        parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):  # some builtins
-        return 1
-    places = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.default is p.empty]
-    return max(len(places), 1)
+    return [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]

@@ -36,7 +36,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffem import files, memory, seeding
+from diffem import files, memory, safe_yaml, seeding
 from diffem.corruptions import REGISTRY, BlackBox, Corruption, Observed, Params, from_config
 from diffem.corruptions.base import LARGEST_ITEM
 from diffem.errors import DiffemError
@@ -209,7 +209,7 @@ class Observations:
             config["axes"] = self.axes
         if self.formula:
             config["formula"] = True
-        files.replace(folder / "corruption.yaml", files.as_yaml(config))
+        files.replace(folder / "corruption.yaml", safe_yaml.dump(config))
 
     def __len__(self) -> int:
         return len(self.y)
@@ -315,7 +315,7 @@ def evenly(rows: np.ndarray, count: int) -> np.ndarray:
 def read_mapping(file: Path) -> dict:
     """The mapping in a YAML file; empty if there is no file."""
     try:
-        config = files.read_yaml(file) or {}
+        config = safe_yaml.read(file) or {}
     except FileNotFoundError:
         return {}
     if not isinstance(config, dict):

@@ -413,8 +413,7 @@ def photons(observations: Observations, sample: Sample) -> list[Finding]:
     """Compares declared photon and read noise with the estimate, where most values are and in the bright: a warning if they differ
     by a quarter, a problem if by a factor of two."""
     corruption = observations.corruption
-    told = _estimate_or_none(sample) if isinstance(corruption, PoissonGaussian) else None
-    if told is None or not isinstance(corruption, PoissonGaussian):
+    if not isinstance(corruption, PoissonGaussian) or (told := _estimate_or_none(sample)) is None:
         return []
     signals = float(sample.values.mean(dtype=np.float64)), told.ends[1]
     pairs = [(math.sqrt(corruption.gain * max(s, 0.0) + corruption.noise**2), told.std(s)) for s in signals]
@@ -430,9 +429,9 @@ def photons(observations: Observations, sample: Sample) -> list[Finding]:
 def not_measured(observations: Observations) -> list[Finding]:
     """Exact zeros in noisy measurements that are not images, such as lines of k-space that were not acquired: a problem."""
     corruption = observations.corruption
-    y, params = observations.batch(_some(observations))
-    if not isinstance(corruption, LinearCorruption) or corruption.same_units or "matrix" in params:
+    if not isinstance(corruption, LinearCorruption) or corruption.same_units or "matrix" in observations.params:
         return []
+    y, params = observations.batch(_some(observations))
     seen = corruption.seen(y, params).expand_as(y) & (corruption.noise_std(y, params) > 0)
     if not seen.any() or (fraction := float((y[seen] == 0).float().mean())) <= CLIPPED:
         return []

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from diffem import files
+from diffem import files, safe_yaml
 from diffem.corruptions import Corruption
 from diffem.errors import DiffemError
 
@@ -310,7 +310,7 @@ def _corruption(
         lines.append(f"# range: {list(imported.limits)}  # of clean values; these are the least and the largest of y")
     if axes is not None:
         known["axes"] = axes
-    return "".join(f"{line}\n" for line in lines) + (files.as_yaml(known).decode() if known else "")
+    return "".join(f"{line}\n" for line in lines) + (safe_yaml.dump(known).decode() if known else "")
 
 
 # --- the output folder -------------------------------------------------------------------------------

@@ -1,0 +1,49 @@
+"""YAML that may come from a stranger: plain values only, of a limited size."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from diffem.errors import DiffemError
+
+LARGEST_TEXT = 2**20  # bytes of a YAML file
+
+
+class _Loader(yaml.SafeLoader):
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):  # a few lines of them can stand for billions of values
+            raise yaml.YAMLError("it holds an alias (*); write the value itself")
+        return super().compose_node(parent, index)
+
+
+class _Dumper(yaml.SafeDumper):
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def parse(text: str, where: str) -> Any:
+    """The content of YAML text, which makes plain values only; `where` is its name in errors."""
+    try:
+        return yaml.load(text, _Loader)
+    except Exception as error:  # not only of YAML: a date or a number that is none, or too deep a nesting
+        raise DiffemError(f"{where}: is not YAML: {(str(error) or type(error).__name__).splitlines()[0]}") from None
+
+
+def read(file: Path) -> Any:
+    """The content of a YAML file."""
+    with open(file, "rb") as stream:
+        content = stream.read(LARGEST_TEXT + 1)
+    if len(content) > LARGEST_TEXT:
+        raise DiffemError(f"{file}: is larger than {LARGEST_TEXT:,} bytes; it should hold a few `key: value` lines")
+    try:
+        return parse(content.decode(), str(file))
+    except UnicodeDecodeError:
+        raise DiffemError(f"{file}: is not YAML: it is not text in UTF-8") from None
+
+
+def dump(content: Any) -> bytes:
+    """YAML that :func:`read` reads."""
+    return yaml.dump(content, Dumper=_Dumper, sort_keys=False).encode()
