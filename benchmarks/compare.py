@@ -27,8 +27,9 @@ import numpy as np
 import splitting
 from judge import Judge, cost
 
-from diffem import cli
+from diffem.clean.datasets import make_observations
 from diffem.clean.evaluation import against
+from diffem.cli.console import ProgressBar
 from diffem.config import Config, load_config
 from diffem.data import Observations
 from diffem.em import STEPS, DiffEM, e_step
@@ -221,7 +222,7 @@ def run(task: str, name: str, seed: int, budget: int, runs: Path, root: str | No
     began, folder, observed = time.monotonic(), runs / task / str(seed) / name, runs / task / str(seed) / "observations"
     settings = {**TASKS[task].settings, "em.seed": str(seed)}
     if not (observed / "y.npy").exists():
-        cli.make_observations(load_config(TASKS[task].preset, list(settings.items())), task, observed, root)
+        make_observations(load_config(TASKS[task].preset, list(settings.items())), task, observed, root)
     observations = Observations.load(observed)
     command = f"python benchmarks/compare.py --tasks {task} --methods {name} --seeds {seed} --budget {budget}"
     described = {"task": task, "method": name, "seed": seed, "budget": budget, **about(command)}
@@ -249,7 +250,7 @@ def run(task: str, name: str, seed: int, budget: int, runs: Path, root: str | No
     settings |= plan(config, method, len(observations), budget)
     config = load_config(TASKS[task].preset, list(settings.items()))
     clean = np.load(observed / "clean.npy", mmap_mode="r")
-    bar = cli.ProgressBar()
+    bar = ProgressBar()
     judge = Judge(observed, seed, seed)
     arm = method.algorithm(
         config, observations, folder, start=start, hooks=[against(clean, judge.features)], progress=bar.update

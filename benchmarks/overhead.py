@@ -17,7 +17,8 @@ from pathlib import Path
 
 import torch
 
-from diffem import cli, seeding
+from diffem import seeding
+from diffem.clean.datasets import make_observations
 from diffem.config import load_config
 from diffem.data import Observations
 from diffem.em import DiffEM
@@ -40,7 +41,7 @@ def paired(ours, bare, rounds: int) -> float:
 
 def measure(settings: list[tuple[str, str]], rounds: int, folder: Path) -> dict[str, float]:
     config = load_config("digits", [*settings, ("em.iterations", "1"), ("m_step.first_steps", "1")])
-    cli.make_observations(config, "digits", folder / "observations")
+    make_observations(config, "digits", folder / "observations")
     em = DiffEM(config, Observations.load(folder / "observations"), folder / "run")
     rows = em.iterate()
     next(rows)
