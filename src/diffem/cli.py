@@ -97,6 +97,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_device(train)
     train.add_argument(
+        "--compile",
+        action="store_true",
+        help="translate the network by torch.compile: minutes at the start, then faster updates and draws",
+    )
+    train.add_argument(
         "--checkpoint-minutes",
         type=float,
         default=5.0,
@@ -420,6 +425,7 @@ def _train(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
         progress=bar.update if distributed.first() else lambda progress: None,
         allow_unobserved=arguments.allow_unobserved,
         checkpoint_minutes=arguments.checkpoint_minutes,
+        compile=arguments.compile,
         **place,
     )
     for row in _until_stopped(em):
