@@ -262,6 +262,7 @@ class Trainer:
 
     Attributes:
         averaged: The same denoiser with the average of the weights; the E-step draws with it.
+        weights, averages: The parameters of the two.
         updates: How many updates have been made.
     """
 
@@ -272,6 +273,8 @@ class Trainer:
     def restart(self) -> None:
         """Goes on from the current weights, with a new average and a new optimiser."""
         self.average = AveragedModel(self.denoiser.network)
+        # listed once: to walk through the modules of a small network takes as long as its optimiser
+        self.weights, self.averages = [*self.denoiser.network.parameters()], [*self.average.module.parameters()]
         self.averaged = self.denoiser.with_network(self.average.module.requires_grad_(False)).eval()
         self.reset_optimizer()
 
@@ -289,8 +292,7 @@ class Trainer:
 
     def reset_optimizer(self) -> None:
         """Forgets the optimiser's moments."""
-        weights, rate = self.denoiser.network.parameters(), self.config.learning_rate
-        self.optimizer = torch.optim.Adam(weights, lr=rate, fused=True)
+        self.optimizer = torch.optim.Adam(self.weights, lr=self.config.learning_rate, fused=True)
 
     def footprint(self) -> int:
         """Memory that an update takes per item, in bytes."""
@@ -353,7 +355,7 @@ class Trainer:
             self._add_those_of_others(total)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        torch.nn.utils.clip_grad_norm_(self.denoiser.network.parameters(), CLIP)
+        torch.nn.utils.clip_grad_norm_(self.weights, CLIP)
         self.optimizer.step()
         self._blend()
         self.updates += 1
@@ -362,17 +364,17 @@ class Trainer:
     @torch.no_grad()
     def _blend(self) -> None:
         """One step of the average. (AveragedModel's own would wait for a GPU.)"""
-        average, network, count = self.average.module, self.denoiser.network, int(self.average.n_averaged)
+        count = int(self.average.n_averaged)
         decay = min(self.config.ema, (1 + count) / (10 + count))  # early on, the average forgets faster
         weight = 1 - decay if count else 1.0  # the first one is a copy
-        torch._foreach_lerp_([*average.parameters()], [*network.parameters()], weight)
-        for old, new in zip(average.buffers(), network.buffers(), strict=True):
+        torch._foreach_lerp_(self.averages, self.weights, weight)
+        for old, new in zip(self.average.module.buffers(), self.denoiser.network.buffers(), strict=True):
             old.copy_(new)
         self.average.n_averaged += 1
 
     def _add_those_of_others(self, loss: Tensor) -> None:
         """Adds the gradients and the losses of all processes."""
-        weights = [p for p in self.denoiser.network.parameters() if p.requires_grad]
+        weights = [p for p in self.weights if p.requires_grad]
         for p in weights:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)

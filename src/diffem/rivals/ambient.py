@@ -23,6 +23,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from diffem import seeding
 from diffem.corruptions import Params, RandomMask, RandomProjection
 from diffem.data import Items
 from diffem.denoiser import Denoiser
