@@ -92,7 +92,12 @@ def build(
 ) -> DiffEM:
     """A run that is about to begin its first M-step."""
     case, (precision, _, how) = NETWORKS[name], variant.partition(" ")
-    few = {"start.components": "[1]", "start.ranks": "[8]", "sampler.steps": str(case.steps), "m_step.batch": str(batch)}
+    few = {
+        "start.components": "[1]",
+        "start.ranks": "[8]",
+        "sampler.steps": str(case.steps),
+        "m_step.batch": str(batch),
+    }
     config = load_config(case.preset, [*few.items(), ("em.guard", "false")])
     observations = Observations.load(folder / "observations")
     place = {"device": device, "precision": precision, "compile": how == "compiled"}
@@ -198,7 +203,7 @@ class MatrixRate:
     """The products of two large matrices that are timed in between."""
 
     def __init__(self, device: torch.device, precision: torch.dtype) -> None:
-        self.size = 8192 if device.type == "cuda" else 1024
+        self.size = 8192 if device.type == "cuda" else 2048
         self.matrix = torch.randn(self.size, self.size, device=device).to(precision)
 
     def __call__(self) -> None:
@@ -329,7 +334,9 @@ def together(name: str, processes: int, rounds: int, folder: Path) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=["digits", "fashion", "cifar10"])
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS, help="float32 first, to compare with")
+    parser.add_argument(
+        "--variants", nargs="+", choices=VARIANTS, default=VARIANTS, help="float32 first, to compare with"
+    )
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="auto")

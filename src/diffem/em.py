@@ -478,6 +478,7 @@ def train(em: DiffEM, steps: int, dropout: float) -> bool:
         rest(em, save)
     if finite():
         return True
+    assert loss is not None
     roll_back(em, f"the loss is {float(loss)} at iteration {state.iteration}, update {state.updates - 1}")
     return False
 

@@ -274,7 +274,8 @@ class Trainer:
         """Goes on from the current weights, with a new average and a new optimiser."""
         self.average = AveragedModel(self.denoiser.network)
         # listed once: to walk through the modules of a small network takes as long as its optimiser
-        self.weights, self.averages = [*self.denoiser.network.parameters()], [*self.average.module.parameters()]
+        self.weights: list[Tensor] = [*self.denoiser.network.parameters()]
+        self.averages: list[Tensor] = [*self.average.module.parameters()]
         self.averaged = self.denoiser.with_network(self.average.module.requires_grad_(False)).eval()
         self.reset_optimizer()
 
