@@ -77,6 +77,11 @@ def parser() -> argparse.ArgumentParser:
     )
     _add_device(train)
     train.add_argument(
+        "--compile",
+        action="store_true",
+        help="translate the network by torch.compile: minutes at the start, then faster updates and draws",
+    )
+    train.add_argument(
         "--checkpoint-minutes",
         type=float,
         default=5.0,

@@ -63,6 +63,7 @@ def run(arguments: argparse.Namespace) -> None:
         progress=bar.update if distributed.first() else lambda progress: None,
         allow_unobserved=arguments.allow_unobserved,
         checkpoint_minutes=arguments.checkpoint_minutes,
+        compile=arguments.compile,
         **place,
     )
     for row in until_stopped(em):
