@@ -314,9 +314,12 @@ def richardson_lucy(judge: Judge, iterations: int = 30) -> float:
 
 def about(command: str) -> dict:
     """The provenance of a result."""
-    done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True)
+    git = lambda *words: subprocess.run(["git", *words], cwd=HERE, capture_output=True, text=True).stdout.strip()  # noqa: E731
+    commit = git("describe", "--always") or "unknown"
+    if git("status", "--porcelain", "--", "../src", "*.py"):  # results change with every run
+        commit += "-dirty"
     versions = {"python": platform.python_version(), **{k: version(k) for k in ("torch", "azula", "numpy")}}
-    return {"command": command, "commit": done.stdout.strip() or "unknown", "versions": versions}
+    return {"command": command, "commit": commit, "versions": versions}
 
 
 def _order(methods: list[str]) -> list[str]:
