@@ -290,11 +290,11 @@ def single() -> Iterator[None]:
         yield
 
 
-def worker(name: str, rounds: int, folder: Path) -> None:
+def worker(name: str, rounds: int, batch: int, folder: Path) -> None:
     """One of the processes: the steps of a run, by the first process alone and by all of them, in turn."""
     distributed.begin()
     torch.set_num_threads(1)
-    size, batch = distributed.size(), NETWORKS[name].batch
+    size = distributed.size()
     distributed.shared(lambda: observe(name, folder))
     em = build(contextlib.ExitStack(), name, folder, "float32", batch)
     em.batch = N // (2 * size)  # an E-step is shared by chunks: two for each process
@@ -319,13 +319,13 @@ def worker(name: str, rounds: int, folder: Path) -> None:
     os._exit(0)  # without the end of the run, which would be told
 
 
-def together(name: str, processes: int, rounds: int, folder: Path) -> dict:
+def together(name: str, processes: int, rounds: int, batch: int, folder: Path) -> dict:
     """How much faster several processes are than one, each with one thread."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command += [__file__, "--networks", name, "--rounds", str(rounds), "--worker", str(folder)]
+    command += [__file__, "--networks", name, "--rounds", str(rounds), "--batch", str(batch), "--worker", str(folder)]
     subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     times = json.loads((folder / "times.json").read_text())
-    found: dict = {"processes": processes, "batch": NETWORKS[name].batch, "rounds": rounds}
+    found: dict = {"processes": processes, "batch": batch, "rounds": rounds}
     for kind in ("m_step", "e_step"):
         found[kind] = middle([a / b for a, b in zip(times[f"{kind}_alone"], times[kind], strict=True)])
     return {**found, "device": _device(torch.device("cpu"))}
@@ -346,16 +346,17 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     if given.worker:
-        worker(given.networks[0], given.rounds, given.worker)
+        worker(given.networks[0], given.rounds, given.batch, given.worker)
     out = HERE / "results" / "throughput"
     out.mkdir(parents=True, exist_ok=True)
     command = "python benchmarks/throughput.py " + " ".join(sys.argv[1:])
     for name in given.networks:
         with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+            batch = given.batch or NETWORKS[name].batch
             if given.processes:
-                found, kind = together(name, given.processes, given.rounds, Path(folder)), f"processes{given.processes}"
+                found = together(name, given.processes, given.rounds, batch, Path(folder))
+                kind = f"processes{given.processes}"
             else:
-                batch = given.batch or NETWORKS[name].batch
                 found = measure(stack, name, Path(folder), given.variants, given.rounds, batch, given.device)
                 found["threads"], kind = given.threads, "cuda" if torch.cuda.is_available() else "cpu"
         result = {"about": about(command), "network": name, **found}
