@@ -221,17 +221,17 @@ class Observations:
     def batch(self, indices: Tensor | np.ndarray | Sequence[int]) -> Observed:
         """Observations `indices` as float32 (unobserved entries are 0) and their parameters."""
         indices = np.asarray(indices)
-        y, params = self._read(self.y, indices, np.float32), self.parameters(indices)
+        y, params = self.read(self.y, indices, np.float32), self.parameters(indices)
         if "mask" in params:
             y = torch.where(params["mask"], y, 0.0)
         return y, params
 
     def parameters(self, indices: np.ndarray) -> Params:
         """The parameters of observations `indices`: a mask as bool, all others as float32."""
-        return {k: self._read(v, indices, bool if k == "mask" else np.float32) for k, v in self.params.items()}
+        return {k: self.read(v, indices, bool if k == "mask" else np.float32) for k, v in self.params.items()}
 
-    def _read(self, array: np.ndarray, indices: np.ndarray, dtype: DTypeLike) -> Tensor:
-        """Rows of an array, a few at a time: with one that is read, the system may map two megabytes of its file."""
+    def read(self, array: np.ndarray, indices: np.ndarray, dtype: DTypeLike) -> Tensor:
+        """Rows of y or of a parameter, a few at a time: for one row the system may map two megabytes of its file."""
         found = np.empty((len(indices), *array.shape[1:]), dtype)
         for begin in range(0, len(indices), AT_ONCE):
             some = slice(begin, begin + AT_ONCE)
@@ -286,7 +286,7 @@ class Observations:
         rows = np.unique(np.linspace(0, len(self) - 1, 256).astype(int))
         digest = hashlib.sha256()
         for array in (self.y, *(self.params[k] for k in sorted(self.params))):
-            for some in self.chunks(rows):
+            for some in self.chunks(rows, AT_ONCE):
                 digest.update(np.ascontiguousarray(array[some]).tobytes())
         if self.held_out is not None:
             digest.update(np.ascontiguousarray(self.held_out).tobytes())

@@ -295,8 +295,8 @@ def inverted(observations: Observations) -> list[Finding]:
     if "mask" not in observations.params:
         return []
     rows = _some(observations)
-    y = np.nan_to_num(np.asarray(observations.y[rows], dtype=np.float64))
-    mask = np.broadcast_to(np.asarray(observations.params["mask"][rows], dtype=bool), y.shape)
+    y = observations.read(observations.y, rows, np.float32).nan_to_num()
+    mask = observations.read(observations.params["mask"], rows, bool).expand_as(y)
     if y[mask].any() or not y[~mask].any():
         return []
     text = "what the mask shows is 0 everywhere, and what it hides is not; is mask.npy inverted? It is true where y was observed"
