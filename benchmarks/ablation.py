@@ -27,7 +27,8 @@ from compare import TASKS, Method, about, plan
 from judge import Judge
 from torch import Tensor, nn
 
-from diffem import cli, networks, samplers, seeding, trainer
+from diffem import networks, samplers, seeding, trainer
+from diffem.clean.datasets import make_observations
 from diffem.config import Config, load_config
 from diffem.corruptions import Params
 from diffem.data import Observations, evenly
@@ -303,7 +304,7 @@ def run(task: str, name: str, seed: int, runs: Path, root: str | None) -> dict:
     settings = {**TASKS[task].settings, **smaller, **SETTINGS, **change.settings, "em.seed": str(seed)}
     config: Config = load_config(TASKS[task].preset, list(settings.items()))
     if not (observed / "y.npy").exists():
-        cli.make_observations(config, task, observed, root)
+        make_observations(config, task, observed, root)
     observations, start = Observations.load(observed), runs / task / str(seed) / "start"
     if not (start / "posterior").exists():
         list(DiffEM(replace(config, em=replace(config.em, iterations=0)), observations, start).iterate())

@@ -26,11 +26,12 @@ from pathlib import Path
 
 import torch
 
-from diffem import cli
+from diffem.cli.train import until_stopped
 from diffem.config import from_dict
 from diffem.corruptions import RandomMask
 from diffem.data import Observations
 from diffem.em import DiffEM
+from diffem.errors import Stopped
 
 WAYS = ("SIGKILL", "SIGTERM", "SIGKILL, a bit flipped", "SIGKILL, truncated")
 SETTINGS = {
@@ -83,7 +84,7 @@ def run(out: Path, last: int, number: int) -> int:
 
     em = DiffEM(from_dict(SETTINGS), observations(), out, batch=16, checkpoint_minutes=0, progress=event)
     watch(event)
-    for _row in cli._until_stopped(em):
+    for _row in until_stopped(em):
         pass
     return count
 
@@ -97,7 +98,7 @@ def child(out: Path, last: int = 0, number: int = signal.SIGKILL) -> tuple[int, 
         try:
             os.write(writer, str(run(out, last, number)).encode())
             status = 0
-        except cli.Stopped as stopped:
+        except Stopped as stopped:
             status = 128 + stopped.signal
         except BaseException as error:
             print(f"{out}: {type(error).__name__}: {error}", file=sys.stderr)

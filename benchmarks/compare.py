@@ -27,8 +27,9 @@ import numpy as np
 import splitting
 from judge import Judge, cost
 
-from diffem import cli
+from diffem.clean.datasets import make_observations
 from diffem.clean.evaluation import against
+from diffem.cli.console import ProgressBar
 from diffem.config import Config, load_config
 from diffem.data import Observations
 from diffem.em import STEPS, DiffEM, e_step
@@ -221,7 +222,7 @@ def run(task: str, name: str, seed: int, budget: int, runs: Path, root: str | No
     began, folder, observed = time.monotonic(), runs / task / str(seed) / name, runs / task / str(seed) / "observations"
     settings = {**TASKS[task].settings, "em.seed": str(seed)}
     if not (observed / "y.npy").exists():
-        cli.make_observations(load_config(TASKS[task].preset, list(settings.items())), task, observed, root)
+        make_observations(load_config(TASKS[task].preset, list(settings.items())), task, observed, root)
     observations = Observations.load(observed)
     command = f"python benchmarks/compare.py --tasks {task} --methods {name} --seeds {seed} --budget {budget}"
     described = {"task": task, "method": name, "seed": seed, "budget": budget, **about(command)}
@@ -249,7 +250,7 @@ def run(task: str, name: str, seed: int, budget: int, runs: Path, root: str | No
     settings |= plan(config, method, len(observations), budget)
     config = load_config(TASKS[task].preset, list(settings.items()))
     clean = np.load(observed / "clean.npy", mmap_mode="r")
-    bar = cli.ProgressBar()
+    bar = ProgressBar()
     judge = Judge(observed, seed, seed)
     arm = method.algorithm(
         config, observations, folder, start=start, hooks=[against(clean, judge.features)], progress=bar.update
@@ -313,9 +314,12 @@ def richardson_lucy(judge: Judge, iterations: int = 30) -> float:
 
 def about(command: str) -> dict:
     """The provenance of a result."""
-    done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True)
+    git = lambda *words: subprocess.run(["git", *words], cwd=HERE, capture_output=True, text=True).stdout.strip()  # noqa: E731
+    commit = git("describe", "--always") or "unknown"
+    if git("status", "--porcelain", "--", "../src", "*.py"):  # results change with every run
+        commit += "-dirty"
     versions = {"python": platform.python_version(), **{k: version(k) for k in ("torch", "azula", "numpy")}}
-    return {"command": command, "commit": done.stdout.strip() or "unknown", "versions": versions}
+    return {"command": command, "commit": commit, "versions": versions}
 
 
 def _order(methods: list[str]) -> list[str]:

@@ -297,6 +297,97 @@ def ablation() -> str:
     return f"### ablation\n\n{about}\n\n{markdown(heads, lines)}"
 
 
+# the authors' JAX code on the paper's U-Net at batch 8 and on two cores, over a bare loop of PyTorch in float32 beside it
+AUTHORS = {"m_step": 4.0 / 7.5, "e_step": 21.0 / 21.8}
+
+
+def throughput() -> str:
+    """For every network and variant of throughput.py: rates, and their ratios to those of bare loops."""
+    heads = ["network, batch", "arithmetic"]
+    for step, unit in (("M-step", "images/s"), ("E-step", "evaluations/s")):
+        heads += [f"{step}: {unit}", "of a bare loop", "of float32", "of the matrix rate", "of the authors' code"]
+    heads += ["memory of an update [GB]", "first calls [s]"]
+    lines, about = [], ""
+    for result in _throughputs("device", "variants"):
+        for variant, row in result["variants"].items():
+            cells = [f"{result['network']}, {result['batch']}", variant]
+            for step in ("m_step", "e_step"):
+                cells += [f"{row[step]:,.0f}" if row[step] > 20 else f"{row[step]:.1f}"]
+                cells += [_within(row.get(f"{step}_{of}")) for of in ("of_bare", "gain", "of_matrix")]
+                comparable = result["network"] == "cifar10" and result["batch"] == 8
+                bare = row.get(f"{step}_of_bare_float32") if comparable else None
+                cells += [_within(bare and [value / AUTHORS[step] for value in bare])]
+            memory = row["memory_gb"]
+            lines.append([*cells, "–" if memory is None else f"{memory:.2f}", f"{row['startup_seconds']:.0f}"])
+        about = f"{result['device']}, {result['threads']} thread{'s' * (result['threads'] > 1)}"
+    if not lines:
+        return ""
+    words = (
+        f"`throughput.py` says what was timed; {about}. ± is the standard error of a median. The authors' code is scaled by a "
+        "bare loop in float32, beside which it was measured elsewhere."
+    )
+    return f"### throughput\n\n{words}\n\n{markdown(heads, lines)}"
+
+
+def processes() -> str:
+    """How much faster several processes are than one."""
+    heads = ["network, batch", "processes", "M-step", "E-step"]
+    lines = [
+        [f"{r['network']}, {r['batch']}", str(r["processes"]), _within(r["m_step"]), _within(r["e_step"])]
+        for r in _throughputs("processes")
+    ]
+    about = "How many times as fast as one process of one thread; on two cores."
+    return f"### several processes\n\n{about}\n\n{markdown(heads, lines)}" if lines else ""
+
+
+def _throughputs(*keys: str) -> list[dict]:
+    results = [json.loads(f.read_text()) for f in sorted((HERE / "results" / "throughput").glob("*.json"))]
+    return [result for result in results if all(key in result for key in keys)]
+
+
+def _within(value: list[float] | None) -> str:
+    return f"{value[0]:.2f} ± {value[1]:.2f}" if value else "–"
+
+
+ITERATION = 70 * 60  # seconds of one GPU that the paper gives for an iteration on CIFAR-10
+LINK = 2e11  # bytes per second at which gradients are added up among eight GPUs: an assumption
+FULL = {"cifar10-mask75": ("CIFAR-10", 50_000, 32), "celeba-mask50": ("CelebA", 202_599, 64)}
+
+
+def computed() -> str:
+    """The cost of the paper's runs, from their operations and an assumed rate."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from diffem.config import load_config
+    from diffem.samplers import trained_kind
+
+    heads = ["", "items", "operations per evaluation [10⁹]", "updates", "evaluations in E-steps [10⁶]"]
+    heads += ["operations [10¹⁸]", "one GPU [hours]", "eight GPUs [hours]"]
+    lines, rate = [], 0.0
+    for preset, (name, n, side) in FULL.items():
+        config = load_config(preset)
+        with torch.device("meta"), FlopCounterMode(display=False) as counter:
+            inputs = [
+                torch.zeros(1, channels, side, side) for channels in (3, 3, 3, 1)
+            ]  # x_t, y, mask, whether y is given
+            network = config.network.build((3, side, side), [tuple(v.shape[1:]) for v in inputs])
+            network(inputs, torch.zeros(1))
+        one, weights = counter.get_total_flops(), sum(p.numel() for p in network.parameters())
+        full, later = (trained_kind(config.sampler).evaluations(config.sampler, renoised) for renoised in (False, True))
+        update, iterations = 3 * config.m_step.batch * one, config.em.iterations
+        updates = config.m_step.first_steps + (iterations - 1) * config.m_step.steps
+        evaluations = n * (2 * full + (iterations - 1) * later)  # the first E-step, the final draws, and those between
+        rate = rate or (config.m_step.steps * update + n * full * one) / ITERATION  # of the first row
+        work = updates * update + evaluations * one
+        adding = updates * 2 * 4 * weights / LINK
+        hours = (work / rate / 3600, (work / rate / 8 + adding) / 3600)
+        cells = [f"{n:,}", f"{one / 1e9:.1f}", f"{updates:,}", f"{evaluations / 1e6:,.0f}", f"{work / 1e18:.1f}"]
+        lines.append([name, *cells, *(f"{h:.0f}" for h in hours)])
+    about = f"Computed, not measured, for a GPU that makes {rate / 1e12:.0f} · 10¹² operations per second."
+    return f"### full size (computed)\n\n{about}\n\n{markdown(heads, lines)}"
+
+
 def compared() -> list[Path]:
     return [folder for folder in sorted((HERE / "results" / "compare").glob("*")) if folder.is_dir()]
 
@@ -304,11 +395,12 @@ def compared() -> list[Path]:
 def pages() -> dict[Path, str]:
     """Every page with tables, and its text with the current tables."""
     tables = {
-        HERE / "README.md": [ablation()]
+        HERE / "README.md": [ablation(), throughput(), processes()]
         + [comparison(f) for f in compared()]
         + [single(f) for f in sorted((HERE / "results").glob("*.json")) if f.stem != "chaos"],
         HERE.parent / "README.md": [evidence()],
         HERE.parent / "docs" / "which-method.md": [summary(f) for f in compared() if not f.name.endswith("-long")],
+        HERE.parent / "docs" / "cost.md": [processes(), computed()],
         HERE.parent / "docs" / "wrong-corruptions.md": [turning(), misspecified()],
     }
     texts = {}

@@ -20,7 +20,8 @@ from safetensors import safe_open
 import diffem
 from diffem import samplers, seeding, tracking
 from diffem.clean.evaluation import as_text
-from diffem.cli import ProgressBar, main
+from diffem.cli import main
+from diffem.cli.console import ProgressBar
 from diffem.corruptions import REGISTRY
 from diffem.data import Observations
 from diffem.em import DiffEM, Progress
@@ -451,7 +452,7 @@ def test_a_reconstruction_that_fails_leaves_nothing(here, monkeypatch):
 
 
 def started(here: Path, *argv: str, **options) -> subprocess.Popen:
-    command = [sys.executable, "-m", "diffem.cli", *argv]
+    command = [sys.executable, "-m", "diffem", *argv]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, cwd=here, env=environment, text=True, **options)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import test_em
 import torch
 
 from diffem import devices, seeding
@@ -62,3 +63,67 @@ def test_bfloat16_draws_are_close(kind, tmp_path):
     assert {v.dtype for v in (*half.sampler.denoiser.network.parameters(), close)} == {torch.float32}
     difference = (close - exact).square().mean().sqrt() / exact.std()
     assert 1e-5 < difference < 0.05
+
+
+def weights(folder) -> dict[str, torch.Tensor]:
+    return from_pretrained(folder / "posterior").sampler.state_dict()
+
+
+def run(folder, **options) -> dict[str, torch.Tensor]:
+    """The weights of a run of few updates; 60 observations in draws of 16: four chunks, the last one of 12."""
+    config = test_em.settings(em={"iterations": 2}, m_step={"micro_batch": 8})
+    for _row in test_em.DiffEM(config, test_em.observations(), folder, batch=16, **options).iterate():
+        pass
+    return weights(folder)
+
+
+def test_a_compiled_network_is_used_for_updates_and_draws_at_their_sizes(tmp_path, monkeypatch):
+    called = set()
+
+    def translate(network, dynamic):
+        assert not dynamic
+
+        def translated(inputs, level):
+            called.add((len(level), network.training))
+            return network(inputs, level)
+
+        return translated
+
+    plain = run(tmp_path / "plain")
+    monkeypatch.setattr(torch, "compile", translate)
+    same = run(tmp_path / "compiled", compile=True)
+    assert all(torch.equal(plain[k], same[k]) for k in plain)
+    assert {(8, True), (16, False)} <= called <= {(8, True), (8, False), (16, False)}
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no C++ compiler\nwas found"), NotImplementedError()], ids=str)
+def test_a_run_goes_on_where_compilation_fails(error, tmp_path, monkeypatch, capsys):
+    def fail(network, dynamic):
+        def translated(inputs, level):
+            raise error
+
+        return translated
+
+    plain = run(tmp_path / "plain")
+    monkeypatch.setattr(torch, "compile", fail)
+    same = run(tmp_path / "eager", compile=True)
+    assert all(torch.equal(plain[k], same[k]) for k in plain)
+    reason = "no C++ compiler" if str(error) else "NotImplementedError"
+    assert set(capsys.readouterr().err.splitlines()) == {
+        f"diffem: --compile: goes on without it, since it fails: {reason}"
+    }
+
+
+def test_an_error_of_the_network_is_no_error_of_its_compilation():
+    class Wrong(torch.nn.Module):
+        def forward(self, inputs, level):
+            raise DiffemError("mine")
+
+    with pytest.raises(DiffemError, match="mine"):
+        devices.Compiled(Wrong(), {1})([torch.zeros(1)], torch.zeros(1))
+
+
+def test_a_tensor_is_put_on_a_device():
+    x = torch.arange(3)
+    assert devices.put(x, "cpu") is x
+    assert devices.put(x, torch.device("meta")).device.type == "meta"

@@ -67,6 +67,20 @@ def assert_same(one: Path, two: Path) -> None:
     assert sorted(p.name for p in one.iterdir()) == sorted(p.name for p in two.iterdir())
 
 
+def test_processes_leave_their_group_before_python_exits(tmp_path):
+    """Otherwise about one launch in two ended with `terminate called without an active exception`."""
+    file = tmp_path / "leave.py"
+    file.write_text(
+        "import atexit, sys, torch\n"
+        "atexit.register(lambda: sys.stdout.write(f'{torch.distributed.is_initialized()}\\n'))\n"  # runs last
+        "from diffem import distributed\n"
+        "distributed.begin()\n"
+        "distributed.wait()\n"
+    )
+    done = launch(2, str(file))
+    assert (done.returncode, done.stdout) == (0, "False\nFalse\n"), done.stderr
+
+
 @pytest.mark.parametrize("n", [2, 3])
 def test_any_number_of_processes_makes_the_same_reconstructions(n, script, alone, tmp_path):
     done = launch(n, str(script), str(tmp_path / "run"), "0")

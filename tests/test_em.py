@@ -1190,7 +1190,7 @@ def test_draws_of_the_start_that_are_not_finite_end_the_run(tmp_path, monkeypatc
     assert str(caught.value) == "start: the draws of 16 observations (first: 0) are not finite at iteration 0"
 
 
-@pytest.mark.parametrize("what", ["draws", "loss"])
+@pytest.mark.parametrize("what", ["draws", "loss", "last loss"])
 def test_what_is_not_finite_rolls_back_to_the_last_commit_at_half_the_learning_rate(what, tmp_path, monkeypatch):
     rates: list[float] = []
     begun: list[dict] = []
@@ -1199,7 +1199,7 @@ def test_what_is_not_finite_rolls_back_to_the_last_commit_at_half_the_learning_r
     def listen(self, losses, rate):
         if self.updates in (0, 5):  # an M-step begins
             begun.append({k: v.clone() for k, v in self.denoiser.network.state_dict().items()})
-        failed = what == "loss" and len(rates) == 3
+        failed = len(rates) == {"loss": 3, "last loss": 4}.get(what)
         rates.append(math.nan if failed else rate)
         return update(self, [loss * (math.nan if failed else 1.0) for loss in losses], rate)
 
@@ -1209,12 +1209,31 @@ def test_what_is_not_finite_rolls_back_to_the_last_commit_at_half_the_learning_r
     em = train(tmp_path, em={"iterations": 2}, m_step={"schedule": "constant"}, prior={"kind": "joint"})
     assert [row["failures"] for row in em.rows] == [0, 1, 1, 1]
     whole = em.config.m_step.learning_rate
-    first = [whole] * 3 + [math.nan] if what == "loss" else [whole] * 5
+    first = {"draws": [whole] * 5, "loss": [whole] * 3 + [math.nan, whole], "last loss": [whole] * 4 + [math.nan]}
+    first = first[what]  # a loss is read during the next update
     np.testing.assert_array_equal(rates, [*first, *[whole / 2] * 10])
     assert all(torch.equal(begun[0][k], begun[1][k]) for k in begun[0])  # the weights before it
     assert any(not torch.equal(begun[1][k], begun[2][k]) for k in begun[0])
     assert not (tmp_path / "good.safetensors").exists()
     assert all(torch.isfinite(v).all() for v in load_file(tmp_path / "posterior" / "model.safetensors").values())
+
+
+def test_spoilt_weights_are_not_saved(tmp_path, monkeypatch):
+    """Also if the run is stopped before the loss that tells it was read."""
+    em, update = make(tmp_path), Trainer.update
+
+    def spoil(self, losses, rate):
+        factor = 1.0
+        if self.updates == 3:
+            factor, em.stop = math.nan, die_softly
+        return update(self, [loss * factor for loss in losses], rate)
+
+    monkeypatch.setattr(Trainer, "update", spoil)
+    with pytest.raises(KeyboardInterrupt):
+        list(em.iterate())
+    saved = load_file(tmp_path / "checkpoint.safetensors")
+    assert saved["updates"] == 3
+    assert all(v.isfinite().all() for v in saved.values())
 
 
 def test_metrics_are_json_of_finite_numbers(tmp_path, monkeypatch):

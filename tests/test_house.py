@@ -26,7 +26,7 @@ def test_the_core_knows_neither_rivals_nor_clean_data_nor_pages(room):
 
 
 def test_imports_in_functions_count():
-    assert "diffem.em" in house.imports()["diffem.cli"]
+    assert "diffem.rivals" in house.imports()["diffem.cli"]
 
 
 def test_no_class_is_longer_than_a_person_reads():

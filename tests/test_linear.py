@@ -23,6 +23,7 @@ from diffem.corruptions import (
     Grayscale,
     LinearCorruption,
     Mask,
+    MotionBlur,
     Radon,
     RandomMask,
     RandomProjection,
@@ -97,6 +98,7 @@ CASES = {
     "blur of series": (Blur(noise=[0.1, 0.3]), (2, 8), lambda n: {"kernel": kernels(4, n=n)}),
     "blur of volumes": (Blur(noise=0.2), (1, 3, 4, 4), lambda n: {"kernel": kernels(2, 3, 3, n=n)}),
     "masked blur": (Blur(noise=0.2), (1, 5, 6), lambda n: {"kernel": kernels(3, 3, n=n), "mask": masks(1, 5, 6, n=n)}),
+    "motion": (MotionBlur(2.6, noise=0.2), (1, 5, 6), lambda n: MotionBlur(2.6).draw(n, (1, 5, 6), seeded())),
     "bins": (Downsample(2, 0.2), (3, 4, 6), lambda n: {"mask": masks(1, 2, 3, n=n)}),
     "bins of an axis": (Downsample([1, 3], 0.2), (1, 4, 6), lambda n: {"mask": masks(1, 4, 2, n=n)}),
     "gray": (Grayscale(noise=0.2), (3, 4, 4), lambda n: {"mask": masks(1, 4, 4, n=n)}),
@@ -202,6 +204,24 @@ def test_a_gaussian_kernel_is_the_gaussian_blur():
     torch.testing.assert_close(
         Blur(noise=0.1).forward(x, {"kernel": kernel}), GaussianBlur(1.0, 0.1).forward(x, {}), rtol=0, atol=1e-5
     )
+
+
+def test_a_motion_kernel_is_a_line():
+    """Its mass is 1 and lies around the centre; along its direction it has the variance of a line of that length, and
+    across it only that of sharing each point between two pixels, at most 1/4."""
+    length = 6.0
+    kernel = MotionBlur(length).draw(200, (1, 12, 12), seeded())["kernel"].double()
+    place = torch.arange(-3, 4, dtype=DOUBLE)
+    torch.testing.assert_close(kernel.sum((1, 2)), torch.ones(200, dtype=DOUBLE))
+    for axis in (1, 2):
+        assert (kernel.sum(3 - axis) @ place).abs().max() < 1e-5
+    rows, columns = kernel.sum(2) @ place.square(), kernel.sum(1) @ place.square()
+    mixed = torch.einsum("nyx,y,x->n", kernel, place, place)
+    spread = torch.linalg.eigvalsh(torch.stack([rows, mixed, mixed, columns], 1).view(-1, 2, 2))
+    assert ((spread[:, 1] - length**2 / 12).abs() < 0.3).all()
+    assert (spread[:, 0] <= 0.26).all()
+    angle = 0.5 * torch.atan2(2 * mixed, columns - rows)
+    assert angle.std() > 0.8  # every direction: pi / sqrt(12) = 0.91
 
 
 def test_bins_and_gray_images_are_means():

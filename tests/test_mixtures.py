@@ -11,7 +11,7 @@ import torch
 from diffem.corruptions import GaussianBlur
 from diffem.mixtures import Basis, Diagonal, Mixture, Rows
 from diffem.mixtures.fit import em_step, single
-from diffem.mixtures.model import DiagonalPosterior
+from diffem.mixtures.model import ROWS, DiagonalPosterior
 
 DOUBLE = torch.float64
 D, B = 6, 5
@@ -54,13 +54,16 @@ def masked(basis: Basis | None = None, n: int = B, seed: int = 20) -> Diagonal:
     return Diagonal(torch.where(seen, randn(n, D, seed=seed + 2), torch.nan), precision, basis)
 
 
-def rows(n: int = B, m: int = 3, seed: int = 30) -> Rows:
-    matrix = randn(n, m, D, seed=seed)
+def rows(kind: str, n: int = B, seed: int = 30) -> Rows:
+    """A few rows for each item, more than are conditioned on at a time, or rows and noise that all items share."""
+    m, common = ROWS + 8 if kind == "many rows" else 3, kind == "common rows"
+    matrix = randn(1 if common else n, m, D, seed=seed)
     matrix[0, 1] = 0.0  # a row that measures nothing
-    return Rows(randn(n, m, seed=seed + 1), matrix, 0.3 + rand(n, 1, seed=seed + 2))
+    noise = 0.3 + rand(1 if common else n, 1, seed=seed + 2)
+    return Rows(randn(n, m, seed=seed + 1), matrix, noise.expand(n, 1))
 
 
-KINDS = ["masks", "basis", "rows"]
+KINDS = ["masks", "basis", "rows", "many rows", "common rows"]
 
 
 def noisy(n: int = B) -> tuple[torch.Tensor, torch.Tensor]:
@@ -70,7 +73,7 @@ def noisy(n: int = B) -> tuple[torch.Tensor, torch.Tensor]:
 def observation(kind: str, given: bool, n: int = B):
     """A likelihood, and the change of basis B in which mixtures for it are written."""
     basis, change = blur_basis() if kind == "basis" else (None, torch.eye(D, dtype=DOUBLE))
-    likelihood = rows(n) if kind == "rows" else masked(basis, n)
+    likelihood = rows(kind, n) if "rows" in kind else masked(basis, n)
     if given:
         likelihood = likelihood.given(*noisy(n))
     return likelihood, change
@@ -78,9 +81,13 @@ def observation(kind: str, given: bool, n: int = B):
 
 def dense_observation(kind: str, given: bool, i: int, change: torch.Tensor, n: int = B):
     """The same for item i in plain terms: value = matrix x + N(0, diag(noise))."""
-    if kind == "rows":
-        plain = rows(n)
-        matrix, value, noise = plain.matrix[i], plain.y[i], plain.noise[i].square().expand(plain.y.shape[1])
+    if "rows" in kind:
+        plain = rows(kind, n)
+        matrix, value, noise = (
+            plain.matrix.expand(n, -1, -1)[i],
+            plain.y[i],
+            plain.noise[i].square().expand(plain.y.shape[1]),
+        )
     else:
         plain = masked(n=n)
         seen = plain.precision[i] > 0
@@ -134,7 +141,7 @@ def test_posterior_against_dense_joint(kind, given, components, rank):
         torch.testing.assert_close(posterior.responsibilities[i], weights, rtol=1e-8, atol=1e-10)
         torch.testing.assert_close(posterior.mean[i], mean, rtol=1e-8, atol=1e-10)
         basis_vector = torch.eye(D, dtype=DOUBLE)[i].expand(B, D)
-        if kind == "rows":
+        if "rows" in kind:
             torch.testing.assert_close(posterior.chol[i] @ posterior.chol[i].T, cov, rtol=1e-8, atol=1e-10)
             torch.testing.assert_close(posterior.scale(basis_vector)[i], torch.linalg.cholesky(cov)[:, i])
         else:  # exact variances in the basis
@@ -145,7 +152,7 @@ def test_posterior_against_dense_joint(kind, given, components, rank):
     # up to a constant that does not depend on the mixture, and which is 0 where nothing was merged
     difference = posterior.log_evidence - other.log_evidence
     torch.testing.assert_close(difference, evidence[0] - evidence[1], rtol=1e-8, atol=1e-9)
-    if not given or kind == "rows":
+    if not given or "rows" in kind:
         torch.testing.assert_close(posterior.log_evidence, evidence[0], rtol=1e-8, atol=1e-9)
 
 
@@ -167,7 +174,9 @@ def test_draws_have_the_moments_of_the_posterior(kind, given, components, rank):
     n, item = 20_000, 2
     likelihood, change = observation(kind, given)
     fields = {k: v for k, v in vars(likelihood).items() if isinstance(v, torch.Tensor)}
-    many = type(likelihood)(**{k: v[item : item + 1].expand(n, *v.shape[1:]) for k, v in fields.items()})
+    many = type(likelihood)(
+        **{k: v.expand(B, *v.shape[1:])[item : item + 1].expand(n, *v.shape[1:]) for k, v in fields.items()}
+    )
     if kind == "basis":
         many = Diagonal(many.z, many.precision, likelihood.basis)
     model = mixture(components, rank)
@@ -209,7 +218,7 @@ def test_withheld_gives_the_prior(kind):
     torch.testing.assert_close(posterior.responsibilities[where], weights.expand(3, 3))
     torch.testing.assert_close(posterior.mean[where], mean.expand(3, D))
     torch.testing.assert_close(posterior.log_evidence[where], torch.zeros(3, dtype=DOUBLE), rtol=0, atol=1e-12)
-    if kind == "rows":
+    if "rows" in kind:
         torch.testing.assert_close((posterior.chol @ posterior.chol.mT)[where], cov.expand(3, D, D))
     else:
         std = (change @ cov @ change.T).diagonal().sqrt()
@@ -261,7 +270,7 @@ def em_data(kind: str, n: int = 120, components: int = 3, rank: int = 2):
     k = torch.multinomial(truth.log_weights.exp(), n, replacement=True, generator=seeded(70))
     latent, normal = randn(n, rank, seed=71), randn(n, D, seed=72)
     x = 2 * truth.mean[k] + (truth.factor[k] @ latent[..., None])[..., 0] + truth.variance[k].sqrt() * normal
-    if kind == "rows":
+    if "rows" in kind:
         matrix = randn(n, 3, D, seed=73)
         noise = 0.2
         y = (matrix @ x[..., None])[..., 0] + noise * randn(n, 3, seed=74)
@@ -427,7 +436,7 @@ def test_em_converges_to_a_stationary_point(kind):
             break
     assert model.variance.min() > 1e-2  # an interior point, where the gradient must vanish
     mean, factor = (t.clone().requires_grad_() for t in (model.mean, model.factor))
-    log_variance = model.variance.log()[:, :1] if kind == "rows" else model.variance.log()
+    log_variance = model.variance.log()[:, :1] if "rows" in kind else model.variance.log()
     log_variance = log_variance.clone().requires_grad_()
     refit = Mixture(model.log_weights, mean, factor, log_variance.exp().expand(1, D))
     gradients = torch.autograd.grad(refit.posterior(data).log_evidence.mean(), (mean, factor, log_variance))

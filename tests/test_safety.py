@@ -24,9 +24,10 @@ import torch
 from safetensors.torch import save_file
 
 from diffem import __version__, cli, files, judging, safe_yaml, starts, tensors
+from diffem.cli.train import until_stopped
 from diffem.data import Observations
 from diffem.em import DiffEM, Progress, rest
-from diffem.errors import DiffemError
+from diffem.errors import DiffemError, Stopped
 from diffem.run import Run
 from diffem.samplers import DiffusionSampler
 
@@ -310,8 +311,8 @@ class Ended(Exception):
 
 def terminated(em: DiffEM) -> dict:
     """Runs until a signal ends the run; returns the state of its checkpoint, {} if there is none."""
-    with pytest.raises(cli.Stopped) as caught:
-        list(cli._until_stopped(em))
+    with pytest.raises(Stopped) as caught:
+        list(until_stopped(em))
     assert caught.value.signal == signal.SIGTERM
     file = em.run.folder / "checkpoint.safetensors"
     return json.loads(tensors.load(file)[1]) if file.exists() else {}
@@ -415,7 +416,7 @@ def test_a_second_signal_ends_a_run_at_once(second, status, tmp_path):
     process = os.fork()
     if not process:
         try:
-            list(cli._until_stopped(em))
+            list(until_stopped(em))
         except KeyboardInterrupt:
             os._exit(130)
         finally:

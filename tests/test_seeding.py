@@ -221,3 +221,34 @@ def test_the_streams_are_pinned():
     torch.testing.assert_close(seeding.normal(seeds, (3,), stream=3), normal, rtol=1e-5, atol=1e-6)
     drawn = torch.rand(2, generator=seeding.generator(0, 1, "m_step", 2))
     torch.testing.assert_close(drawn, torch.tensor([0.94782174, 0.28222692]), rtol=0, atol=1e-7)
+
+
+class OfAGpu:
+    """What `integers` asks of a generator of CUDA, without one."""
+
+    device = torch.device("cuda")
+
+    def __init__(self, seed: int) -> None:
+        self.seed, self.offset = seed, 0
+
+    def initial_seed(self) -> int:
+        return self.seed
+
+    def get_offset(self) -> int:
+        return self.offset
+
+    def set_offset(self, offset: int) -> None:
+        assert offset % 4 == 0  # as CUDA demands
+        self.offset = offset
+
+
+def test_integers_come_from_the_generator_and_for_a_gpu_from_its_state():
+    one, two = (torch.Generator().manual_seed(3) for _ in range(2))
+    drawn = seeding.integers(1000, 500, one)
+    assert drawn.tolist() == torch.randint(1000, (500,), generator=two).tolist()
+    gpu = OfAGpu(3)
+    first, second = seeding.integers(1000, 500, gpu), seeding.integers(1000, 500, gpu)
+    assert (first == seeding.integers(1000, 500, OfAGpu(3))).all()
+    others = [second, seeding.integers(1000, 500, OfAGpu(4))]
+    assert all((first == other).mean() < 0.02 for other in others)
+    assert 0 <= first.min() < 10 < 990 < first.max() < 1000

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffem import trainer as trainer_module
 from diffem.corruptions import BlackBox, Blur, Corruption, GaussianNoise, Mask, RandomMask
@@ -172,12 +173,56 @@ def test_entries_are_weighed_where_observations_measure_different_parts(corrupti
     assert Examples(data, np.arange(40), MStepConfig(), torch.device("cpu")).weighed == weighed
 
 
-def test_what_is_not_finite_changes_nothing():
+def test_what_is_not_finite_is_told_and_undone_by_loading():
     of = trainer()
     run(of, 0, 3)
     before = {k: v.clone() for k, v in of.state().items()}
-    assert not math.isfinite(of.update([loss(of, 3), loss(of, 4, math.nan)], 1e-2))
+    assert not of.update([loss(of, 3), loss(of, 4, math.nan)], 1e-2).isfinite()
+    of.load(before)
     assert all(torch.equal(v, before[k]) for k, v in of.state().items())
+
+
+class Unread(TorchDispatchMode):
+    """No number is read on the host, which would wait for a GPU; counters, which are integers, stay on the CPU."""
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        assert "_local_scalar_dense" not in str(function) or not arguments[0].is_floating_point()
+        return function(*arguments, **(keywords or {}))
+
+
+def test_an_update_reads_no_tensor():
+    of = trainer(micro_batch=5)
+    x = torch.randn(16, 3, generator=torch.Generator().manual_seed(0))
+    y, params = of.denoiser.corruption.observe(x, torch.Generator().manual_seed(1))
+    no = torch.zeros(16, dtype=torch.bool)
+    batch, generator = Batch(x, y, params, None, ~no, no), torch.Generator().manual_seed(2)
+    with Unread():
+        first = of.update(of.losses(batch, generator, 0.3), 1e-2)
+        second = of.update(of.losses(batch, generator, 0.3), 1e-2)
+    assert 0 < float(second) != float(first) > 0
+    with pytest.raises(AssertionError), Unread():
+        float(first)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_an_update_does_not_wait_for_a_gpu():
+    """From the choice of the rows to the average."""
+    device = torch.device("cuda")
+    mask = np.random.default_rng(0).random((40, 1, 4, 4)) < 0.5
+    y = np.random.default_rng(1).normal(size=(40, 1, 4, 4))
+    observations = Observations(np.where(mask, y, 0), Mask(0.1), {"mask": mask}, range=(-2, 2))
+    data = Dataset(observations, observations.units(np.arange(40)))
+    config = MStepConfig(batch=16, micro_batch=5)
+    examples, x = Examples(data, np.arange(40), config, device), data.items(y)
+    network = NetworkConfig(channels=(8, 8), blocks=(1, 1), embedding=8)
+    of = Trainer(Denoiser(data.corruption, data.shape, DenoiserConfig(), network).to(device), config)
+    for step in range(3):  # in the first ones the libraries get ready
+        generator = torch.Generator(device).manual_seed(step)
+        torch.cuda.set_sync_debug_mode("default" if step < 2 else "error")
+        try:
+            of.update(of.losses(examples.batch(x, generator, step), generator, 0.1), 1e-3)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 def test_the_learning_rate_is_constant_or_falls_in_a_line_to_a_twentieth():

@@ -45,7 +45,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import torch
@@ -53,6 +53,7 @@ from azula.noise import VESchedule
 from torch import Tensor, nn
 
 from diffem.corruptions import Corruption, Params
+from diffem.devices import Compiled
 from diffem.errors import DiffemError
 from diffem.mixtures import Diagonal, ExactPosterior, Mixture
 from diffem.networks import Given, NetworkConfig
@@ -126,6 +127,7 @@ class Denoiser(nn.Module):
         super().__init__()
         self.corruption, self.shape, self.config, self.built_by = corruption, tuple(shape), config, network
         self.precision = torch.float32  # of the network's arithmetic; the reference posterior is always exact
+        self.compiled: Compiled | None = None
         self.precondition = config.precondition
         if self.precondition == "auto":
             self.precondition = "plain" if start is None else "start"
@@ -155,7 +157,13 @@ class Denoiser(nn.Module):
         """The same denoiser with another network; everything else is shared."""
         other = copy.copy(self)
         other._modules = {**self._modules, "network": network}
+        if self.compiled is not None:
+            other.compile_network(self.compiled.sizes)
         return other
+
+    def compile_network(self, sizes: Collection[int]) -> None:
+        """Has the network translated by torch.compile, for batches of these sizes."""
+        self.compiled = Compiled(self.network, sizes)
 
     def posterior(self, x_t: Tensor, sigma: Tensor, y: Tensor, params: Params, withheld: Tensor) -> ExactPosterior:
         """The reference posterior; arguments as in :meth:`predict`."""
@@ -196,7 +204,7 @@ class Denoiser(nn.Module):
         with torch.set_grad_enabled(x_t.requires_grad):  # guidance differentiates with respect to x_t
             posterior, inputs = self._inputs(x_t, sigma, y, params, withheld)
         with torch.autocast(x_t.device.type, self.precision, enabled=self.precision != torch.float32):
-            f, h = self.network(inputs, sigma.log())
+            f, h = (self.compiled or self.network)(inputs, sigma.log())
         v = LEAST + (1 - LEAST) * share(h.flatten(1).to(x_t))
         if not posterior.by_entry:
             v = v.mean(1, keepdim=True).expand_as(v)
@@ -266,11 +274,12 @@ class Denoiser(nn.Module):
 
 
 def _beta(n: int, alpha: float, beta: float, generator: torch.Generator) -> Tensor:
-    grid = torch.linspace(0, 1, 4097, dtype=torch.float64)
+    device = torch.device("cpu") if generator.device.type == "mps" else generator.device  # mps has no float64
+    grid = torch.linspace(0, 1, 4097, dtype=torch.float64, device=device)
     middle = (grid[1:] + grid[:-1]) / 2
     density = middle ** (alpha - 1) * (1 - middle) ** (beta - 1)
-    cumulative = torch.cat((torch.zeros(1, dtype=torch.float64), density.cumsum(0)))
-    uniform = torch.rand(n, generator=generator, device=generator.device).cpu().double() * cumulative[-1]
+    cumulative = torch.cat((torch.zeros_like(grid[:1]), density.cumsum(0)))
+    uniform = torch.rand(n, generator=generator, device=generator.device).to(device).double() * cumulative[-1]
     right = torch.searchsorted(cumulative, uniform, right=True).clamp(1, len(grid) - 1)
     low, high = cumulative[right - 1], cumulative[right]
     return grid[right - 1] + (uniform - low) / (high - low) * (grid[right] - grid[right - 1])

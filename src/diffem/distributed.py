@@ -7,6 +7,7 @@ must be decided once, the first process decides (:func:`shared`). With one proce
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +28,13 @@ def begin() -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not distributed.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         distributed.init_process_group(backend, timeout=PATIENCE)
+        atexit.register(_end)
+
+
+def _end() -> None:
+    """Ends the threads that talk to the other processes: Python may abort if they still run when it exits."""
+    with contextlib.suppress(RuntimeError, ValueError):  # others have died, or it was ended already
+        distributed.destroy_process_group()
 
 
 def rank() -> int:

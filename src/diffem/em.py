@@ -142,6 +142,7 @@ class DiffEM:
         precision: Their arithmetic; see :func:`diffem.devices.choose`.
         batch: Observations per batch of draws; by default as many as fit in memory (:mod:`diffem.memory`).
         checkpoint_minutes: Minutes between checkpoints: the most work that a killed run loses.
+        compile: Whether torch.compile translates the network: minutes at the start, for faster updates and draws.
     """
 
     steps = {}  # by name, see the end of the module  # noqa: RUF012
@@ -167,6 +168,7 @@ class DiffEM:
         precision: str = "auto",
         batch: int | None = None,
         checkpoint_minutes: float = 5.0,
+        compile: bool = False,
     ) -> None:
         config = load_config(config) if isinstance(config, str) else config
         if not isinstance(observations, Observations):
@@ -179,6 +181,7 @@ class DiffEM:
         self.given_batch, self.checkpoint_minutes = batch, checkpoint_minutes
         self.batch = batch or memory.MOST  # what fits is known when there is a network
         self.device, self.precision = devices.choose(device, precision)
+        self.compile = compile
         self.place: dict[str, Any] = {"network": network, "device": device, "precision": precision}
         if not allow_unobserved:
             refuse_unobserved(observations)
@@ -318,6 +321,8 @@ class DiffEM:
         item = max(earlier.footprint(), self.diffusion().footprint())
         self.batch = self.given_batch or self.state.batch or memory.batch(item, self.device)
         self.state.batch = self.batch
+        if self.compile:
+            self.trainer.compile(self.batch)
 
 
 def load(em: DiffEM) -> bool:
@@ -445,21 +450,37 @@ def train(em: DiffEM, steps: int, dropout: float) -> bool:
         "prior_step" if state.step == "prior" else "m_step"
     )  # separate random streams: an extended run uses this iteration number again
     own_seed = em.seed if distributed.first() else seeding.fold(em.seed, distributed.rank())
+    loss: Tensor | None = None  # of the last update; read only during the next one, since a GPU would be waited for
+
+    def finite() -> bool:
+        """Adds the loss of the last update to the sum; false if it is not finite."""
+        nonlocal loss
+        if loss is not None and math.isfinite(value := float(loss)):
+            state.loss_sum, loss = state.loss_sum + value, None
+        return loss is None
+
+    def save() -> None:
+        if finite():
+            em.checkpoint()
+
     trainer.denoiser.network.train()
     while state.updates < steps:
         em.unsaved = True
         keys = state.iteration, purpose, state.updates
         generator = seeding.generator(em.seed, *keys, em.device)
         with seeding.global_generators(em.device, own_seed, *keys):  # of dropout layers
-            value = trainer.update(em.losses(x, generator, dropout), learning_rate(em, state.updates / steps))
-        if not math.isfinite(value):
-            roll_back(em, f"the loss is {value} at iteration {state.iteration}, update {state.updates}")
-            return False
+            following = trainer.update(em.losses(x, generator, dropout), learning_rate(em, state.updates / steps))
+        if not finite():
+            break
+        loss, mean = following, state.loss_sum / state.updates if state.updates else None
         state.updates += 1
-        state.loss_sum += value
-        em.watch(Progress(state.step, state.iteration, state.updates, steps, state.loss_sum / state.updates))
-        rest(em, em.checkpoint)
-    return True
+        em.watch(Progress(state.step, state.iteration, state.updates, steps, mean))
+        rest(em, save)
+    if finite():
+        return True
+    assert loss is not None
+    roll_back(em, f"the loss is {float(loss)} at iteration {state.iteration}, update {state.updates - 1}")
+    return False
 
 
 def learning_rate(em: DiffEM, within: float) -> float:

@@ -52,3 +52,11 @@ def optional(module: str, extra: str) -> Any:
 def missing(package: str, extra: str) -> DiffemError:
     """The error that says which extra brings a package."""
     return DiffemError(f"{package} is not installed: pip install 'diffem-torch[{extra}]'")
+
+
+class Stopped(BaseException):
+    """A run was stopped by a signal, and has saved its state. No `except Exception` may swallow it."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.signal = number

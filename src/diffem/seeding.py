@@ -54,6 +54,19 @@ def generator(
     return torch.Generator(device).manual_seed(fold(seed, iteration, PURPOSES[purpose], step) >> 1)
 
 
+def integers(below: int, n: int, generator: torch.Generator) -> np.ndarray:
+    """n integers from 0 to below - 1, for the CPU.
+
+    A GPU is not waited for: its own numbers would be there only after all work that it still has to do. They come from a
+    generator of the CPU instead, seeded with the state of the GPU's, which moves on.
+    """
+    if generator.device.type == "cuda":
+        offset = generator.get_offset()
+        generator.set_offset(offset + 4)  # the least by which it can
+        generator = torch.Generator().manual_seed(fold(generator.initial_seed(), offset) >> 1)
+    return torch.randint(below, (n,), generator=generator, device=generator.device).cpu().numpy()
+
+
 @contextlib.contextmanager
 def global_generators(
     device: str | torch.device, seed: int, iteration: int = 0, purpose: str = "init", step: int = 0

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
-from diffem import distributed, memory, seeding
+from diffem import devices, distributed, memory, seeding
 from diffem.corruptions import Corruption, Observed, Params
 from diffem.data import Dataset, Items, evenly, open_array
 from diffem.denoiser import Denoiser
@@ -171,11 +171,11 @@ class Examples:
         """
         config, data, device = self.config, self.data, self.device
         rows = self.train[self._integers(len(self.train), generator)]
-        items = x[rows].to(device)
+        items = devices.put(x[rows], device)
         reconstructed = torch.ones(len(items), dtype=torch.bool, device=device)
         if self.clean is not None:
             chosen = torch.rand(len(items), generator=generator, device=device) < config.clean_share
-            items = pick(chosen, self.clean[self._integers(len(self.clean), generator)].to(items), items)
+            items = pick(chosen, devices.put(self.clean[self._integers(len(self.clean), generator)], device), items)
             reconstructed &= ~chosen
         mirrored = torch.zeros_like(reconstructed)
         if config.flip:
@@ -222,8 +222,7 @@ class Examples:
         return _mixed(chosen & allowed & some, split[0], simulated)
 
     def _integers(self, below: int, generator: torch.Generator) -> np.ndarray:
-        drawn = torch.randint(below, (self.config.batch,), generator=generator, device=self.device)
-        return drawn.cpu().numpy()
+        return seeding.integers(below, self.config.batch, generator)
 
 
 def weigh(x: Tensor, batch: Batch, corruption: Corruption, imputed_weight: float) -> Tensor:
@@ -263,6 +262,7 @@ class Trainer:
 
     Attributes:
         averaged: The same denoiser with the average of the weights; the E-step draws with it.
+        weights, averages: The parameters of the two.
         updates: How many updates have been made.
     """
 
@@ -272,15 +272,19 @@ class Trainer:
 
     def restart(self) -> None:
         """Goes on from the current weights, with a new average and a new optimiser."""
-
-        def blend(average, current, _) -> None:
-            count = int(self.average.n_averaged)  # on the CPU; the argument may be elsewhere
-            decay = min(self.config.ema, (1 + count) / (10 + count))  # early on, the average forgets faster
-            torch._foreach_lerp_([*average], [*current], 1 - decay)
-
-        self.average = AveragedModel(self.denoiser.network, multi_avg_fn=blend)
+        self.average = AveragedModel(self.denoiser.network)
+        # listed once: to walk through the modules of a small network takes as long as its optimiser
+        self.weights: list[Tensor] = [*self.denoiser.network.parameters()]
+        self.averages: list[Tensor] = [*self.average.module.parameters()]
         self.averaged = self.denoiser.with_network(self.average.module.requires_grad_(False)).eval()
         self.reset_optimizer()
+
+    def compile(self, drawn: int) -> None:
+        """Has both networks translated by torch.compile, for updates, and for draws of `drawn` items at a time."""
+        mine = distributed.share(self.config.batch)
+        sizes = {self.config.micro_batch or mine.stop - mine.start, drawn}
+        for denoiser in (self.denoiser, self.averaged):
+            denoiser.compile_network(sizes)
 
     def restart_from_average(self) -> None:
         """Goes on from the averaged weights, with a new average and a new optimiser."""
@@ -289,8 +293,7 @@ class Trainer:
 
     def reset_optimizer(self) -> None:
         """Forgets the optimiser's moments."""
-        weights, rate = self.denoiser.network.parameters(), self.config.learning_rate
-        self.optimizer = torch.optim.Adam(weights, lr=rate, fused=True)
+        self.optimizer = torch.optim.Adam(self.weights, lr=self.config.learning_rate, fused=True)
 
     def footprint(self) -> int:
         """Memory that an update takes per item, in bytes."""
@@ -336,37 +339,47 @@ class Trainer:
             return None
         return lambda x: weigh(x, batch, self.denoiser.corruption, self.config.imputed_weight)
 
-    def update(self, losses: Iterable[Tensor], rate: float) -> float:
+    def update(self, losses: Iterable[Tensor], rate: float) -> Tensor:
         """One optimiser step on the sum of `losses`, of all processes, with learning rate `rate`, and one step of the average.
 
+        Nothing here waits for a GPU.
+
         Returns:
-            The sum. If it is not finite, nothing was changed.
+            The sum, a scalar. If it is not finite, the weights are spoilt: :meth:`load` earlier ones.
         """
         self.optimizer.zero_grad()
-        total = 0.0
+        total = torch.zeros((), device=self.device)
         for loss in losses:
             loss.backward()
-            total += loss.item()
+            total += loss.detach()
         if distributed.size() > 1:
-            total = self._sum_of_all(total)
-        if math.isfinite(total):
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
-            torch.nn.utils.clip_grad_norm_(self.denoiser.network.parameters(), CLIP)
-            self.optimizer.step()
-            self.average.update_parameters(self.denoiser.network)
-            self.updates += 1
+            self._add_those_of_others(total)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        torch.nn.utils.clip_grad_norm_(self.weights, CLIP)
+        self.optimizer.step()
+        self._blend()
+        self.updates += 1
         return total
 
-    def _sum_of_all(self, total: float) -> float:
-        """Adds the gradients of all processes, and their losses."""
-        weights = [p for p in self.denoiser.network.parameters() if p.requires_grad]
+    @torch.no_grad()
+    def _blend(self) -> None:
+        """One step of the average. (AveragedModel's own would wait for a GPU.)"""
+        count = int(self.average.n_averaged)
+        decay = min(self.config.ema, (1 + count) / (10 + count))  # early on, the average forgets faster
+        weight = 1 - decay if count else 1.0  # the first one is a copy
+        torch._foreach_lerp_(self.averages, self.weights, weight)
+        for old, new in zip(self.average.module.buffers(), self.denoiser.network.buffers(), strict=True):
+            old.copy_(new)
+        self.average.n_averaged += 1
+
+    def _add_those_of_others(self, loss: Tensor) -> None:
+        """Adds the gradients and the losses of all processes."""
+        weights = [p for p in self.weights if p.requires_grad]
         for p in weights:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
-        loss = torch.tensor([total], device=self.device)
         distributed.add([loss, *(p.grad for p in weights if p.grad is not None)])
-        return loss.item()
 
     def state(self) -> dict[str, Tensor]:
         """Weights, average and optimiser, by name."""

@@ -35,7 +35,8 @@ import torch
 from PIL import Image
 
 from diffem import files, memory, seeding
-from diffem.corruptions import Corruption
+from diffem.config import Config
+from diffem.corruptions import Corruption, from_config
 from diffem.data import Observations
 from diffem.data.observations import CHUNK
 from diffem.data.readers.importing import SUFFIXES
@@ -127,6 +128,22 @@ def corrupt(
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return Observations.load(out, corruption)
+
+
+def make_observations(
+    config: Config,
+    preset: str,
+    folder: Path,
+    root: str | None = None,
+    own: Corruption | type[Corruption] | None = None,
+) -> None:
+    """Writes the observations that a preset makes from clean data, together with the clean items."""
+    data = config.data
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(own, type):
+        raise DiffemError(f"--corruption {own.__name__}: give a function, or the class a folder of observations")
+    corruption = own or from_config(data.corruption, f"{preset}: data.corruption")
+    corrupt(data.source, corruption, folder, root, data.limit or None, config.em.seed, keep_clean=True)
 
 
 @contextlib.contextmanager

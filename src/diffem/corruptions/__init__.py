@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from .base import REGISTRY, Corruption, Observed, Params, register_corruption
 from .blackbox import BlackBox
-from .blur import Blur
+from .blur import Blur, MotionBlur
 from .compose import Compose
 from .diagonal import GaussianBlur, GaussianNoise, Mask, RandomMask
 from .entrywise import EntrywiseCorruption, Gamma, PoissonGaussian, Quantise, SaltAndPepper, Saturate, Speckle
@@ -44,6 +44,7 @@ __all__ = [
     "Grayscale",
     "LinearCorruption",
     "Mask",
+    "MotionBlur",
     "Observed",
     "OneOf",
     "Params",

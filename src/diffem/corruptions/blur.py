@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -14,6 +15,7 @@ from .base import Params, register_corruption
 from .linear import LinearCorruption
 
 BORDERS = ("reflect", "zero", "circular")
+POINTS = 16  # of a motion kernel, per pixel of its length
 
 
 @register_corruption
@@ -91,6 +93,42 @@ class Blur(LinearCorruption):
         place = torch.arange(padded.shape[axis], device=padded.device) - (size - 1 - size // 2)
         inside = (place >= 0) & (place <= padded.shape[axis] - size)
         return inside.view(-1, *(1,) * (padded.ndim - 1 - axis))
+
+
+@register_corruption
+class MotionBlur(Blur):
+    """Images taken while the camera moved along a straight line, y = k * x + noise.
+
+    kernel.npy holds the kernel of each observation, as for :class:`Blur`. The formula draws kernels for simulated
+    observations: lines in random directions.
+
+    Arguments:
+        length: The length of the lines, in pixels.
+        border: As for :class:`Blur`, and so is `noise`.
+        noise: Its standard deviation.
+    """
+
+    def __init__(self, length: float, border: str = "reflect", noise: float | Sequence[float] | None = None) -> None:
+        super().__init__(border, noise)
+        if not 0 < length < math.inf:
+            raise DiffemError(f"MotionBlur: length must be > 0 pixels, got {length}")
+        self.length = float(length)
+
+    @property
+    def law(self) -> dict[str, object]:
+        return {k: v for k, v in self.config.items() if k != "length"}
+
+    def draw(self, n: int, shape: tuple[int, ...], generator: torch.Generator) -> Params:
+        reach = math.ceil(self.length / 2)  # the kernel has 2 reach + 1 pixels along each axis
+        if len(shape) != 3 or 2 * reach + 1 > min(shape[1:]):
+            raise DiffemError(f"MotionBlur: length: {self.length:g} pixels do not fit items of shape {shape}")
+        angle = torch.pi * torch.rand(n, generator=generator, device=generator.device)
+        along = torch.linspace(-0.5, 0.5, math.ceil(POINTS * self.length) + 1, device=angle.device) * self.length
+        direction = torch.stack([angle.sin(), angle.cos()], 1)
+        # every point of the line goes to the four pixels around it, in parts by its distance to them
+        pixels = torch.arange(-reach, reach + 1, device=angle.device)
+        near = (1 - (direction[..., None, None] * along[:, None] - pixels).abs()).clamp(min=0)  # (n, 2, points, pixels)
+        return {"kernel": torch.einsum("npy,npx->nyx", near[:, 0], near[:, 1]) / len(along)}
 
 
 def _convolved(x: Tensor, kernel: Tensor, adjoint: bool) -> Tensor:

@@ -160,13 +160,14 @@ class LinearCorruption(Masked):
 
     def likelihood(self, y: Tensor, params: Params) -> Likelihood:
         noise = self.noise_std(y, params).clamp(min=NOISE_FLOOR).expand_as(y).flatten(1)
-        matrix = self.matrix(y, params) * self.seen(y, params).expand_as(y).flatten(1)[..., None]
-        return Rows(self.shown(y, params).flatten(1) / noise, matrix / noise[..., None], torch.ones_like(noise[:, :1]))
+        weight = _common(self.seen(y, params).expand_as(y).flatten(1) / noise)
+        matrix = self.matrix(y, params) * weight[..., None]
+        return Rows(self.shown(y, params).flatten(1) / noise, matrix, torch.ones_like(noise[:, :1]))
 
     def matrix(self, y: Tensor, params: Params) -> Tensor:
         """A without the mask, as matrices (B, entries of y, features), or (1, ...) if all observations share it."""
         own = {k: v for k, v in params.items() if k not in ("mask", "noise")}
-        if not own or (not torch.compiler.is_exporting() and all(bool((v == v[:1]).all()) for v in own.values())):
+        if all(len(_common(v)) == 1 for v in own.values()):
             y, own = y[:1], {k: v[:1] for k, v in own.items()}
         shape = self.adjoint(y, own).shape[1:]
         d, n = math.prod(shape), y.shape[0]
@@ -228,6 +229,13 @@ class LinearCorruption(Masked):
     def _of_centre(self, y: Tensor, params: Params, units: Units) -> Tensor:
         """A c, where c is the item that is 0 in model units."""
         return self.forward(units.restore(torch.zeros_like(self.adjoint(y, params))), params)
+
+
+def _common(values: Tensor) -> Tensor:
+    """Values (B, ...) of a batch of observations; (1, ...) if they are the same for all of them."""
+    if torch.compiler.is_exporting():  # a program cannot look at values
+        return values
+    return values[:1] if bool((values == values[:1]).all()) else values
 
 
 def solve(product: Callable[[Tensor], Tensor], b: Tensor, steps: int = STEPS) -> Tensor:

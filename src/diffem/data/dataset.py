@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffem import files
+from diffem import devices, files, seeding
 from diffem.corruptions import Corruption, Observed, Params
 from diffem.units import Units
 
@@ -47,16 +47,15 @@ class Dataset:
     def batch(self, rows: Tensor | np.ndarray | Sequence[int], device: torch.device | str = "cpu") -> Observed:
         """Observations `rows` and their parameters, on a device; unobserved entries are 0."""
         y, params = self.observations.batch(rows)
-        y, params = y.to(device), {k: v.to(device) for k, v in params.items()}
+        y, params = devices.put(y, device), {k: devices.put(v, device) for k, v in params.items()}
         corruption = self.observations.corruption
         return corruption.scale_y(y, params, self.units), corruption.scale_params(params, self.units)
 
     def parameters(self, n: int, generator: torch.Generator) -> Params:
         """Parameters of n of the observations, drawn with replacement."""
-        drawn = torch.randint(len(self.rows), (n,), generator=generator, device=generator.device).cpu().numpy()
-        params = self.observations.parameters(self.rows[drawn])
+        params = self.observations.parameters(self.rows[seeding.integers(len(self.rows), n, generator)])
         params = self.observations.corruption.scale_params(params, self.units)
-        return {k: v.to(generator.device) for k, v in params.items()}
+        return {k: devices.put(v, generator.device) for k, v in params.items()}
 
     def items(self, array: np.ndarray) -> Items:
         """Wraps an array of items, stored in the units and the layout of y, for access in model units."""

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from .likelihoods import Basis, Diagonal, Likelihood, Rows
 
 LOG_2PI = math.log(2 * math.pi)
+ROWS = 32  # of an operator that are conditioned on at a time
 
 
 class ExactPosterior:
@@ -264,7 +265,7 @@ class RowsPosterior(ExactPosterior):
         B, _K = likelihood.y.shape[0], mixture.components
         if likelihood.x_t is None or likelihood.sigma is None:
             mean = mixture.mean.expand(B, -1, -1)
-            cov = mixture.covariance().expand(B, -1, -1, -1)
+            cov = mixture.covariance()[None]
             log_joint = mixture.log_weights.expand(B, -1)
         else:
             total = values + likelihood.sigma[:, None].square()  # (B, K, d)
@@ -274,16 +275,28 @@ class RowsPosterior(ExactPosterior):
             mean = mixture.mean + torch.einsum("kde,bke->bkd", vectors, values / total * coefficient)
             shrunk = values * likelihood.sigma[:, None].square() / total
             cov = (vectors * shrunk[:, :, None]) @ vectors.mT
-        for row, value in zip(likelihood.matrix.unbind(1), likelihood.y.unbind(1), strict=True):
-            gain = torch.einsum("bkde,be->bkd", cov, row)
-            variance = (gain * row[:, None]).sum(-1) + likelihood.noise.square()  # (B, K); inf when withheld
-            innovation = value[:, None] - (mean * row[:, None]).sum(-1)
-            seen = torch.isfinite(variance)
-            term = innovation.square() / variance + variance.log() + LOG_2PI
+        # Rows are taken in blocks: products of matrices are fast, and the factors of a block stay small. Where y is withheld,
+        # the noise is infinite, and the rows are 0.
+        seen = torch.isfinite(likelihood.noise)  # (B, 1)
+        noise, matrix = torch.where(seen, likelihood.noise, 1.0), likelihood.matrix
+        if not torch.compiler.is_exporting() and bool((noise == noise[:1]).all() and seen.all()):
+            noise = noise[:1]  # with a common matrix the covariances of all items are equal
+        else:
+            matrix = torch.where(seen[..., None], matrix, 0.0)
+        for rows, value in zip(matrix.split(ROWS, 1), likelihood.y.split(ROWS, 1), strict=True):
+            rows = rows[:, None]  # (B, 1, b, d)
+            gain = rows @ cov  # (B, K, b, d)
+            inner = gain @ rows.mT + torch.diag_embed(noise.square()[..., None].expand(-1, 1, rows.shape[2]))
+            chol = torch.linalg.cholesky(inner)
+            gain = torch.linalg.solve_triangular(chol, gain, upper=False)
+            innovation = torch.where(seen, value, 0.0)[:, None] - (rows @ mean[..., None])[..., 0]
+            white = torch.linalg.solve_triangular(chol, innovation[..., None], upper=False)[..., 0]
+            log_det = 2 * chol.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+            term = white.square().sum(-1) + log_det + rows.shape[2] * LOG_2PI
             log_joint = log_joint - 0.5 * torch.where(seen, term, 0.0)
-            scaled = gain / variance[..., None]
-            mean = mean + scaled * innovation[..., None]
-            cov = cov - scaled[..., None] * gain[..., None, :]
+            mean = mean + (gain.mT @ white[..., None])[..., 0]
+            cov = cov - gain.mT @ gain
+        cov = cov.expand(B, -1, -1, -1)
         self._means, self._covs = mean, cov
         self.log_evidence = log_joint.logsumexp(1)
         self.responsibilities = (log_joint - self.log_evidence[:, None]).exp()

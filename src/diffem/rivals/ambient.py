@@ -23,6 +23,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from diffem import seeding
 from diffem.corruptions import Params, RandomMask, RandomProjection
 from diffem.data import Items
 from diffem.denoiser import Denoiser
@@ -151,8 +152,8 @@ class Ambient(DiffEM):
         self.data.corruption = self.observations.corruption.scaled(self.data.units)
 
     def losses(self, x: Items, generator: torch.Generator, dropout: float) -> list[Tensor]:
-        rows = torch.randint(len(self.train), (self.config.m_step.batch,), generator=generator, device=self.device)
-        y, params = self.data.batch(self.train[rows.cpu().numpy()], self.device)
+        rows = seeding.integers(len(self.train), self.config.m_step.batch, generator)
+        y, params = self.data.batch(self.train[rows], self.device)
         split, denoiser = self.data.corruption.thin(y, params, generator), self.trainer.denoiser
         assert isinstance(denoiser, AmbientDenoiser)
         assert split is not None

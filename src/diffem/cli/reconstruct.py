@@ -1,0 +1,73 @@
+"""diffem reconstruct"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import shutil
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from diffem import files, memory
+from diffem.cli.console import say
+from diffem.cli.models import facts, model, observations_of, place_of, refuse_to_overwrite
+from diffem.data import Observations
+from diffem.data.readers.exporting import Export
+from diffem.errors import DiffemError
+
+
+def run(arguments: argparse.Namespace) -> None:
+    place = place_of(arguments)
+    posterior = model(arguments, "posterior")
+    batch = place["batch"] or posterior.batch
+    observations = observations_of(arguments.observations, posterior, arguments).images
+    posterior.refuse_others(observations)
+    _refuse_other_range(Path(arguments.run), observations)
+    if arguments.draws < 1:
+        raise DiffemError(f"diffem reconstruct: --draws: must be at least 1, got {arguments.draws}")
+    out, n = Path(arguments.out), len(observations)
+    for name in ("draws.npy", "mean.npy", "std.npy"):
+        refuse_to_overwrite(out / name, arguments)
+    export = None
+    if arguments.kind is not None:
+        export = Export(arguments.observations, arguments.kind, observations.shape, observations.range)
+        for name in ("mean", "std", *(f"draw-{m + 1}" for m in range(arguments.draws))):
+            refuse_to_overwrite(out / name, arguments)
+    out.resolve().parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=".diffem-", dir=out.resolve().parent))
+
+    layout = posterior.item_layout
+
+    def make(name: str, *extra: int, dtype: type = layout.dtype) -> np.memmap:
+        return files.make_array(temporary / f"{name}.npy", (n, *extra, *layout.users(observations.shape)), dtype)
+
+    try:
+        draws, mean, std = make("draws", arguments.draws), make("mean"), make("std", dtype=np.float32)
+        numbers = arguments.draws * math.prod(observations.shape)
+        for rows in observations.chunks(size=memory.at_once(numbers, batch)):
+            block = posterior.reconstruct(observations, rows, arguments.draws, arguments.seed, batch)
+            draws[rows], mean[rows] = block.transpose(0, 1).numpy(), block.mean(0).numpy()
+            std[rows] = block.std(0, correction=min(1, arguments.draws - 1)).numpy()
+        for array in (draws, mean, std):
+            array.flush()
+        if export is not None:
+            export.write(layout.to_model(mean), temporary / "mean")
+            export.write(layout.to_model(std), temporary / "std", whole=False)
+            for m in range(arguments.draws):
+                export.write(layout.to_model(draws[:, m]), temporary / f"draw-{m + 1}")
+        for file in [file for file in temporary.rglob("*") if file.is_file()]:
+            target = out / file.relative_to(temporary)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            file.replace(target)
+    finally:
+        shutil.rmtree(temporary)
+    say(f"{n} observations, {arguments.draws} draws each, in {out}")
+
+
+def _refuse_other_range(run: Path, observations: Observations) -> None:
+    trained = facts(run).get("range")
+    stated = None if observations.range is None else list(observations.range)
+    if stated and trained and stated != trained:
+        raise DiffemError(f"{observations.source}: range: {stated}, but {run} was trained on {trained}")
