@@ -5,13 +5,16 @@
 
 Observations are simulated and stored as uint8. The kinds are `noise`, `mask` (mask.npy, one number for each pixel, also
 for new observations), `formula` (the same, new masks are drawn), and `float16` and `float32` (noise alone, stored so).
-The steps are: opening the folder with the check that `diffem train` makes; the run before its first step; the start;
-and slices of the E-step of the start, the M-step, the E-step of the network, and the score. Each kind is run in a
-process of its own, and for each step it prints
+The steps are: opening the folder with the check that `diffem train` makes; the run before its first step; the fit of the
+largest mixture of the start; slices of the E-step of the start, the M-step, and the E-step of the network; and a score.
+Each kind is run in a process of its own, and each of its steps gives, in MB,
 
-    anonymous   the peak of memory that no file stands behind (RssAnon): this is judged, nothing else is taken
-    resident    the peak of all resident memory (VmHWM): also pages of files, which the system takes back when it
-                needs memory
+    anonymous   the peak of memory that no file stands behind (RssAnon)
+    resident    the peak of all resident memory (VmHWM), pages of files among it: this is judged. The system takes these
+                pages back when it needs memory, but a cluster may count them
+    files       the pages of files that are still held at the end of the step (RssFile); 250 of them are libraries
+
+One JSON per kind and number is written to `results/scaling/`; `table.py` makes the table in docs/cost.md.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import shutil
@@ -32,14 +36,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from diffem import em as em_module
-from diffem import starts
-from diffem.cli import _refuse_problems
 from diffem.config import load_config
 from diffem.data import Observations
+from diffem.diagnostics.check import quick
 from diffem.em import DiffEM, Progress
 from diffem.judging import selection_score
 
+HERE = Path(__file__).parent
 SHAPE, CHUNK = (3, 32, 32), 4096
 KINDS = ("noise", "mask", "formula", "float16", "float32")
 NOISE, RATE, PATTERNS = 8.0, 0.75, 16
@@ -82,8 +85,8 @@ def status() -> dict[str, int]:
 
 
 @contextlib.contextmanager
-def measured(kind: str, n: int, step: str) -> Iterator[None]:
-    """Prints the peaks and the seconds of a step."""
+def measured(rows: list[dict], step: str) -> Iterator[None]:
+    """Adds the peaks and the seconds of a step to the rows."""
     peak, done = [0], threading.Event()
 
     def look() -> None:
@@ -100,27 +103,23 @@ def measured(kind: str, n: int, step: str) -> Iterator[None]:
         done.set()
         looking.join()
         found = status()
-        sizes = {
-            "anonymous": max(peak[0], found["RssAnon"]),
-            "resident": found["VmHWM"],
-            "files at the end": found["RssFile"] + found["RssShmem"],
-        }
-        row = {"kind": kind, "items": n, "step": step, "seconds": round(time.perf_counter() - began, 1)}
-        print(json.dumps({**row, **{k: round(v / 2**20) for k, v in sizes.items()}}), flush=True)
+        sizes = {"anonymous": max(peak[0], found["RssAnon"]), "resident": found["VmHWM"], "files": found["RssFile"]}
+        seconds = round(time.perf_counter() - began, 1)
+        rows.append({"step": step, "seconds": seconds, **{k: round(v / 2**20) for k, v in sizes.items()}})
+        print(json.dumps(rows[-1]), flush=True)
 
 
-def slices(folder: Path, kind: str) -> None:
-    """All steps, in this process."""
+def slices(folder: Path) -> list[dict]:
+    """All steps, in this process; a row for each."""
     torch.set_num_threads(1)
-    config = load_config(None, SETTINGS)
-    n = len(np.load(folder / "y.npy", mmap_mode="r"))
-    with measured(kind, n, "open and check"):
+    config, rows = load_config(None, SETTINGS), []
+    with measured(rows, "open and check"):
         observations = Observations.load(folder)
-        _refuse_problems(observations)
+        quick(observations)
     limit: list[tuple[str, int]] = []
 
     def stop_at(progress: Progress) -> None:
-        if limit and (progress.step, progress.done) >= limit[0] and progress.step == limit[0][0]:
+        if limit and progress.step == limit[0][0] and progress.done >= limit[0][1]:
             em.stop = enough
 
     def enough() -> None:
@@ -133,24 +132,25 @@ def slices(folder: Path, kind: str) -> None:
         with contextlib.suppress(Enough):
             em.steps[step](em)
 
-    with measured(kind, n, "begin the run"):
+    with measured(rows, "begin the run"):
         em = DiffEM(config, observations, folder.parent / f"{folder.name}-run", progress=stop_at)
     with em.run.open():
-        with measured(kind, n, "start: largest candidate"):  # a fit of several rounds takes as much memory
+        with measured(rows, "start: largest candidate"):  # a fit of several rounds takes as much memory
             small = dataclasses.replace(config.start, ranks=(max(config.start.ranks),), items=FITTED, iterations=1)
             em.config = dataclasses.replace(config, start=small)
             em.steps["start"](em)
-        with measured(kind, n, "E-step of the start"):
+        with measured(rows, "E-step of the start"):
             a_slice("e_step", 4 * DRAWN)
         os.replace(em.run.folder / "next.npy", em.run.folder / "current.npy")  # zeros, where nothing was drawn
         em.state = dataclasses.replace(em.state, step="m_step", iteration=1, width=config.sampler.width)
-        with measured(kind, n, f"M-step: {UPDATES} updates"):
+        with measured(rows, f"M-step: {UPDATES} updates"):
             a_slice("m_step", UPDATES)
         em.state = dataclasses.replace(em.state, step="e_step", updates=0)
-        with measured(kind, n, f"E-step: {DRAWN} draws"):
+        with measured(rows, f"E-step: {DRAWN} draws"):
             a_slice("e_step", DRAWN)
-        with measured(kind, n, "score"):
+        with measured(rows, "score"):
             selection_score(em, em.sampler)
+    return rows
 
 
 def main() -> None:
@@ -158,22 +158,35 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True, help="a new folder, removed at the end")
     parser.add_argument("--items", type=int, nargs="+", default=[10_000, 1_000_000])
     parser.add_argument("--kinds", nargs="+", default=["noise", "mask", "formula"], choices=KINDS)
-    parser.add_argument("--here", choices=KINDS, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.here:
-        return slices(arguments.folder, arguments.here)
-    arguments.folder.mkdir(parents=True)
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "scaling")
+    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)  # a process of its own
+    given = parser.parse_args()
+    if given.here:
+        slices(given.folder)
+        return
+    from compare import about  # not above: it would count in the memory of the steps
+
+    given.folder.mkdir(parents=True)
+    given.out.mkdir(parents=True, exist_ok=True)
+    command = "python benchmarks/scaling.py " + " ".join(sys.argv[1:])
     try:
-        for n in arguments.items:
-            for kind in arguments.kinds:
-                folder = arguments.folder / f"{kind}-{n}"
-                simulate(folder, n, kind)
-                command = [sys.executable, __file__, "--folder", str(folder), "--here", kind]
-                subprocess.run(command, check=True)
-                shutil.rmtree(folder)
-                shutil.rmtree(arguments.folder / f"{folder.name}-run")
+        for n, kind in itertools.product(given.items, given.kinds):
+            folder = given.folder / f"{kind}-{n}"
+            simulate(folder, n, kind)
+            alone = [sys.executable, __file__, "--folder", str(folder), "--here"]
+            lines = subprocess.run(alone, check=True, stdout=subprocess.PIPE, text=True).stdout
+            print(lines, flush=True)
+            result = {
+                "about": about(command),
+                "kind": kind,
+                "items": n,
+                "steps": [*map(json.loads, lines.splitlines())],
+            }
+            (given.out / f"{kind}-{n}.json").write_text(json.dumps(result, indent=1) + "\n")
+            shutil.rmtree(folder)
+            shutil.rmtree(given.folder / f"{folder.name}-run")
     finally:
-        shutil.rmtree(arguments.folder)
+        shutil.rmtree(given.folder)
 
 
 if __name__ == "__main__":
