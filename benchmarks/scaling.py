@@ -46,7 +46,7 @@ HERE = Path(__file__).parent
 SHAPE, CHUNK = (3, 32, 32), 4096
 KINDS = ("noise", "mask", "formula", "float16", "float32")
 NOISE, RATE, PATTERNS = 8.0, 0.75, 16
-UPDATES, DRAWN, FITTED = 20, 1024, 4096
+UPDATES, DRAWN, FITTED = 20, 1024, 2048
 EVERY = 0.005  # seconds between two looks at the memory
 SETTINGS = [("network.channels", "[16, 32]"), ("network.blocks", "[1, 1]"), ("sampler.steps", "4")]
 

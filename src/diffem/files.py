@@ -98,9 +98,11 @@ def open_array(file: Path, mode: Literal["r", "r+"] = "r") -> np.memmap:
         raise DiffemError(f"{file}: is not a complete .npy array: {said}") from None
 
 
-def release(array: object) -> None:
-    """Gives back the memory of the pages of a memory-mapped array that were read or written; otherwise a process seems
-    to need as much memory as its files are large. The system keeps the pages in its cache, and nothing is lost."""
-    pages = getattr(array, "_mmap", None)  # of numpy.memmap, and of its views
-    if FORGET is not None and isinstance(pages, mmap.mmap) and getattr(array, "mode", "c") != "c":  # c: copy on write
-        pages.madvise(FORGET)
+def release(*arrays: object) -> None:
+    """Gives back the memory of the pages of memory-mapped arrays that were read or written; otherwise a process seems to
+    need as much memory as its files are large. The system keeps the pages in its cache, and nothing is lost."""
+    for array in arrays:
+        pages = getattr(array, "_mmap", None)  # of numpy.memmap, and of its views
+        private = getattr(array, "mode", "c") == "c"  # copy on write: changes are in these pages only
+        if FORGET is not None and isinstance(pages, mmap.mmap) and not private:
+            pages.madvise(FORGET)

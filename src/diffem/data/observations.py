@@ -221,23 +221,14 @@ class Observations:
     def batch(self, indices: Tensor | np.ndarray | Sequence[int]) -> Observed:
         """Observations `indices` as float32 (unobserved entries are 0) and their parameters."""
         indices = np.asarray(indices)
-        y, params = self.read(self.y, indices, np.float32), self.parameters(indices)
+        y, params = read_rows(self, self.y, indices, np.float32), self.parameters(indices)
         if "mask" in params:
             y = torch.where(params["mask"], y, 0.0)
         return y, params
 
     def parameters(self, indices: np.ndarray) -> Params:
         """The parameters of observations `indices`: a mask as bool, all others as float32."""
-        return {k: self.read(v, indices, bool if k == "mask" else np.float32) for k, v in self.params.items()}
-
-    def read(self, array: np.ndarray, indices: np.ndarray, dtype: DTypeLike) -> Tensor:
-        """Rows of y or of a parameter, a few at a time: for one row the system may map two megabytes of its file."""
-        found = np.empty((len(indices), *array.shape[1:]), dtype)
-        for begin in range(0, len(indices), AT_ONCE):
-            some = slice(begin, begin + AT_ONCE)
-            found[some] = array[indices[some]]
-            self.release()
-        return torch.from_numpy(found)
+        return {k: read_rows(self, v, indices, bool if k == "mask" else np.float32) for k, v in self.params.items()}
 
     def cut(self, items: np.ndarray) -> np.ndarray:
         """Cuts an array of items, one per image, into patches like these observations; returns other arrays
@@ -255,12 +246,7 @@ class Observations:
         )
         for start in range(0, len(indices), size):
             yield indices[start : start + size]
-            self.release()
-
-    def release(self) -> None:
-        """Gives back the memory of what was read: see :func:`diffem.files.release`."""
-        for array in self.stored:
-            files.release(array)
+            files.release(*self.stored)
 
     def split(self, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Indices of the training, the validation and the test observations, each ascending.
@@ -291,6 +277,16 @@ class Observations:
         if self.held_out is not None:
             digest.update(np.ascontiguousarray(self.held_out).tobytes())
         return digest.hexdigest()[:16]
+
+
+def read_rows(of: Observations, array: np.ndarray, rows: np.ndarray, dtype: DTypeLike) -> Tensor:
+    """Rows of y or of a parameter, a few at a time: to read one, the system may map two megabytes of its file."""
+    found = np.empty((len(rows), *array.shape[1:]), dtype)
+    for begin in range(0, len(rows), AT_ONCE):
+        some = slice(begin, begin + AT_ONCE)
+        found[some] = array[rows[some]]
+        files.release(*of.stored)
+    return torch.from_numpy(found)
 
 
 def unobserved(of: Observations) -> list[tuple[int, ...]]:
