@@ -240,10 +240,8 @@ class Observations:
 
     def chunks(self, indices: np.ndarray | None = None, size: int = CHUNK) -> Iterator[np.ndarray]:
         """The indices (all by default) in chunks of `size`, fewer if items are large; the last may be shorter."""
-        indices, size = (
-            np.arange(len(self)) if indices is None else indices,
-            memory.at_once(math.prod(self.y.shape[1:]), size),
-        )
+        indices = np.arange(len(self)) if indices is None else indices
+        size = memory.at_once(math.prod(self.y.shape[1:]), size)
         for start in range(0, len(indices), size):
             yield indices[start : start + size]
             files.release(*self.stored)
