@@ -340,6 +340,24 @@ def processes() -> str:
     return f"### several processes\n\n{about}\n\n{markdown(heads, lines)}" if lines else ""
 
 
+def scaling() -> str:
+    """The memory of a run on few and on many observations."""
+    results = [json.loads(f.read_text()) for f in sorted((HERE / "results" / "scaling").glob("*.json"))]
+    results.sort(key=lambda result: (result["kind"], result["items"]))
+    if not results:
+        return ""
+    heads = ["", *(f"{result['kind']}, {result['items']:,}" for result in results)]
+    lines = [
+        [steps[0]["step"], *(f"{step['resident']:,} ({step['anonymous']:,})" for step in steps)]
+        for steps in zip(*(result["steps"] for result in results), strict=True)
+    ]
+    words = (
+        "The peak of resident memory in MB, and in brackets without pages of files, for observations of 3 x 32 x 32; "
+        "`scaling.py` says what was measured."
+    )
+    return f"### memory\n\n{words}\n\n{markdown(heads, lines)}"
+
+
 def _throughputs(*keys: str) -> list[dict]:
     results = [json.loads(f.read_text()) for f in sorted((HERE / "results" / "throughput").glob("*.json"))]
     return [result for result in results if all(key in result for key in keys)]
@@ -400,7 +418,7 @@ def pages() -> dict[Path, str]:
         + [single(f) for f in sorted((HERE / "results").glob("*.json")) if f.stem != "chaos"],
         HERE.parent / "README.md": [evidence()],
         HERE.parent / "docs" / "which-method.md": [summary(f) for f in compared() if not f.name.endswith("-long")],
-        HERE.parent / "docs" / "cost.md": [processes(), computed()],
+        HERE.parent / "docs" / "cost.md": [scaling(), processes(), computed()],
         HERE.parent / "docs" / "wrong-corruptions.md": [turning(), misspecified()],
     }
     texts = {}

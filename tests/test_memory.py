@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from diffem import cli, memory
+from diffem import cli, files, memory
 from diffem import config as configuration
 from diffem import em as em_module
 from diffem.corruptions import GaussianNoise
@@ -30,9 +32,9 @@ from diffem.samplers import Sampler
 SHAPE = (3, 32, 32)
 
 
-def anonymous() -> float:
-    """Memory of this process that no file stands behind, in MB."""
-    line = next(v for v in Path("/proc/self/status").read_text().splitlines() if v.startswith("RssAnon:"))
+def resident(of: str) -> float:
+    """Memory of this process in MB: `RssFile`, pages of files, or `RssAnon`, memory that no file stands behind."""
+    line = next(v for v in Path("/proc/self/status").read_text().splitlines() if v.startswith(f"{of}:"))
     return int(line.split()[1]) / 1024
 
 
@@ -62,7 +64,7 @@ def e_step(folder: str, n: int) -> None:
         configuration.Config(),
         Observations(np.load(Path(folder) / "y.npy", mmap_mode="r"), GaussianNoise(10.0)),
         Path(folder) / "run",
-        progress=lambda progress: peak.append(anonymous()),
+        progress=lambda progress: peak.append(resident("RssAnon")),
     )
     with em.run.open():
         em_module.e_step(em)
@@ -75,23 +77,134 @@ def e_step(folder: str, n: int) -> None:
     print(json.dumps(max(peak)))
 
 
+def in_a_process(function: str, folder: Path, n: int):
+    """What a function of this file prints as JSON, run in a process of its own and in a new folder."""
+    folder.mkdir()
+    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_memory; test_memory.{function}({str(folder)!r}, {n})"
+    process = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
+    )
+    shutil.rmtree(folder)
+    assert process.returncode == 0, process.stderr
+    return json.loads(process.stdout)
+
+
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
 def test_invariant_6_memory_does_not_grow_with_the_observations(tmp_path):
     if shutil.disk_usage(tmp_path).free < 6e9:
         pytest.skip("needs 3 GB of disk")
-    found = {}
-    for n in (2_000, 200_000):
-        folder = tmp_path / str(n)
-        folder.mkdir()
-        code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_memory; test_memory.e_step({str(folder)!r}, {n})"
-        process = subprocess.run(
-            [sys.executable, "-c", code], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
-        )
-        shutil.rmtree(folder)
-        assert process.returncode == 0, process.stderr
-        found[n] = json.loads(process.stdout)
+    found = {n: in_a_process("e_step", tmp_path / str(n), n) for n in (2_000, 200_000)}
     print(found)
     assert found[200_000] < found[2_000] + 200
+
+
+class Enough(Exception):
+    """A slice of a step is done."""
+
+
+def slices(folder: str, n: int) -> None:
+    """Run by a process of its own: opens n observations, and makes slices of both steps; prints for each the peak of the
+    memory that no file stands behind, and the pages of files at its end."""
+    torch.set_num_threads(1)
+    where, shape = Path(folder), (3, 16, 16)
+    y = np.lib.format.open_memmap(where / "y.npy", "w+", np.float16, (n, *shape))  # zeros that take no space
+    mask = np.lib.format.open_memmap(where / "mask.npy", "w+", np.uint8, (n, *shape))
+    y[0], mask[0] = 1, 1
+    del y, mask
+    (where / "corruption.yaml").write_text("name: Mask\nnoise: 0.1\n")
+    settings = [("start.kind", "observation"), ("network.channels", "[4]"), ("network.blocks", "[1]")]
+    config = configuration.load_config(None, [*settings, ("m_step.first_steps", "20")])
+    found, peak, done = {}, [0.0], threading.Event()
+
+    def look() -> None:
+        while not done.wait(0.002):
+            peak[0] = max(peak[0], resident("RssAnon"))
+
+    def note(step: str) -> None:
+        found[step], peak[0] = (peak[0], resident("RssFile")), 0.0
+
+    looking = threading.Thread(target=look)
+    looking.start()
+
+    def slice_of(progress) -> None:
+        if progress.step == "e_step" and progress.done >= 1024:
+            raise Enough
+
+    observations = Observations.load(where)
+    note("load")
+    em = DiffEM(config, observations, where / "run", progress=slice_of, batch=256)  # splits, and estimates the units
+    note("split")
+    with em.run.open():
+        em_module.start(em)
+        for step, row in (("e_step", 0), ("m_step", 1), ("e_step", 1)):
+            em.state = em_module.State(step, row, width=1.0 if row else None)
+            with contextlib.suppress(Enough):
+                em.steps[step](em)
+            if (where / "run" / "next.npy").exists():
+                os.replace(where / "run" / "next.npy", where / "run" / "current.npy")
+            note(f"{step} {row}")
+    done.set()
+    looking.join()
+    print(json.dumps(found))
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+def test_invariant_6_neither_opening_nor_steps_copy_the_observations(tmp_path):
+    """A copy of y would take 300 MB; so would the pages of its file, if they were kept."""
+    if shutil.disk_usage(tmp_path).free < 3e9:
+        pytest.skip("needs 1 GB of disk")
+    found = {n: in_a_process("slices", tmp_path / str(n), n) for n in (2_000, 200_000)}
+    print(found)
+    for step, sizes in found[200_000].items():
+        assert all(size < few + 100 for size, few in zip(sizes, found[2_000][step], strict=True)), step
+
+
+def settings(**more: str) -> list[str]:
+    """The options of a run of seconds."""
+    given = {"em.iterations": "1", "m_step.first_steps": "3", "prior.steps": "2", "sampler.steps": "2"}
+    given |= {"network.kind": "mlp", "start.ranks": "[1]", "start.components": "[1]", **more}
+    return [word for name, value in given.items() for word in (f"--{name}", value)]
+
+
+def test_observations_are_read_as_they_are_stored(tmp_path):
+    """The same numbers in other types: bitwise the same run."""
+    y = np.random.default_rng(0).integers(0, 256, (60, 1, 4, 4))  # float16 holds them exactly
+    found = {}
+    for dtype in ("uint8", "float16", "float32"):
+        folder, run = tmp_path / dtype, tmp_path / f"{dtype}-run"
+        folder.mkdir()
+        np.save(folder / "y.npy", y.astype(dtype))
+        (folder / "corruption.yaml").write_text("name: GaussianNoise\nnoise: 20\nrange: [0, 255]\n")
+        opened = Observations.load(folder).y
+        assert isinstance(opened, np.memmap)
+        assert opened.dtype == dtype
+        command = ["train", "--observations", str(folder), "--out", str(run), "--force", *settings()]
+        assert cli.main(command) == 0
+        found[dtype] = np.load(run / "reconstructions.npy")
+        assert np.isfinite(found[dtype]).all()
+    assert np.array_equal(found["uint8"], found["float16"])
+    assert np.array_equal(found["uint8"], found["float32"])
+
+
+def test_values_that_are_all_finite_are_read_once(monkeypatch):
+    passes: list[int] = []
+    chunks = Observations.chunks
+    monkeypatch.setattr(Observations, "chunks", lambda self, *given: passes.append(1) or chunks(self, *given))
+    Observations(np.zeros((10, 3), np.float32), GaussianNoise(0.1))
+    assert len(passes) == 1
+    Observations(np.zeros((10, 3), np.uint8), GaussianNoise(0.1))
+    assert len(passes) == 1
+
+
+@pytest.mark.parametrize("mode", ["r+", "c"])
+def test_releasing_memory_loses_no_value(tmp_path, mode):
+    np.save(tmp_path / "a.npy", np.zeros(5000))
+    array = np.load(tmp_path / "a.npy", mmap_mode=mode)
+    array[:] = 7
+    files.release(array)
+    files.release(array[:10])
+    files.release(array + 1)
+    assert (array == 7).all()
 
 
 def denoiser(channels: tuple[int, ...], size: int) -> Denoiser:

@@ -420,6 +420,7 @@ def start(em: DiffEM) -> None:
         tell = lambda text: em.watch(Progress(text, 0, 0, 1))  # noqa: E731
         sampler, about = starts.make(em.config.start, em.data, em.train, em.seed, tell, em.device, em.run.once)
         posterior = em.posterior(sampler)
+        memory.give_back()  # a fit takes more than any later step
     posterior.save_pretrained(folder / "start")
     posterior.save_pretrained(folder / "posterior")
     shutil.rmtree(folder / "prior", ignore_errors=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 import re
 import secrets
@@ -16,6 +17,7 @@ from numpy.typing import DTypeLike
 
 from diffem.errors import DiffemError
 
+FORGET = getattr(mmap, "MADV_DONTNEED", None)  # not on Windows
 TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
 
 
@@ -94,3 +96,13 @@ def open_array(file: Path, mode: Literal["r", "r+"] = "r") -> np.memmap:
     except Exception as error:  # of many kinds: the header is Python
         said = (str(error) or type(error).__name__).splitlines()[0]
         raise DiffemError(f"{file}: is not a complete .npy array: {said}") from None
+
+
+def release(*arrays: object) -> None:
+    """Gives back the memory of the pages of memory-mapped arrays that were read or written; otherwise a process seems to
+    need as much memory as its files are large. The system keeps the pages in its cache, and nothing is lost."""
+    for array in arrays:
+        pages = getattr(array, "_mmap", None)  # of numpy.memmap, and of its views
+        private = getattr(array, "mode", "c") == "c"  # copy on write: changes are in these pages only
+        if FORGET is not None and isinstance(pages, mmap.mmap) and not private:
+            pages.madvise(FORGET)

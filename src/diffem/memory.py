@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -39,6 +40,12 @@ def available(device: torch.device) -> int:
     return min(free)
 
 
+def give_back() -> None:
+    """Returns memory that is no longer used to the system: the C library of Linux would keep most of it."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def of_draw(network: nn.Module, evaluate: Callable[[], object]) -> int:
     """Bytes per item of evaluating a network without derivatives; `evaluate` evaluates it on one item."""
     sizes: list[int] = []
@@ -57,7 +64,7 @@ def of_draw(network: nn.Module, evaluate: Callable[[], object]) -> int:
     return CURRENT * max(sizes, default=0) + sum(sizes) // KEPT
 
 
-@contextmanager
+@contextlib.contextmanager
 def of_update(network: nn.Module) -> Iterator[list[int]]:
     """Counts the bytes that are kept for derivatives, without the weights of the network. It yields a list of one
     entry, the count."""

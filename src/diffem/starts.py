@@ -54,7 +54,7 @@ class StartConfig:
         ranks: Candidates for the rank: in how many directions the entries of a component vary together (its covariance
             is a diagonal plus a matrix of this rank). Candidates whose fit would take more than 2 GB are left out. Give
             fewer to save time.
-        items: At most this many training observations are used. Lower it to save time.
+        items: At most this many training observations are used. Lower it to save time; more take no more memory.
         iterations: A fit ends after the round that reaches this many EM steps. Lower it to save time.
         tolerance: A fit has converged, and ends, after three rounds in a row (of two or three EM steps each) that raise
             the validation log likelihood of an observation by no more than this. Raise it for large items if the start

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffem import devices, seeding
+from diffem import devices, files, seeding
 from diffem.corruptions import Corruption, Observed, Params
 from diffem.units import Units
 
@@ -89,7 +89,10 @@ class Items:
 
     def __getitem__(self, rows: np.ndarray) -> Tensor:
         x = self.layout.to_model(self.array[rows])
-        return self.units.scale(torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32)))
+        x = self.units.scale(torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32)))
+        files.release(self.array)
+        return x
 
     def __setitem__(self, rows: np.ndarray, x: Tensor) -> None:
         self.array[rows] = self.layout.to_user(self.units.restore(x).cpu().numpy())
+        files.release(self.array)

@@ -34,6 +34,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from numpy.typing import DTypeLike
 from torch import Tensor
 
 from diffem import files, memory, safe_yaml, seeding
@@ -58,6 +59,7 @@ NO_ARGUMENTS = (
 HELD_OUT = 0.1
 LEAST_HELD_OUT = 4  # two for validation and two for testing: one alone has no standard error
 CHUNK = 4096
+AT_ONCE = 64  # rows that are read from a file before its pages are given back
 NUMBERS = 2**22  # number of values from which model units are estimated
 WHOLE = 20  # with at least this many images, whole images are held out instead of patches
 FAR = 20.0  # outliers more than this many interquartile ranges beyond the quartiles do not widen the range
@@ -82,6 +84,7 @@ class Observations:
     Attributes:
         y, params: In the layout of models: real numbers (N, features) or (N, channels, *spatial).
         shape: The shape of an item in the layout of models.
+        stored: y and the parameters as they were given.
         layout: The layout in which y was given.
         item_layout: The layout of items that users give and get.
         images: These observations before they were cut into patches.
@@ -114,6 +117,7 @@ class Observations:
             )
         y = y if isinstance(y, np.ndarray) else np.asarray(y)
         params = {k: v if isinstance(v, np.ndarray) else np.asarray(v) for k, v in (params or {}).items()}
+        self.stored = y, *params.values()
         self.corruption, self.source = corruption, source
         self.held_out, self.formula, self.axes = held_out, formula, axes
         if y.ndim < 2 or 0 in y.shape:
@@ -217,15 +221,14 @@ class Observations:
     def batch(self, indices: Tensor | np.ndarray | Sequence[int]) -> Observed:
         """Observations `indices` as float32 (unobserved entries are 0) and their parameters."""
         indices = np.asarray(indices)
-        y, params = torch.from_numpy(np.ascontiguousarray(self.y[indices], dtype=np.float32)), self.parameters(indices)
+        y, params = read_rows(self, self.y, indices, np.float32), self.parameters(indices)
         if "mask" in params:
             y = torch.where(params["mask"], y, 0.0)
         return y, params
 
     def parameters(self, indices: np.ndarray) -> Params:
         """The parameters of observations `indices`: a mask as bool, all others as float32."""
-        dtype = lambda name: bool if name == "mask" else np.float32  # noqa: E731
-        return {k: torch.from_numpy(np.asarray(v[indices]).astype(dtype(k))) for k, v in self.params.items()}
+        return {k: read_rows(self, v, indices, bool if k == "mask" else np.float32) for k, v in self.params.items()}
 
     def cut(self, items: np.ndarray) -> np.ndarray:
         """Cuts an array of items, one per image, into patches like these observations; returns other arrays
@@ -237,12 +240,11 @@ class Observations:
 
     def chunks(self, indices: np.ndarray | None = None, size: int = CHUNK) -> Iterator[np.ndarray]:
         """The indices (all by default) in chunks of `size`, fewer if items are large; the last may be shorter."""
-        indices, size = (
-            np.arange(len(self)) if indices is None else indices,
-            memory.at_once(math.prod(self.y.shape[1:]), size),
-        )
+        indices = np.arange(len(self)) if indices is None else indices
+        size = memory.at_once(math.prod(self.y.shape[1:]), size)
         for start in range(0, len(indices), size):
             yield indices[start : start + size]
+            files.release(*self.stored)
 
     def split(self, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Indices of the training, the validation and the test observations, each ascending.
@@ -268,11 +270,21 @@ class Observations:
         rows = np.unique(np.linspace(0, len(self) - 1, 256).astype(int))
         digest = hashlib.sha256()
         for array in (self.y, *(self.params[k] for k in sorted(self.params))):
-            for some in self.chunks(rows):
+            for some in self.chunks(rows, AT_ONCE):
                 digest.update(np.ascontiguousarray(array[some]).tobytes())
         if self.held_out is not None:
             digest.update(np.ascontiguousarray(self.held_out).tobytes())
         return digest.hexdigest()[:16]
+
+
+def read_rows(of: Observations, array: np.ndarray, rows: np.ndarray, dtype: DTypeLike) -> Tensor:
+    """Rows of y or of a parameter, a few at a time: to read one, the system may map two megabytes of its file."""
+    found = np.empty((len(rows), *array.shape[1:]), dtype)
+    for begin in range(0, len(rows), AT_ONCE):
+        some = slice(begin, begin + AT_ONCE)
+        found[some] = array[rows[some]]
+        files.release(*of.stored)
+    return torch.from_numpy(found)
 
 
 def unobserved(of: Observations) -> list[tuple[int, ...]]:
@@ -429,8 +441,8 @@ def _refuse_mistakes(observations: Observations) -> None:
                 f"{observations.source}: held_out.npy: must be {len(observations)} of bool, at least {LEAST_HELD_OUT} of them true and one false, "
                 f"got shape {observations.held_out.shape} of {observations.held_out.dtype} with {np.count_nonzero(observations.held_out)} true"
             )
-    known = observations.corruption.parameters
-    if "mask" not in observations.params and known is not None and "mask" in known:
+    known, whole = observations.corruption.parameters, _is_finite(observations)
+    if not whole and "mask" not in observations.params and known is not None and "mask" in known:
         _mask_of_nan(observations)
     try:
         observations.shape = observations.corruption.check(observations.y, observations.params, observations.shape)
@@ -439,8 +451,8 @@ def _refuse_mistakes(observations: Observations) -> None:
     if "mask" in observations.params and observations.params["mask"].dtype != bool:
         for i in observations.chunks():
             part = np.asarray(observations.params["mask"][i])
-            if not np.isin(part, (0, 1)).all():
-                value = part[~np.isin(part, (0, 1))][0]
+            if not (right := (part == 0) | (part == 1)).all():
+                value = part[~right][0]
                 raise DiffemError(
                     f"{observations.source}: mask.npy: holds {value:g}; a mask is true or 1 where y was observed, else false or 0"
                 )
@@ -450,7 +462,7 @@ def _refuse_mistakes(observations: Observations) -> None:
             if not (np.isfinite(part) & (part >= 0)).all():
                 value = part[~(np.isfinite(part) & (part >= 0))][0]
                 raise DiffemError(f"{observations.source}: noise.npy: holds {value:g}; a standard deviation is >= 0")
-    if observations.y.dtype.kind == "f":
+    if not whole:
         for i in observations.chunks():
             y, _params = observations.batch(i)
             bad = ~torch.isfinite(y)
@@ -460,6 +472,13 @@ def _refuse_mistakes(observations: Observations) -> None:
                 raise DiffemError(
                     f"{observations.source}: y.npy: entry {list(index)} is not finite although it counts as observed; mask it or remove it"
                 )
+
+
+def _is_finite(observations: Observations) -> bool:
+    """Whether all values of y are finite, observed or not."""
+    if observations.y.dtype.kind != "f":
+        return True
+    return all(np.isfinite(observations.y[i]).all() for i in observations.chunks())
 
 
 class NotNaN:
@@ -486,8 +505,6 @@ class NotNaN:
 
 def _mask_of_nan(observations: Observations) -> None:
     """Adds a mask derived from NaN, if y holds any."""
-    if observations.y.dtype.kind != "f":
-        return
     if any(np.isnan(observations.y[i]).any() for i in observations.chunks()):
         observations.params["mask"] = NotNaN(observations.y)  # type: ignore[assignment]
 

@@ -20,6 +20,7 @@ from diffem.corruptions import Fourier, LinearCorruption, PoissonGaussian
 from diffem.corruptions.diagonal import LEAST_GAIN, DiagonalCorruption
 from diffem.data import Observations, evenly
 from diffem.data.layout import FEW as FEW_CHANNELS
+from diffem.data.observations import read_rows
 from diffem.diagnostics.diagnose import FEWEST
 from diffem.diagnostics.noise import Noise, estimate
 from diffem.diagnostics.spectrum import DIRECTIONS, Spectrum
@@ -295,8 +296,8 @@ def inverted(observations: Observations) -> list[Finding]:
     if "mask" not in observations.params:
         return []
     rows = _some(observations)
-    y = np.nan_to_num(np.asarray(observations.y[rows], dtype=np.float64))
-    mask = np.broadcast_to(np.asarray(observations.params["mask"][rows], dtype=bool), y.shape)
+    y = read_rows(observations, observations.y, rows, np.float32).nan_to_num()
+    mask = read_rows(observations, observations.params["mask"], rows, bool).expand_as(y)
     if y[mask].any() or not y[~mask].any():
         return []
     text = "what the mask shows is 0 everywhere, and what it hides is not; is mask.npy inverted? It is true where y was observed"
