@@ -167,7 +167,7 @@ class LinearCorruption(Masked):
     def matrix(self, y: Tensor, params: Params) -> Tensor:
         """A without the mask, as matrices (B, entries of y, features), or (1, ...) if all observations share it."""
         own = {k: v for k, v in params.items() if k not in ("mask", "noise")}
-        if all(len(_common(v)) == 1 for v in own.values()):
+        if all(_common(v).shape[0] == 1 for v in own.values()):  # len() would fix the size of a program
             y, own = y[:1], {k: v[:1] for k, v in own.items()}
         shape = self.adjoint(y, own).shape[1:]
         d, n = math.prod(shape), y.shape[0]
