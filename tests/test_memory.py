@@ -300,7 +300,7 @@ def test_large_items_are_held_in_smaller_numbers():
 
 
 LARGE = """
-import resource, sys
+import sys
 import numpy as np
 from diffem.corruptions import RandomMask
 from diffem.data import Dataset, Observations
@@ -320,10 +320,12 @@ sampler.sampler = SamplerConfig(steps=1)
 posterior = Posterior(sampler, observations.corruption, data.units)
 draws = posterior.reconstruct(observations.images, np.array([0]))
 assert draws.shape == (1, 1, 1, 1024, 1024)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+# not ru_maxrss, which begins with the memory of the process that started this one
+print(next(int(v.split()[1]) for v in open('/proc/self/status') if v.startswith('VmHWM:')) / 2**20)
 """
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
 def test_a_large_image_is_learned_and_drawn_within_two_gigabytes():
     done = subprocess.run([sys.executable, "-c", LARGE], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
