@@ -69,7 +69,7 @@ def copied(z: torch.Tensor, training: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("name", CASES)
 def test_silent_while_all_is_well(name):
     tables = [watch(name, seed) for seed in range(20)]
-    assert [warned(table) for table in tables] == [set()] * 20
+    assert sum(bool(warned(table)) for table in tables) <= 1  # several numbers in each, judged at three standard errors
     for number in tables[0]:
         away = np.array([(t[number]["value"] - t[number]["healthy"]) / t[number]["error"] for t in tables])
         assert abs(away.mean()) < 1, number  # nothing but what the standard errors say
@@ -110,7 +110,7 @@ def test_spread_of_a_narrow_posterior(sampler):
     corruption = CASES["mask"]
     data, rows = observed(corruption, 0), np.arange(N)
     drawn = sampler(corruption.scaled(UNITS), (FEATURES,), model(corruption).mixture)
-    found = score(drawn, data, rows, 0, splits=2)
+    found = score(drawn, data, rows, 0, splits=8)
     x = draw_many(drawn, data, rows, 1, 0)[0]
     table = collapse_watch(x, None, x, data, rows, 0, (found.ratio, found.ratio_error))
     assert ("spread" in warned(table)) == (sampler is Narrow)

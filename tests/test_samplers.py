@@ -101,6 +101,22 @@ def test_sampler_draws_the_posterior_and_the_prior(case, given, steps):
     assert (torch.cov(x.T) - cov).norm() < 0.04 * cov.norm()
 
 
+@pytest.mark.parametrize("kind", ["mixture", "diffusion"])
+@pytest.mark.parametrize("case", CASES)
+def test_two_antithetic_draws_have_the_mean_of_a_gaussian_posterior(case, kind):
+    y, params, mean, cov = posterior_of(case)
+    corruption, start = CASES[case][0], prior_of(CASES[case][0])[0]
+    sampler = diffusion(corruption, 8, 1.0, start=start)
+    if kind == "mixture":
+        sampler = MixtureSampler(corruption, (6,), start)
+    draws = Posterior(sampler, corruption, Units(0, 1)).sample(
+        y, params, n=4, generator=torch.Generator().manual_seed(0)
+    )
+    found, std = draws.view(2, 2, 6).mean(1), cov.diag().sqrt()  # of each pair
+    assert ((found - mean).abs() < 0.01 * std + 2e-4).all()
+    assert (draws[0] - draws[2]).norm() > 0.1 * std.norm()  # the pairs differ
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_renoised_draws_keep_the_posterior_and_forget_their_own_errors(case):
     y, params, mean, cov = posterior_of(case)

@@ -69,6 +69,9 @@ class Posterior(nn.Module):
     ) -> Tensor | np.ndarray:
         """n draws for each observation.
 
+        Each is a draw of the posterior. Draws 0 and 1, 2 and 3, ... are antithetic pairs (:mod:`diffem.seeding`): the
+        mean of a few is nearer to the posterior mean than that of independent draws. For independent ones, call it again.
+
         Arguments:
             y: Observations, shape (B, ...), with the axes of the training observations; values where a mask is false do
                 not matter. Images larger than the training images are drawn in tiles, see :mod:`diffem.tiles`.
@@ -122,7 +125,7 @@ class Posterior(nn.Module):
         """n draws for each of some :meth:`converted` observations, shape (n, B, ...), in the units and the layout of
         y."""
         y, params = self.corruption.scale_y(y, params, self.units), self.corruption.scale_params(params, self.units)
-        return self._restored(torch.stack([sampler.draw(y, params, seeding.again(seeds, j)) for j in range(n)]))
+        return self._restored(torch.stack([sampler.draw(y, params, seeding.antithetic(seeds, j)) for j in range(n)]))
 
     def _drawing(self, shape: tuple[int, ...], batch: int | None, what: str) -> tuple[Sampler, int]:
         """The sampler for items of a shape, and the batch size that takes as much memory as `batch` items of the

@@ -397,11 +397,12 @@ def draw_from(sampler: Sampler, y: Tensor, params: Params, seeds: Tensor, batch:
 def draw_many(
     sampler: Sampler, data: Dataset, rows: np.ndarray, n: int, seed: int, purpose: str = "user", batch: int = BATCH
 ) -> Tensor:
-    """n draws for each of the observations `rows`, shape (n, len(rows), *shape)."""
+    """n draws, in antithetic pairs, for each of the observations `rows`, shape (n, len(rows), *shape)."""
     found = []
     for chunk in data.chunks(rows, batch):
-        seeds = (seeding.item_seeds(seed, j, purpose, chunk) for j in range(n))
-        found.append(torch.stack([draw_from(sampler, *data.batch(chunk), keys, batch) for keys in seeds]))
+        seeds = seeding.item_seeds(seed, 0, purpose, chunk)
+        keys = (seeding.antithetic(seeds, j) for j in range(n))
+        found.append(torch.stack([draw_from(sampler, *data.batch(chunk), key, batch) for key in keys]))
     return torch.cat(found, 1)
 
 

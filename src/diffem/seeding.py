@@ -8,8 +8,12 @@ There are two tools:
   counter-based: number j of the stream with key k is the SplitMix64 hash of :math:`k + j \gamma`, so
   an item gets the same numbers in a batch of 7 and in one of 256, on the CPU and on a GPU.
 
+The keys k and ~k (the complement of its bits) are antithetic: they give normal numbers z and -z, and uniform numbers u
+and 1 - u. Several draws of one item come in such pairs, since errors that are odd in z cancel in their mean.
+
 Reference:
     | Fast Splittable Pseudorandom Number Generators (Steele, Lea & Flood, 2014)
+    | A new Monte Carlo technique: antithetic variates (Hammersley & Morton, 1956)
 """
 
 from __future__ import annotations
@@ -93,8 +97,21 @@ def item_seeds(seed: int, iteration: int, purpose: str, indices: Sequence[int] |
 
 
 def again(seeds: Tensor, number: int) -> Tensor:
-    """The keys of draw `number` of the same items, shape (N,); for draw 0 they are the seeds themselves."""
-    return _hash(seeds + _signed(fold(number))) if number else seeds
+    """Further keys of the same items, shape (N,), independent for each `number`; for 0 they are the seeds themselves.
+
+    Those of antithetic keys are antithetic.
+    """
+    sign = seeds >> 63
+    return _hash((seeds ^ sign) + _signed(fold(number))) ^ sign if number else seeds
+
+
+def antithetic(seeds: Tensor, number: int) -> Tensor:
+    """The keys of draw `number` of the same items, shape (N,): draws 0 and 1, 2 and 3, ... are antithetic pairs.
+
+    Every draw has the right distribution, and different pairs are independent.
+    """
+    keys = again(seeds, number // 2)
+    return ~keys if number % 2 else keys
 
 
 def _signed(value: int) -> int:
@@ -112,8 +129,9 @@ def _hash(value: Tensor) -> Tensor:
 
 
 def _bits(seeds: Tensor, count: int, stream: int) -> Tensor:
-    # Every stream has its own key; within a stream the counter runs over the numbers of the item.
-    keys = _hash(seeds + _signed((stream + 1) * 0xD1342543DE82EF95 & _MASK))
+    # Every stream has its own key; within a stream the counter runs over the numbers of the item. `seeds >> 63` is -1
+    # for a negative key, else 0: antithetic keys give the same bits.
+    keys = _hash((seeds ^ (seeds >> 63)) + _signed((stream + 1) * 0xD1342543DE82EF95 & _MASK))
     counters = torch.arange(1, count + 1, device=seeds.device) * _signed(_GAMMA)
     return _hash(keys[:, None] + counters)
 
@@ -126,7 +144,7 @@ def uniform(seeds: Tensor, shape: Sequence[int] = (), stream: int = 0) -> Tensor
         shape: The shape for one item.
         stream: Which of the item's independent streams, e.g. the step of the sampler.
     """
-    bits = _bits(seeds, math.prod(shape), stream)
+    bits = _bits(seeds, math.prod(shape), stream) ^ (seeds >> 63)[:, None]
     return (_shift(bits, 40).to(torch.float32) * 2.0**-24).view(seeds.shape[0], *shape)
 
 
@@ -137,5 +155,5 @@ def normal(seeds: Tensor, shape: Sequence[int] = (), stream: int = 0) -> Tensor:
     first = (_shift(bits, 32).to(torch.float32) + 1) * 2.0**-32  # in (0, 1]
     angle = (bits & 0xFFFFFFFF).to(torch.float32) * (2 * math.pi * 2.0**-32)
     radius = (-2 * first.log()).sqrt()
-    both = torch.cat((radius * angle.cos(), radius * angle.sin()), 1)
+    both = torch.cat((radius * angle.cos(), radius * angle.sin()), 1) * (1 + 2 * (seeds >> 63))[:, None]
     return both[:, :count].reshape(seeds.shape[0], *shape)

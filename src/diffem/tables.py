@@ -203,10 +203,9 @@ class DiffEMImputer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         if self.posterior_ is not None and len(rows):
             seeds = seeding.item_seeds(self.seed_, 0, "user", rows)
             y = features[rows].astype(np.float32)
-            draws = self.posterior_.sample(y, {"mask": observed[rows]}, n=n, seeds=seeds)
             drawn = [features.copy() for _ in range(n)]
-            for copy, draw in zip(drawn, np.asarray(draws), strict=True):
-                copy[rows] = draw
+            for j, copy in enumerate(drawn):  # not n draws of one call: the rules for pooling need independent ones
+                copy[rows] = self.posterior_.sample(y, {"mask": observed[rows]}, seeds=seeding.again(seeds, j))[0]
         return [self._fill(table, each) for each in drawn]
 
     def _positions(self, name: str, table: _Table) -> set[int]:

@@ -49,7 +49,8 @@ def run(arguments: argparse.Namespace) -> None:
         for rows in observations.chunks(size=memory.at_once(numbers, batch)):
             block = posterior.reconstruct(observations, rows, arguments.draws, arguments.seed, batch)
             draws[rows], mean[rows] = block.transpose(0, 1).numpy(), block.mean(0).numpy()
-            std[rows] = block.std(0, correction=min(1, arguments.draws - 1)).numpy()
+            # the errors of antithetic draws cancel in their mean: dividing by one draw less would give too much
+            std[rows] = block.std(0, correction=0).numpy()
         for array in (draws, mean, std):
             array.flush()
         if export is not None:

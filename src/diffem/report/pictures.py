@@ -37,8 +37,8 @@ def save(
     arrays = {
         "y": y.numpy(),
         "mean": draws.mean(0).numpy(),
-        "std": draws.std(0).numpy(),
-        "draws": draws[:4].transpose(0, 1).numpy(),
+        "std": draws.std(0, correction=0).numpy(),
+        "draws": draws[:8:2].transpose(0, 1).numpy(),  # one of each antithetic pair
         "start": seen(load("start").reconstruct(observations, rows, 1, seed, batch)[0]).numpy(),
         "range": np.array([low, high]),
     }
