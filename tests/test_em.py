@@ -25,7 +25,7 @@ from diffem import config as configuration
 from diffem import trainer as trainer_module
 from diffem.clean import datasets, metrics
 from diffem.clean.evaluation import against
-from diffem.corruptions import GaussianBlur, GaussianNoise, RandomMask, RandomProjection
+from diffem.corruptions import BlackBox, GaussianBlur, GaussianNoise, RandomMask, RandomProjection
 from diffem.data import Dataset, Observations, evenly
 from diffem.denoiser import Denoiser
 from diffem.diagnostics import Score, score
@@ -1546,6 +1546,19 @@ def test_a_posterior_that_held_out_others_is_no_start(whole):
     with pytest.raises(DiffemError) as caught:
         DiffEM(settings(em={"seed": 1}), observations(), whole / "x", start=from_pretrained(whole / "posterior"))
     assert str(caught.value) == "start.run: start held out others of these observations; use --em.seed 0"
+
+
+@pytest.mark.parametrize("model", ["start", "posterior"])
+def test_a_mixture_is_no_start_where_it_has_no_posterior(model, whole, tmp_path):
+    box = Observations(observations().y, BlackBox(lambda x: x.clamp(-1, 1)))
+    sections = {"start": {"kind": "run", "run": str(whole)}}
+    text = "start.run: {} uses a mixture, whose posterior is not known for BlackBox; start from a run with this corruption"
+    with pytest.raises(DiffemError) as caught:
+        DiffEM(settings(), box, tmp_path, start=from_pretrained(whole / model))
+    assert str(caught.value) == text.format("start")
+    with pytest.raises(DiffemError) as caught:
+        DiffEM(settings(**sections), box, tmp_path)
+    assert str(caught.value) == text.format(whole)
 
 
 def test_a_run_of_an_own_network_wants_it_again(tmp_path):

@@ -196,7 +196,7 @@ class DiffEM:
         trained_on = {"observations": observations.digest(), "seed": self.seed}
         if start is None and config.start.kind == "run":
             start = from_pretrained(Path(config.start.run) / "posterior", observations.corruption, **self.place)
-        starts.refuse(start, observations.shape, trained_on, config.start.run or "start")
+        starts.refuse(start, observations.corruption, observations.shape, trained_on, config.start.run or "start")
         self.given_start = start
         units = observations.units(self.train) if start is None else start.units
         self.data = Dataset(observations, units, self.train)

@@ -116,11 +116,14 @@ def make(
     return MixtureSampler(data.corruption, data.shape, mixture), {"kind": kind, **about}
 
 
-def refuse(start: Posterior | None, shape: tuple[int, ...], trained_on: dict, name: str) -> None:
+def refuse(
+    start: Posterior | None, corruption: Corruption, shape: tuple[int, ...], trained_on: dict, name: str
+) -> None:
     """Raises a DiffemError if a posterior cannot be the start of a run.
 
     Arguments:
         start: The posterior.
+        corruption: That of the run.
         shape: The shape of an item.
         trained_on: The digest of the observations, and the seed that determines which of them are held out.
         name: The name of the posterior in error messages.
@@ -129,6 +132,10 @@ def refuse(start: Posterior | None, shape: tuple[int, ...], trained_on: dict, na
         return
     if start.shape != shape:
         raise DiffemError(f"start.run: {name} was trained on items of shape {start.shape}, not {shape}")
+    if start.sampler.mixture is not None and not corruption.exact(shape):
+        raise DiffemError(
+            f"start.run: {name} uses a mixture, whose posterior is not known for {corruption.config['name']}; start from a run with this corruption"
+        )
     theirs = start.trained_on or trained_on
     if theirs["observations"] == trained_on["observations"] and theirs["seed"] != trained_on["seed"]:
         raise DiffemError(f"start.run: {name} held out others of these observations; use --em.seed {theirs['seed']}")
