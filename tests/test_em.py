@@ -1552,7 +1552,9 @@ def test_a_posterior_that_held_out_others_is_no_start(whole):
 def test_a_mixture_is_no_start_where_it_has_no_posterior(model, whole, tmp_path):
     box = Observations(observations().y, BlackBox(lambda x: x.clamp(-1, 1)))
     sections = {"start": {"kind": "run", "run": str(whole)}}
-    text = "start.run: {} uses a mixture, whose posterior is not known for BlackBox; start from a run with this corruption"
+    text = (
+        "start.run: {} uses a mixture, whose posterior is not known for BlackBox; start from a run with this corruption"
+    )
     with pytest.raises(DiffemError) as caught:
         DiffEM(settings(), box, tmp_path, start=from_pretrained(whole / model))
     assert str(caught.value) == text.format("start")
