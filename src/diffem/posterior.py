@@ -69,8 +69,7 @@ class Posterior(nn.Module):
     ) -> Tensor | np.ndarray:
         """n draws for each observation.
 
-        Each is a draw of the posterior. Draws 0 and 1, 2 and 3, ... are antithetic pairs (:mod:`diffem.seeding`): the
-        mean of a few is nearer to the posterior mean than that of independent draws. For independent ones, call it again.
+        Draws 0 and 1, 2 and 3, ... are antithetic pairs (:mod:`diffem.seeding`), whose mean is near the posterior mean.
 
         Arguments:
             y: Observations, shape (B, ...), with the axes of the training observations; values where a mask is false do
