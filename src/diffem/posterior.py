@@ -67,9 +67,7 @@ class Posterior(nn.Module):
         seeds: Tensor | None = None,
         batch: int | None = None,
     ) -> Tensor | np.ndarray:
-        """n draws for each observation.
-
-        Draws 0 and 1, 2 and 3, ... are antithetic pairs (:mod:`diffem.seeding`), whose mean is near the posterior mean.
+        """n draws for each observation. Each two, 0 and 1, 2 and 3, ..., are antithetic (:mod:`diffem.seeding`).
 
         Arguments:
             y: Observations, shape (B, ...), with the axes of the training observations; values where a mask is false do
