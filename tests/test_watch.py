@@ -267,7 +267,7 @@ def test_what_is_no_run_is_refused_in_a_line(tmp_path, capsys):
     refused(f"{out / 'checkpoint.safetensors'}: is truncated or not a checkpoint of diffem")
     (out / "checkpoint.safetensors").unlink()
     (out / "metrics.jsonl").write_text("{")
-    refused(f"{out / 'metrics.jsonl'}: is not the metrics of a run, one JSON object a line")
+    refused(f"{out / 'metrics.jsonl'}: line 1 is not JSON")
 
 
 def test_status_is_quick_and_json(tmp_path):

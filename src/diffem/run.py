@@ -29,7 +29,6 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -242,35 +241,6 @@ class Run:
         raise DiffemError(
             f'{self.folder / MARKER}: is not of diffem; use an empty --out, or write {{"run": "diffem"}} into it'
         )
-
-
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl in a run folder; numbers that are not finite are None."""
-    file = folder / "metrics.jsonl"
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-    except FileNotFoundError:
-        raise DiffemError(f"{file}: missing; is {folder} the folder of a run?") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise DiffemError(f"{file}: cannot be read: {error}") from None
-    rows: list[dict[str, Any]] = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line, parse_constant=lambda _: None)  # they would break curves and tables
-        except (ValueError, RecursionError):
-            if number == len(lines) and not line.endswith("\n") and rows:
-                break  # the run is writing this line now, or was killed while writing it
-            raise DiffemError(f"{file}: line {number} is not JSON") from None
-        if not isinstance(row, dict) or "score" not in row or not isinstance(row.get("iteration"), int):
-            raise DiffemError(f"{file}: line {number} needs at least an `iteration` and a `score`")
-        if not isinstance(row.get("final", 0), int):
-            raise DiffemError(f"{file}: line {number}: `final` must be the number of an iteration")
-        rows.append(row)
-    if not rows:
-        raise DiffemError(f"{file}: holds no rows; the run has not scored its start yet")
-    return rows
 
 
 def read_config(folder: Path) -> dict[str, dict]:

@@ -236,7 +236,8 @@ def status(folder: str | Path) -> Status:
         iterations = config["em"]["iterations"]
     except (OSError, DiffemError, TypeError, KeyError):
         raise DiffemError(f"{file}: is missing or not the configuration of a run") from None
-    state, rows, told = _header(checkpoint), _rows(folder / "metrics.jsonl"), _json(folder / FILE)
+    state, told = _header(checkpoint), _json(folder / FILE)
+    rows = read_metrics(folder) if (folder / "metrics.jsonl").exists() else []
     iteration, step, spent = state["iteration"], state["step"], state["seconds"]
     total = _updates(config, step, iteration)
     done = state["updates"] if total else 0
@@ -269,6 +270,35 @@ def _figures(row: dict[str, Any]) -> dict[str, Any]:
     """The figures of a row that :attr:`Status.best` holds."""
     which = row.get("final", row["iteration"])
     return {"iteration": which, "score": row["score"], "score_se": row["score_se"], "final": "final" in row}
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl in a run folder; numbers that are not finite are None."""
+    file = folder / "metrics.jsonl"
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    except FileNotFoundError:
+        raise DiffemError(f"{file}: missing; is {folder} the folder of a run?") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DiffemError(f"{file}: cannot be read: {error}") from None
+    rows: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line, parse_constant=lambda _: None)  # they would break curves and tables
+        except (ValueError, RecursionError):
+            if number == len(lines) and not line.endswith("\n") and rows:
+                break  # the run is writing this line now, or was killed while writing it
+            raise DiffemError(f"{file}: line {number} is not JSON") from None
+        if not isinstance(row, dict) or "score" not in row or not isinstance(row.get("iteration"), int):
+            raise DiffemError(f"{file}: line {number} needs at least an `iteration` and a `score`")
+        if not isinstance(row.get("final", 0), int):
+            raise DiffemError(f"{file}: line {number}: `final` must be the number of an iteration")
+        rows.append(row)
+    if not rows:
+        raise DiffemError(f"{file}: holds no rows; the run has not scored its start yet")
+    return rows
 
 
 def running(folder: Path) -> bool | None:
@@ -304,15 +334,6 @@ def _header(file: Path) -> dict[str, Any]:
         return {"step": "start", "iteration": 0, "updates": 0, "final": None, "seconds": 0.0}
     except (struct.error, ValueError, KeyError, OverflowError, MemoryError):
         raise DiffemError(f"{file}: is truncated or not a checkpoint of diffem") from None
-
-
-def _rows(file: Path) -> list[dict]:
-    try:
-        return [json.loads(line) for line in file.read_text().splitlines()]
-    except FileNotFoundError:
-        return []
-    except ValueError:
-        raise DiffemError(f"{file}: is not the metrics of a run, one JSON object a line") from None
 
 
 def _json(file: Path) -> dict[str, Any]:

@@ -27,8 +27,7 @@ def own_corruption(arguments: argparse.Namespace) -> Corruption | type[Corruptio
 
 def model(arguments: argparse.Namespace, name: str) -> Posterior:
     """A model of the run that the arguments name."""
-    if not (Path(arguments.run) / "config.yaml").exists():
-        raise DiffemError(f"{arguments.run}: is not a run folder (no config.yaml)")
+    read_config(Path(arguments.run))  # refuses a folder that is not a run
     own = own_corruption(arguments)  # importing it registers a class
     given = None if isinstance(own, type) else own
     return from_pretrained(Path(arguments.run) / name, given, device=arguments.device, precision=arguments.precision)

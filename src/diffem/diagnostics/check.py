@@ -158,7 +158,7 @@ class Survey:
             if alone:
                 self.looks += seen.sum(0).numpy()
             elif diagonal:
-                self.looks += seen.sum(0).numpy() * _gain(observations) ** 2
+                self.looks += seen.sum(0).numpy() * _gains(observations) ** 2
             elif matrices:
                 a = params["matrix"].flatten(0, 1).double()
                 self.looks += (a.T @ a).numpy()
@@ -196,7 +196,7 @@ def _keys(tensors: list[Tensor]) -> np.ndarray:
     return np.frombuffer(b"".join(digests), np.uint64)
 
 
-def _gain(observations: Observations) -> np.ndarray:
+def _gains(observations: Observations) -> np.ndarray:
     """The factor by which a diagonal corruption multiplies each coefficient, (d,): 1, or less if it blurs."""
     corruption, shape = observations.corruption, tuple(observations.y.shape[1:])
     assert isinstance(corruption, DiagonalCorruption)
@@ -204,7 +204,7 @@ def _gain(observations: Observations) -> np.ndarray:
 
 
 def _blurs(observations: Observations) -> bool:
-    return observations.corruption.diagonal and bool((_gain(observations) != 1).any())
+    return observations.corruption.diagonal and bool((_gains(observations) != 1).any())
 
 
 # --- axes --------------------------------------------------------------------------------------------
@@ -246,7 +246,7 @@ def observed(observations: Observations, survey: Survey) -> list[Finding]:
         text = f"{math.prod(observations.shape)} features are too many to look for directions that no matrix sees"
         return [Finding("note", "observed", text)]
     if _blurs(observations):
-        deleted = int((_gain(observations) <= LEAST_GAIN).sum())
+        deleted = int((_gains(observations) <= LEAST_GAIN).sum())
         text = f"the blur deletes {deleted:,} of {looks.size:,} cosine coefficients; what it deletes comes from the prior alone"
         return [Finding("note", "observed", text)]
     if looks.ndim == 2:
@@ -336,7 +336,7 @@ def constant_entries(observations: Observations, sample: Sample) -> list[Finding
         SURE * np.sqrt(2 / np.maximum(sample.count, 2)) * level
         + 1e-12 * np.square(sample.values, dtype=np.float64).mean()
     )
-    use = (sample.count > 1) & (_gain(observations) > LEAST_GAIN)
+    use = (sample.count > 1) & (_gains(observations) > LEAST_GAIN)
     still, beyond = np.flatnonzero(use & (np.abs(variance - level) <= excess)), " beyond the noise" if level else ""
     if len(still) == use.sum():
         return [Finding("problem", "constant-entries", f"nothing varies{beyond}; look whether y holds what you think")]
@@ -512,7 +512,7 @@ def _quiet_coefficients(observations: Observations, sample: Sample) -> list[Quie
     use = np.flatnonzero(sample.count >= FEW)
     if not observations.corruption.diagonal or not len(use):
         return []
-    declared, deleted = _noise(observations), _gain(observations) <= LEAST_GAIN
+    declared, deleted = _noise(observations), _gains(observations) <= LEAST_GAIN
     if deleted.any():
         value, count = math.sqrt(sample.variance[deleted].mean()), deleted.sum() * len(sample.z)
         least = 1.1 * declared + LEAST_GAIN * math.sqrt(sample.variance.max())

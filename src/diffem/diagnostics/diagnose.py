@@ -14,8 +14,9 @@ from diffem.diagnostics.divergence import COMPARISONS, sample_divergence
 from diffem.diagnostics.scores import Coverage, coverage
 from diffem.errors import DiffemError
 from diffem.posterior import from_pretrained
-from diffem.run import read_config, read_metrics
+from diffem.run import read_config
 from diffem.samplers import draw_many, prior_samples
+from diffem.watch import read_metrics
 
 ITEMS = 256  # held-out observations, each reconstructed once; also the number of prior samples
 COVERED = 64  # observations for coverage, with DRAWS draws each: most of the cost; twice as many with `full`
