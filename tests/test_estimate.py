@@ -10,7 +10,7 @@ from scipy.ndimage import correlate1d, gaussian_filter
 from sklearn.datasets import load_digits, load_sample_images
 
 from diffem.cli import main
-from diffem.corruptions import GaussianBlur, GaussianNoise, RandomMask
+from diffem.corruptions import GaussianBlur, GaussianNoise, PoissonGaussian, RandomMask
 from diffem.data import Observations
 from diffem.diagnostics.check import Finding, check, quick
 from diffem.diagnostics.noise import Noise, clipped, described, estimate
@@ -344,6 +344,47 @@ def test_command(tmp_path, capsys, monkeypatch):
     assert command(capsys, "obs", "--estimate", "--write", "--overwrite")[0] == 0
     written = yaml.safe_load((tmp_path / "obs" / "corruption.yaml").read_text())
     assert written == {"name": "GaussianBlur", "noise": float(f"{told.std():.3g}"), "std": 0.5, "range": [0, 255]}
+
+
+def blobs(n: int = 220, size: int = 24) -> np.ndarray:
+    """Small bright blobs on an even background of 33: nothing bright is flat, (n, 1, size, size)."""
+    random, at = rng(), np.arange(size)
+    x = np.full((n, 1, size, size), 33.0)
+    for item in x[:, 0]:
+        (row, column), width = random.uniform(3, size - 3, 2), random.uniform(1.5, 3)
+        hill = [np.exp(-((at - centre) ** 2) / 2 / width**2) for centre in (row, column)]
+        item += random.uniform(150, 770) * np.outer(*hill)
+    return x
+
+
+def test_noise_that_was_measured_in_the_dark_only_is_not_called_the_same_everywhere():
+    y, background = observed(blobs(), 2.2, 4.0, False), (2.2 * 33 + 16) ** 0.5
+    found = estimate(y)
+    assert (found.gain, found.only_dark) == (0, True)
+    assert found.std() == pytest.approx(background, rel=0.05)
+    assert 30 < found.reach < 45
+    assert found.text == (
+        f"the noise has a standard deviation of {found.std():.3g} +- {found.error:.2g}, where the signal is below "
+        f"{found.reach:.3g}; there are no flat patches up to {found.ends[1]:.3g}, where photon noise would be larger"
+    )
+    with pytest.raises(DiffemError) as caught:
+        described({"name": "Mask"}, found)
+    assert str(caught.value) == (
+        f"no corruption.yaml is written: {found.text}; with one noise for all signals write `name: GaussianNoise` and "
+        f"`noise: {found.std():.3g}`, for photons `name: PoissonGaussian` with the gain of the camera"
+    )
+    said = lambda gain, noise: [f.text for f in quick_photons(y, gain, noise)]  # noqa: E731
+    assert said(2.2, 4.0) == []
+    declared, level = (20 * found.reach + 16) ** 0.5, f"{found.reach:.3g}"
+    assert said(20.0, 4.0) == [
+        f"declared gain 20 and noise 4 make a standard deviation of {declared:.3g} where the observations show "
+        f"{found.std():.3g} up to a signal of {level}"
+    ]
+
+
+def quick_photons(y: np.ndarray, gain: float, noise: float) -> list[Finding]:
+    """The findings about photon noise."""
+    return [f for f in check(Observations(y, PoissonGaussian(gain, noise), range=(0, 900))) if f.name == "photons"]
 
 
 def test_command_with_photons(tmp_path, capsys):

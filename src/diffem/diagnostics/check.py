@@ -411,19 +411,21 @@ def noise(observations: Observations, sample: Sample, spectrum: Spectrum | None)
 
 
 def photons(observations: Observations, sample: Sample) -> list[Finding]:
-    """Compares declared photon and read noise with the estimate, where most values are and in the bright: a warning if they differ
-    by a quarter, a problem if by a factor of two."""
+    """Compares declared photon and read noise with the estimate, where most values are and in the bright, as far as it was measured:
+    a warning if they differ by a quarter, a problem if by a factor of two."""
     corruption = observations.corruption
     if not isinstance(corruption, PoissonGaussian) or (told := _estimate_or_none(sample)) is None:
         return []
-    signals = float(sample.values.mean(dtype=np.float64)), told.ends[1]
+    most = told.ends[1] if told.gain else min(told.reach, told.ends[1])
+    signals = min(float(sample.values.mean(dtype=np.float64)), most), most
     pairs = [(math.sqrt(corruption.gain * max(s, 0.0) + corruption.noise**2), told.std(s)) for s in signals]
     factors = [max(a, b) / max(min(a, b), 1e-12) for a, b in pairs]
     if max(factors) < UNEQUAL:
         return []
     declared, found = pairs[factors.index(max(factors))]
     use = ", ".join(f"`{key}: {value:g}`" for key, value in {"gain": corruption.gain, **told.arguments}.items())
-    text = f"declared gain {corruption.gain:g} and noise {corruption.noise:g} make a standard deviation of {declared:.3g} where the observations show {found:.3g}; they fit {use}"
+    use = f"; they fit {use}" if told.gain else f" up to a signal of {most:.3g}"
+    text = f"declared gain {corruption.gain:g} and noise {corruption.noise:g} make a standard deviation of {declared:.3g} where the observations show {found:.3g}{use}"
     return [Finding("problem" if max(factors) > FAR_APART else "warning", "photons", text)]
 
 

@@ -60,6 +60,7 @@ class Noise:
         variance_error, gain_error: Standard errors.
         ends: The smallest and the largest observed signal.
         channels: The standard deviation of each channel, if they differ.
+        reach: The largest signal at which the noise was measured; beyond it no patch is flat.
     """
 
     variance: float
@@ -68,10 +69,16 @@ class Noise:
     gain_error: float
     ends: tuple[float, float]
     channels: tuple[float, ...] = ()
+    reach: float = math.inf
 
     def std(self, signal: float = 0.0) -> float:
         """The standard deviation of the noise at a signal."""
         return math.sqrt(max(self.variance + self.gain * signal, 0.0))
+
+    @property
+    def only_dark(self) -> bool:
+        """Whether one standard deviation was found, but only in the dark half of the signals: photon noise would look the same."""
+        return not self.gain and self.reach < sum(self.ends) / 2
 
     @property
     def error(self) -> float:
@@ -94,10 +101,13 @@ class Noise:
     @property
     def text(self) -> str:
         """The estimate in words."""
+        where = "whatever the signal"
+        if self.only_dark:
+            where = f"where the signal is below {self.reach:.3g}; there are no flat patches up to {self.ends[1]:.3g}, where photon noise would be larger"
         if self.channels:
-            return f"the noise has a standard deviation of {', '.join(f'{v:.3g}' for v in self.channels)} in the channels, whatever the signal"
+            return f"the noise has a standard deviation of {', '.join(f'{v:.3g}' for v in self.channels)} in the channels, {where}"
         if not self.gain:
-            return f"the noise has a standard deviation of {self.std():.3g} +- {self.error:.2g}, whatever the signal"
+            return f"the noise has a standard deviation of {self.std():.3g} +- {self.error:.2g}, {where}"
         line = f"{self.gain:.3g} * signal + {self.std():.3g}^2"
         if self.offset:
             line = f"{self.gain:.3g} * (signal - {self.offset:.3g})"
@@ -119,6 +129,10 @@ def described(config: dict[str, Any], noise: Noise) -> dict[str, Any]:
     if noise.gain and name not in ("GaussianNoise", "Mask", "PoissonGaussian"):
         raise DiffemError(
             f"name: {name} has noise that does not depend on the signal; only `name: PoissonGaussian` does"
+        )
+    if noise.only_dark:
+        raise DiffemError(
+            f"no corruption.yaml is written: {noise.text}; with one noise for all signals write `name: GaussianNoise` and `noise: {_short(noise.std())}`, for photons `name: PoissonGaussian` with the gain of the camera"
         )
     kept = {key: value for key, value in config.items() if key not in ("name", "gain", "noise")}
     return {
@@ -160,7 +174,8 @@ def estimate(y: np.ndarray, seen: np.ndarray | None = None) -> Noise:
     error = np.array([noise.error for noise in apart])
     if len(kept) == y.shape[1] and level.max() > DIFFERS * level.min() + SURE * error.max():
         mean, spread = float(np.square(level).mean()), float(2 * (level * error).max())
-        return Noise(mean, 0.0, spread, 0.0, apart[0].ends, tuple(level.tolist()))
+        reach = min(noise.reach for noise in apart)
+        return Noise(mean, 0.0, spread, 0.0, apart[0].ends, tuple(level.tolist()), reach)
     return _Bins.joined(kept).fit(line=False)
 
 
@@ -298,7 +313,8 @@ class _Bins:
             if gain > SURE * gain_error and noise.std(self.bright) > DIFFERS * noise.std(dark):
                 return noise
         (variance,), (error,) = self._least_squares([[1.0]])
-        return Noise(max(variance - rounding, 0.0), 0.0, error, 0.0, (dark, self.bright))
+        reach = float(self.mean.max())
+        return Noise(max(variance - rounding, 0.0), 0.0, error, 0.0, (dark, self.bright), reach=reach)
 
     def _least_squares(self, starts: list[list[float]]) -> tuple[list[float], list[float]]:
         """The variance at a signal of 0 (and the gain, if the starts have two numbers), and their standard errors.
