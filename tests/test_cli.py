@@ -144,6 +144,7 @@ def refused(here: Path, capsys, *argv: str) -> str:
             ["train", "digits", "--learning-rate=1"],
             ["--learning-rate: unknown option; did you mean --m_step.learning_rate?"],
         ),
+        (["train", "--epochs", "3"], ["--epochs: unknown option;"]),  # 3 would be a preset
         (["train", "digits", "--qqq", "2"], ["--qqq: unknown option; settings are written --section.field value"]),
         (["sample", "nowhere", "--n", "-3", "--out", "x.npy"], ["--n: must be at least 1, got -3"]),
         (["train", "digits", "--batch", "0"], ["--batch: must be at least 1, got 0"]),

@@ -20,7 +20,7 @@ from diffem.diagnostics.diagnose import warnings
 from diffem.errors import DiffemError
 from diffem.mixtures import Mixture
 from diffem.posterior import Posterior
-from diffem.samplers import MixtureSampler, sample_prior
+from diffem.samplers import MixtureSampler, ObservationSampler, sample_prior
 from diffem.units import Units
 
 SHAPE, N, UNITS = (16,), 1300, Units(0.0, 2.0)
@@ -163,6 +163,25 @@ def test_too_few_held_out_observations_say_nothing(tmp_path):
     found = diagnose(tmp_path, make(tmp_path, width=0.6, held_out=21))
     assert found["warnings"] == ["11 test observations are too few to say whether all is well; it takes 16"]
     assert set(found) == {"iteration", "items", "seconds", "warnings"}
+
+
+def test_few_observations_hide_neither_draws_that_agree_nor_a_tiny_ratio(tmp_path):
+    few = "11 test observations are too few to say whether all is well; it takes 16"
+    data = make(tmp_path, width=0.02, held_out=21)
+    row = json.loads((tmp_path / "metrics.jsonl").read_text())
+    assert row["ratio"] < 0.1
+    narrow = f"the posterior draws vary {row['ratio']:.2f} times as much as their errors say that they should: read their intervals as too narrow"
+    assert diagnose(tmp_path, data)["warnings"] == [narrow, few]
+    start = Posterior(ObservationSampler(CORRUPTION.scaled(UNITS), data.shape), CORRUPTION, UNITS)
+    start.save_pretrained(tmp_path / "posterior")
+    same = (
+        "all draws of an observation are equal, so that its standard deviation is 0: the run kept its start, which has no"
+        " uncertainty (the observation, or its inverse); train longer, with more m_step.steps"
+    )
+    assert diagnose(tmp_path, data)["warnings"] == [same, narrow, few]
+    whole = make(tmp_path)
+    start.save_pretrained(tmp_path / "posterior")
+    assert diagnose(tmp_path, whole)["warnings"][0] == same
 
 
 def test_mistakes(tmp_path):

@@ -11,11 +11,10 @@ from diffem.errors import DiffemError
 
 def overrides(rest: Sequence[str], command: str = "train") -> list[tuple[str, str]]:
     """Parses settings, `--section.field value`."""
-    pairs = list(options(rest, command, "settings are written --section.field value").items())
-    for key, _ in pairs:
-        if "." not in key:
+    for word in rest:  # first, since argparse may have taken the value of an unknown option for something else
+        if word.startswith("--") and "." not in (key := word[2:].partition("=")[0]):
             raise DiffemError(f"diffem {command}: --{key}: unknown option;{_meant(key)}")
-    return pairs
+    return list(options(rest, command, "settings are written --section.field value").items())
 
 
 def options(rest: Sequence[str], command: str, otherwise: str = "options are written --name value") -> dict[str, str]:

@@ -150,6 +150,12 @@ def collapse_watch(
     return {name: _told(NUMBERS[name], *pair) for name, pair in found.items()}
 
 
+def narrow(ratio: tuple[float, float] | None) -> list[str]:
+    """The warning about draws that vary too little, if there is one; the ratio is that of :func:`collapse_watch`."""
+    text = None if ratio is None else _told(NUMBERS["spread"], *ratio)["warning"]
+    return [text] if text else []
+
+
 def _told(number: Number, value: float, error: float) -> dict:
     beyond = (number.limit - value) * (number.healthy - number.limit) > 0
     wrong = beyond and abs(value - number.healthy) > ERRORS * error

@@ -6,10 +6,12 @@ import math
 import time
 from pathlib import Path
 
+import torch
+
 from diffem import memory, seeding
 from diffem.data import Dataset, Observations, evenly, open_array
 from diffem.diagnostics.calibration import self_consistency
-from diffem.diagnostics.collapse import collapse_watch
+from diffem.diagnostics.collapse import collapse_watch, narrow
 from diffem.diagnostics.divergence import COMPARISONS, sample_divergence
 from diffem.diagnostics.scores import Coverage, coverage
 from diffem.errors import DiffemError
@@ -30,6 +32,10 @@ SIGNIFICANT = 0.01
 # Distances to the observations that cause a warning, as a share of the distance between two observations. On digits
 # with the right corruption they are up to 0.003 and 0.026. The distance of pairs has no such scale, so it has no limit.
 SIZES = {"energy_distance": 0.005, "entries": 0.03}
+SAME = (
+    "all draws of an observation are equal, so that its standard deviation is 0: the run kept its start, which has no"
+    " uncertainty (the observation, or its inverse); train longer, with more m_step.steps"
+)
 PERMUTATIONS = 999  # the smallest joint p-value of three tests is 0.003
 
 
@@ -86,20 +92,22 @@ def diagnose(
     most = max(FEWEST, memory.at_once(features, ITEMS, NUMBERS))
     rows, key = evenly(test, most), seeding.fold(seed, *b"diagnose")  # not the draws of the training
     result: dict = {"iteration": final["iteration"], "items": len(rows)}
+    ratio = None if final.get("ratio") is None else (final["ratio"], final["ratio_se"])
+    one, other = draw_many(posterior, data, evenly(rows, FEWEST), 2, key, batch=batch)
+    same = [SAME] if torch.equal(one, other) else []
     if len(rows) < FEWEST:
         few = f"{len(rows)} test observations are too few to say whether all is well; it takes {FEWEST}"
-        return {**result, "seconds": time.monotonic() - began, "warnings": [few]}
+        return {**result, "seconds": time.monotonic() - began, "warnings": [*same, *narrow(ratio), few]}
     if (found := coverage(posterior, data, evenly(test, COVERED * (1 + full)), key, DRAWS, batch)) is not None:
         result["coverage"] = _coverage(found)
     x = draw_many(posterior, data, rows, 1, key, batch=batch)[0]
     samples = None if prior is None else prior_samples(prior, len(rows), key, batch)
     result["divergence"] = sample_divergence(x, samples, data, rows, key, PERMUTATIONS)
     kept = data.items(open_array(run / "reconstructions.npy"))[evenly(train, memory.at_once(features, TRAINING))]
-    ratio = None if final.get("ratio") is None else (final["ratio"], final["ratio_se"])
     result["collapse"] = collapse_watch(x, samples, kept, data, rows, key, ratio)
     if full and prior is not None:
         result["self_consistency"] = self_consistency(posterior, prior, key, batch=batch)
-    return {**result, "seconds": time.monotonic() - began, "warnings": warnings(result)}
+    return {**result, "seconds": time.monotonic() - began, "warnings": [*same, *warnings(result)]}
 
 
 def warnings(result: dict) -> list[str]:
