@@ -28,6 +28,7 @@ A number causes a warning if it is beyond its limit and more than three standard
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -151,9 +152,14 @@ def collapse_watch(
 
 
 def narrow(ratio: tuple[float, float] | None) -> list[str]:
-    """The warning about draws that vary too little, if there is one; the ratio is that of :func:`collapse_watch`."""
-    text = None if ratio is None else _told(NUMBERS["spread"], *ratio)["warning"]
-    return [text] if text else []
+    """The warning about draws that vary far too little, if there is one, for few observations.
+
+    Arguments:
+        ratio: The calibration ratio and the standard error of its logarithm.
+    """
+    if ratio is None or not -math.log(max(ratio[0], TINY)) > ERRORS * ratio[1] - math.log(OVER_CONFIDENT):
+        return []
+    return [NUMBERS["spread"].warning.format(value=ratio[0])]
 
 
 def _told(number: Number, value: float, error: float) -> dict:
