@@ -165,6 +165,17 @@ def test_photon_noise_that_is_not_that_of_the_data(gain, noise, level):
     assert float(parts[2]) == pytest.approx(np.sqrt(2.0 * 200 + 9), rel=0.4)
 
 
+def test_noise_in_other_units_is_found_where_values_are_clipped():
+    y = np.clip(observe(images(200), GaussianNoise(20.0)).y / 255, 0.2, None).astype(np.float32)
+    assert (y == y.min()).mean() > 0.01
+    assert "noise-too-large" not in found(Observations(y, GaussianNoise(20.0 / 255)))
+    finding = found(Observations(y, GaussianNoise(20.0)))["noise-too-large"]
+    assert finding.level == "problem"
+    assert finding.text == (
+        f"declared noise 20, but the values vary by {y.std(dtype=np.float64):.3g} in all; it is a standard deviation, in the units of y"
+    )
+
+
 def test_whole_photons_only_where_there_is_no_read_noise():
     y = observe(images(50), PoissonGaussian(2.0)).y
     with pytest.raises(DiffemError, match="PoissonGaussian never makes"):
@@ -211,6 +222,11 @@ def test_an_inverted_mask_is_all_that_is_said_of_values():
     y, mask = images(400), rng().random((400, 1, 16, 16)) > 0.5
     observations = Observations(np.where(mask, y, 0).astype(np.float32), RandomMask(0.5, 1.0), {"mask": ~mask})
     assert alarms(observations) == {"mask-inverted"}
+    y = np.where(mask, y, 65535.0).astype(np.float32)  # what was not seen is written as another value than 0
+    finding = found(Observations(y, RandomMask(0.5, 1.0), {"mask": ~mask}))["mask-inverted"]
+    assert finding.text == (
+        "what the mask shows is 65535 everywhere, and what it hides is not; is mask.npy inverted? It is true where y was observed"
+    )
 
 
 def test_a_black_box_says_nothing():

@@ -116,6 +116,7 @@ def refused(here: Path, capsys, *argv: str) -> str:
         (["train", "digits", "--mstep.steps", "3"], ["mstep: unknown section", "did you mean 'm_step'?"]),
         (["train", "digits", "--em.iterations", "many"], ["em.iterations: must be of type int, got 'many'"]),
         (["train", "digits", "--em.iterations", "2.5"], ["em.iterations: must be of type int, got 2.5"]),
+        (["train", "digits", "--network.channels", "8,16"], ["network.channels: must be a list, [8,16], got '8,16'"]),
         (["train", "digits", "--network.channels", "[a]"], ["network.channels: must be of type int, got 'a'"]),
         (["train", "digits", "--em.iterations", "[1"], ["--em.iterations: is not YAML"]),
         (["train", "digits", "--em", "3"], ["em"]),
@@ -520,6 +521,9 @@ def test_reconstruct_refuses_observations_of_another_kind(here, capsys):
     assert main(["train", "--observations", str(folder), "--out", "run", *TINY]) == 0
     capsys.readouterr()
     draw = ["reconstruct", "run", "--out", "draws", "--draws", "2", "--overwrite", "--observations"]
+    assert said(here, capsys, "reconstruct", "run/posterior", *draw[2:], str(folder)) == (
+        "run/posterior: is a saved model; name the run, run"
+    )
     assert main([*draw, str(masked(here / "another-rate", name="RandomMask", rate=0.9, range=[-6, 6]))]) == 0
     capsys.readouterr()
     for name, change, text in (
@@ -527,6 +531,11 @@ def test_reconstruct_refuses_observations_of_another_kind(here, capsys):
             "noise",
             {"noise": 0.1},
             "noise 0.1 of Mask, but the model was trained for 0.01; train on these, or use observations of that kind",
+        ),
+        (
+            "another",
+            {"name": "GaussianNoise"},
+            "are of GaussianNoise, but the model was trained for Mask",
         ),
         ("range", {"range": [0, 255]}, "range: [0, 255], but run was trained on [-6.0, 6.0]"),
         (

@@ -151,6 +151,9 @@ def test_check_says_how_it_reads_them():
         "note",
         "y is read as images of one channel, 6 x 5 pixels; if they are 6 series of length 5 add `axes: NCT` to corruption.yaml",
     )
+    series = np.random.default_rng(0).normal(size=(60, 48, 4)).astype(np.float32)
+    text = {f.name: f.text for f in check(Observations(series, GaussianNoise(0.1)))}["layout"]
+    assert text.endswith("if they are series of length 48 with 4 columns add `axes: NTF` to corruption.yaml")
 
 
 SETTINGS = {

@@ -318,7 +318,7 @@ def test_missing_folder_and_files(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("name: [", "is not YAML: while parsing a flow node"),
+        ("name: [", "is not YAML: line 1: expected the node content, but found '<stream end>'"),
         ("- RandomMask\n- 0.5\n", "must hold `key: value` lines"),
         ("RandomMask", "must hold `key: value` lines"),
         (
@@ -333,7 +333,7 @@ def test_missing_folder_and_files(tmp_path):
         ),
         (
             "name: !!python/object/apply:os.system [exit 1]",
-            "is not YAML: could not determine a constructor for the tag "
+            "is not YAML: line 1: could not determine a constructor for the tag "
             "'tag:yaml.org,2002:python/object/apply:os.system'",
         ),
     ],

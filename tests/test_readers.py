@@ -865,6 +865,10 @@ def test_what_the_command_line_refuses(here, capsys):
         assert main(["import", "in", "--out", "obs", *words.split()]) == 2
         assert capsys.readouterr().err == f"diffem: {line}\n"
     assert not Path("obs").exists()
+    words = ["--axes", "NHWC", "--name", "GaussianNoise"]
+    np.save("a.npy", numbers((40, 4, 4, 3), np.float32))
+    assert main(["import", "a.npy", "--out", "obs", *words, "--noise", "[0.1, 0.2, 3]"]) == 0
+    assert yaml.safe_load(Path("obs/corruption.yaml").read_text())["noise"] == [0.1, 0.2, 3]
 
 
 def test_memory_does_not_grow_with_the_data(here, monkeypatch):

@@ -197,6 +197,8 @@ def from_dict(values: Mapping, source: str = "configuration") -> Config:
 def _convert(value: object, hint: typing.Any, where: str) -> object:
     if typing.get_origin(hint) is tuple:
         inner = typing.get_args(hint)[0]
+        if isinstance(value, str) and "," in value:
+            raise DiffemError(f"{where}: must be a list, [{value}], got {value!r}")
         sequence = value if isinstance(value, list | tuple) else [value]
         return tuple(_convert(v, inner, where) for v in sequence)
     if hint is float:

@@ -119,8 +119,7 @@ class Posterior(nn.Module):
         return y, {k: (v.bool() if k == "mask" else v.float()).to(y.device) for k, v in params.items()}
 
     def drawn(self, sampler: Sampler, y: Tensor, params: Params, seeds: Tensor, n: int = 1) -> Tensor:
-        """n draws for each of some :meth:`converted` observations, shape (n, B, ...), in the units and the layout of
-        y."""
+        """n draws for each of some :meth:`converted` observations, shape (n, B, ...), in the units and axes of y."""
         y, params = self.corruption.scale_y(y, params, self.units), self.corruption.scale_params(params, self.units)
         return self._restored(torch.stack([sampler.draw(y, params, seeding.antithetic(seeds, j)) for j in range(n)]))
 
@@ -174,6 +173,8 @@ class Posterior(nn.Module):
         where, ours, theirs = observations.source, self.corruption.law, observations.corruption.law
         self._drawing(observations.shape, 1, f"{where}:")
         for name in {**ours, **theirs}:
+            if name == "name" and ours[name] != theirs[name]:
+                raise DiffemError(f"{where}: are of {theirs[name]}, but the model was trained for {ours[name]}")
             if ours.get(name) != theirs.get(name):
                 said = "noise.npy" if name == "noise" else "none"
                 raise DiffemError(

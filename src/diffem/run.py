@@ -246,6 +246,8 @@ class Run:
 def read_config(folder: Path) -> dict[str, dict]:
     """The configuration in a run folder; its `facts` are what the run noted about its observations."""
     file = folder / "config.yaml"
+    if (folder / "config.json").exists():
+        raise DiffemError(f"{folder}: is a saved model; name the run, {folder.parent}")
     if not file.exists():
         raise DiffemError(f"{folder}: is not a run folder (no config.yaml)")
     config = safe_yaml.read(file)

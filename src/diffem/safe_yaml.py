@@ -29,7 +29,10 @@ def parse(text: str, where: str) -> Any:
     try:
         return yaml.load(text, _Loader)
     except Exception as error:  # not only of YAML: a date or a number that is none, or too deep a nesting
-        raise DiffemError(f"{where}: is not YAML: {(str(error) or type(error).__name__).splitlines()[0]}") from None
+        what = (str(error) or type(error).__name__).splitlines()[0]
+        if isinstance(error, yaml.MarkedYAMLError) and error.problem and error.problem_mark:
+            what = f"line {error.problem_mark.line + 1}: {error.problem}"
+        raise DiffemError(f"{where}: is not YAML: {what}") from None
 
 
 def read(file: Path) -> Any:

@@ -8,6 +8,7 @@ import inspect
 import os
 import sys
 
+from diffem import safe_yaml
 from diffem.errors import DiffemError, suggest
 
 from .base import REGISTRY, Corruption, register_corruption
@@ -49,6 +50,8 @@ def from_config(config: dict, source: str = "corruption") -> Corruption:
         if isinstance(value, str):  # YAML reads 1e-3, without a decimal point, as text
             with contextlib.suppress(ValueError):
                 value = arguments[key] = float(value)
+        if isinstance(value, str) and value.startswith("[") and "Sequence" in annotation:  # from the command line
+            value = arguments[key] = safe_yaml.parse(value, f"{source}: {key}")
         several = isinstance(value, list) and value and "Sequence" in annotation
         if not all(map(_is_number, value if several else [value])):
             raise DiffemError(f"{source}: {key}: must be a number, got {value!r}")

@@ -217,7 +217,10 @@ def layout(observations: Observations) -> list[Finding]:
         text = f"y of shape {shape} is read as {shape[1]} channels of {shape[2]} x {shape[3]} pixels; if its channels are last add `axes: NHWC` to corruption.yaml, else `axes: NCHW`"
         return [Finding("problem", "channels-last", text)]
     if observations.axes is None and observations.layout.axes == "NHW" and shape[2] != shape[3]:
-        text = f"y is read as images of one channel, {shape[2]} x {shape[3]} pixels; if they are {shape[2]} series of length {shape[3]} add `axes: NCT` to corruption.yaml"
+        series = f"{shape[2]} series of length {shape[3]} add `axes: NCT`"
+        if shape[3] <= FEW_CHANNELS < shape[2]:
+            series = f"series of length {shape[2]} with {shape[3]} columns add `axes: NTF`"
+        text = f"y is read as images of one channel, {shape[2]} x {shape[3]} pixels; if they are {series} to corruption.yaml"
         return [Finding("note", "layout", text)]
     if observations.axes is None and observations.layout.axes == "NF" and shape[1] > SERIES:
         text = f"y is read as a table of {shape[1]} columns without an order; if they are points of a series add `axes: NT` to corruption.yaml"
@@ -292,15 +295,16 @@ def mask_rate(observations: Observations, survey: Survey) -> list[Finding]:
 
 
 def inverted(observations: Observations) -> list[Finding]:
-    """Masks that show only zeros and hide other values: a problem, since a mask is true where y was observed."""
+    """Masks that show one value only, such as 0, and hide others: a problem, since a mask is true where y was observed."""
     if "mask" not in observations.params:
         return []
     rows = _some(observations)
     y = read_rows(observations, observations.y, rows, np.float32).nan_to_num()
     mask = read_rows(observations, observations.params["mask"], rows, bool).expand_as(y)
-    if y[mask].any() or not y[~mask].any():
+    shown, hidden = y[mask], y[~mask]
+    if not len(shown) or (shown != shown[0]).any() or not (hidden != shown[0]).any() or not hidden.any():
         return []
-    text = "what the mask shows is 0 everywhere, and what it hides is not; is mask.npy inverted? It is true where y was observed"
+    text = f"what the mask shows is {float(shown[0]):g} everywhere, and what it hides is not; is mask.npy inverted? It is true where y was observed"
     return [Finding("problem", "mask-inverted", text)]
 
 
@@ -389,6 +393,9 @@ def noise(observations: Observations, sample: Sample, spectrum: Spectrum | None)
         return found
     end, count = max(((v, (values == v).sum()) for v in (values.min(), values.max())), key=lambda pair: pair[1])
     if declared and count > max(1, CLIPPED * len(values)):
+        if declared > FAR_APART * (all_of_it := float(values.std(dtype=np.float64))):  # clipping hides less than half
+            text = f"declared noise {declared:g}, but the values vary by {all_of_it:.3g} in all; it is a standard deviation, in the units of y"
+            return [Finding("problem", "noise-too-large", text)]
         text = f"{_percent(count / len(values))} of the values are exactly {end:g}, which noise would not leave so; use `noise: 0` if there is none, or `name: Saturate` if a sensor clips"
         return [Finding("warning", "clipped", text)]
     quiet = [*_quiet_coefficients(observations, sample), *_quiet_details(observations, sample, told)]
