@@ -548,6 +548,20 @@ def test_reconstruct_refuses_observations_of_another_kind(here, capsys):
         assert said(here, capsys, *draw, str(other)) == f"{other}: {text}".replace("[0, 255]", "[0.0, 255.0]")
 
 
+def test_reconstruct_warns_of_values_in_other_units(here, capsys):
+    folder = masked(here / "data")
+    assert main(["train", "--observations", str(folder), "--out", "run", *TINY]) == 0
+    for name, factor in (("same", 1.0), ("smaller", 1 / 255), ("larger", 255.0)):
+        other = masked(here / name)
+        y = np.load(other / "y.npy")
+        np.save(other / "y.npy", (factor * y).astype(y.dtype))
+        capsys.readouterr()
+        assert main(["reconstruct", "run", "--observations", str(other), "--out", f"to-{name}", "--draws", "2"]) == 0
+        out = capsys.readouterr().out
+        assert ("; are they in the same units?" in out) == (factor != 1)
+        assert (f"warning: {other}: its values are " in out) == (factor != 1)
+
+
 OWN = '''
 import torch
 import diffem

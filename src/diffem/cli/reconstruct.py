@@ -13,9 +13,13 @@ import numpy as np
 from diffem import files, memory
 from diffem.cli.console import say
 from diffem.cli.models import facts, model, observations_of, place_of, refuse_to_overwrite
-from diffem.data import Observations
+from diffem.data import Observations, evenly
 from diffem.data.readers.exporting import Export
 from diffem.errors import DiffemError
+from diffem.posterior import Posterior
+
+LOOKED_AT = 64  # observations whose values are compared with those of the training
+NARROW, FAR = 0.02, 20.0  # model units: a narrower spread of all values, or a larger median of them, is of other units
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -25,6 +29,7 @@ def run(arguments: argparse.Namespace) -> None:
     observations = observations_of(arguments.observations, posterior, arguments).images
     posterior.refuse_others(observations)
     _refuse_other_range(Path(arguments.run), observations)
+    _warn_of_other_units(posterior, observations)
     if arguments.draws < 1:
         raise DiffemError(f"diffem reconstruct: --draws: must be at least 1, got {arguments.draws}")
     out, n = Path(arguments.out), len(observations)
@@ -65,6 +70,21 @@ def run(arguments: argparse.Namespace) -> None:
     finally:
         shutil.rmtree(temporary)
     say(f"{n} observations, {arguments.draws} draws each, in {out}")
+
+
+def _warn_of_other_units(posterior: Posterior, observations: Observations) -> None:
+    """Warns if the values are hundreds of times smaller or larger than those of the training."""
+    y, params = observations.batch(evenly(np.arange(len(observations)), LOOKED_AT))
+    if y.shape[1:] != observations.shape:
+        return
+    seen = posterior.corruption.seen(y, params).expand_as(y)
+    z = posterior.corruption.scale_y(y, params, posterior.units)[seen]
+    if len(z) and (z.max() - z.min() < NARROW or z.abs().median() > FAR):
+        units, values = posterior.units, y[seen]
+        low, high = (units.centre - units.half).min(), (units.centre + units.half).max()
+        say(
+            f"warning: {observations.source}: its values are {values.min():.4g} to {values.max():.4g}, where the model was trained for {low:.4g} to {high:.4g}; are they in the same units?"
+        )
 
 
 def _refuse_other_range(run: Path, observations: Observations) -> None:
