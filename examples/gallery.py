@@ -47,8 +47,8 @@ def coverage(draws: np.ndarray, truth: np.ndarray) -> float:
 def images(name: str, rows: list[list[np.ndarray]], titles: list[str], labels: list[str], **how) -> None:
     """Saves rows of images, docs/gallery-NAME.png. The colours of a row span its first image, or `ranges` [(low, high)];
     NaN is grey; `bars` names the unit of a colour bar for each row."""
-    ranges, bars, cmap = how.get("ranges"), how.get("bars"), plt.get_cmap(how.get("cmap", "gray")).copy()
-    cmap.set_bad("0.6" if how.get("cmap") else "tab:blue")
+    ranges, bars, cmap = how.get("ranges"), how.get("bars"), plt.get_cmap(how.get("cmap", "gray"))
+    cmap = cmap.with_extremes(bad="0.6" if how.get("cmap") else "tab:blue")
     height, width = rows[0][0].shape
     size = (1.5 * len(titles) + 0.9, 1.5 * len(rows) * height / width + 0.4)
     figure, axes = plt.subplots(len(rows), len(titles), figsize=size, squeeze=False, layout="constrained")

@@ -30,12 +30,16 @@ def patches(a: np.ndarray) -> np.ndarray:
     return a.reshape(height // SIZE, SIZE, width // SIZE, SIZE).swapaxes(1, 2).reshape(-1, 1, SIZE, SIZE)
 
 
-def median(y: np.ndarray, radius: int = 1) -> np.ndarray:
-    """Each pixel that is missing becomes the median of those within a square around it."""
-    around = np.lib.stride_tricks.sliding_window_view(np.pad(y, radius, constant_values=np.nan), (2 * radius + 1,) * 2)
-    missing, out = np.isnan(y), y.copy()
-    out[missing] = np.nanmedian(around[missing], (1, 2))
-    return median(out, radius + 1) if np.isnan(out).any() else out
+def median(y: np.ndarray) -> np.ndarray:
+    """Each missing pixel becomes the median of the good ones in the smallest square around it that has any."""
+    out, radius = y.copy(), 1
+    while len(holes := np.argwhere(np.isnan(out))):
+        padded = np.pad(y, radius, constant_values=np.nan)
+        squares = np.lib.stride_tricks.sliding_window_view(padded, (2 * radius + 1,) * 2)[tuple(holes.T)]
+        some = np.isfinite(squares).any((1, 2))
+        out[tuple(holes[some].T)] = np.nanmedian(squares[some], (1, 2))
+        radius += 1
+    return out
 
 
 def linear(y: np.ndarray) -> np.ndarray:
