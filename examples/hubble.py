@@ -60,7 +60,7 @@ def main() -> None:
     observations = diffem.Observations(patches(y), diffem.Mask(), params, axes="NCHW")
     for row in diffem.DiffEM(diffem.load_config(None, SETTINGS), observations, "runs/gallery/hubble").iterate():
         print(row["iteration"], row["accepted"], row["score"], row["ratio"], flush=True)
-    rows = np.arange(0, len(observations.y), 5)
+    rows = np.arange(0, len(observations.y), 8)
     posterior = diffem.from_pretrained("runs/gallery/hubble/posterior")
     draws = posterior.reconstruct(observations, rows, DRAWS).numpy()
 
@@ -93,9 +93,9 @@ SETTINGS = {
     "start.ranks": [16],
     "sampler.steps": 8,
     "m_step.batch": 64,
-    "m_step.first_steps": 300,
-    "m_step.steps": 100,
-    "em.iterations": 8,
+    "m_step.first_steps": 200,
+    "m_step.steps": 80,
+    "em.iterations": 6,
     "prior.steps": 1,
 }
 

@@ -57,7 +57,7 @@ def main() -> None:
     config = diffem.load_config(None, SETTINGS)
     for row in diffem.DiffEM(config, observations, "runs/gallery/winds").iterate():
         print(row["iteration"], row["accepted"], row["score"], row["ratio"], flush=True)
-    rows = np.arange(0, len(observations.y), 7)  # every seventh patch is scored: 7 and 18 have no common divisor
+    rows = np.arange(0, len(observations.y), 13)  # one of 13 patches is scored: 13 and 18 have no common divisor
     posterior = diffem.from_pretrained("runs/gallery/winds/posterior")
     draws = posterior.reconstruct(observations, rows, DRAWS).numpy() + patches(mean)[rows]
 
@@ -74,7 +74,7 @@ def main() -> None:
 
     titles = ["truth", "measured", "linear", "mean + deviations", "mean of draws", "a draw", "another", "3 x std"]
     columns = [clean, seen, *list(estimates.values())[2:], draws.mean(0), *draws[:2], 3 * draws.std(0)]
-    rows = [[a[i, part] for a in columns] for i, part in ((2, 0), (100, 0), (201, 1), (300, 0))]
+    rows = [[a[i, part] for a in columns] for i, part in ((2, 0), (50, 0), (111, 1), (160, 0))]
     labels = ["eastward", "eastward", "northward", "eastward"]
     images("winds", rows, titles, labels, cmap="RdBu_r", ranges=[(-12, 12)] * 4, bars=["m/s"] * 4)
     write("winds", figures, observations=len(observations.y))
@@ -86,9 +86,10 @@ SETTINGS = {
     "start.components": [1, 4],
     "start.ranks": [16],
     "start.items": 2048,
+    "sampler.steps": 8,
     "m_step.batch": 64,
-    "m_step.first_steps": 400,
-    "m_step.steps": 120,
+    "m_step.first_steps": 300,
+    "m_step.steps": 100,
     "em.iterations": 6,
     "prior.steps": 1,
 }
