@@ -64,13 +64,13 @@ def test_mri(example):
     assert x.max() == 1
     disc = (np.hypot(*np.mgrid[-16:16, -16:16]) < 10).astype(np.float32)
     x = torch.from_numpy(disc).expand(2, 1, 32, 32)
-    for corruption, mask in ((diffem.Fourier("real", 0.0), mri.lines(2, rng)), (diffem.Radon(30), mri.angles(2, rng))):
-        assert mask.mean() == pytest.approx(1 / 3, abs=0.05)
-        params = {"mask": torch.from_numpy(mask)}
-        y = corruption.forward(x, params)
-        start = mri.filtered(corruption, y, params) if mask.shape[2] > 1 else corruption.adjoint(y, params)
-        smooth = mri.total_variation(corruption, y, params, start, 0.1 if mask.shape[2] > 1 else 0.003)
-        assert (smooth - x).square().mean() < 0.2 * (start - x).square().mean()
+    mask = mri.lines(2, rng)
+    assert mask.mean() == pytest.approx(1 / 3, abs=0.05)
+    corruption, params = diffem.Fourier("real", 0.0), {"mask": torch.from_numpy(mask)}
+    y = corruption.forward(x, params)
+    zero_filled = corruption.adjoint(y, params)
+    smooth = mri.total_variation(corruption, y, params, zero_filled, 0.003)
+    assert (smooth - x).square().mean() < 0.2 * (zero_filled - x).square().mean()
 
 
 def test_hubble(example):
