@@ -79,9 +79,11 @@ def main() -> None:
     }
 
     shown = np.argsort(-np.isnan(seen).sum((1, 2, 3)))[[0, 3, 30, 60]]  # patches with much missing
-    columns = [seen, estimates["median filter"], estimates["linear"], *draws[:2], estimates["diffem"], 5 * draws.std(0)]
-    titles = ["measured", "median filter", "linear", "a draw", "another", "median of draws", "5 x std of draws"]
-    ranges = [(np.nanmin(seen[i]), np.nanmax(seen[i])) for i in shown]
+    low, high = (f(seen, (1, 2, 3), keepdims=True) for f in (np.nanmin, np.nanmax))
+    spread = low + 5 * draws.std(0)  # 0 is black
+    columns = [seen, estimates["median filter"], estimates["linear"], estimates["diffem"], *draws[:2], spread]
+    titles = ["measured", "median filter", "linear", "median of draws", "a draw", "another", "5 x std of draws"]
+    ranges = [(low[i].item(), high[i].item()) for i in shown]
     images("hubble", [[a[i, 0] for a in columns] for i in shown], titles, [""] * len(shown), ranges=ranges)
     write("hubble", figures, observations=len(observations.y), hidden=int(hidden.sum()))
 
