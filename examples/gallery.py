@@ -44,21 +44,16 @@ def coverage(draws: np.ndarray, truth: np.ndarray) -> float:
     return float(((truth >= low) & (truth <= high)).mean())
 
 
-def images(name: str, rows: list[list[np.ndarray]], titles: list[str], labels: list[str], **how) -> None:
-    """Saves rows of images, docs/gallery-NAME.png. The colours of a row span its first image, or `ranges` [(low, high)];
-    NaN is grey; `bars` names the unit of a colour bar for each row."""
-    ranges, bars, cmap = how.get("ranges"), how.get("bars"), plt.get_cmap(how.get("cmap", "gray"))
-    cmap = cmap.with_extremes(bad="0.6" if how.get("cmap") else "tab:blue")
-    height, width = rows[0][0].shape
-    size = (1.5 * len(titles) + 0.9, 1.5 * len(rows) * height / width + 0.4)
+def images(name, rows, titles, labels, ranges, bars=None, cmap="gray") -> None:
+    """Saves rows of images, each row in one range (low, high) of colours. NaN stands out. `bars`: units of colour bars."""
+    colours = plt.get_cmap(cmap).with_extremes(bad="tab:blue" if cmap == "gray" else "0.6")
+    size = (1.5 * len(titles) + 0.9, 1.5 * len(rows) + 0.4)
     figure, axes = plt.subplots(len(rows), len(titles), figsize=size, squeeze=False, layout="constrained")
     for i, row in enumerate(rows):
-        low, high = ranges[i] if ranges else (np.nanmin(row[0]), np.nanmax(row[0]))
-        for j, image in enumerate(row):
-            shown = axes[i, j].imshow(image, cmap=cmap, vmin=low, vmax=high, interpolation="nearest")
-            axes[i, j].set(xticks=[], yticks=[])
-            if i == 0:
-                axes[i, j].set_title(titles[j], fontsize=9)
+        for ax, image, title in zip(axes[i], row, titles, strict=True):
+            shown = ax.imshow(image, colours, vmin=ranges[i][0], vmax=ranges[i][1], interpolation="nearest")
+            ax.set(xticks=[], yticks=[])
+            ax.set_title(title if i == 0 else "", fontsize=9)
         axes[i, 0].set_ylabel(labels[i], fontsize=9)
         if bars:
             figure.colorbar(shown, ax=axes[i], shrink=0.8).set_label(bars[i], fontsize=9)

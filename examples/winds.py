@@ -76,7 +76,7 @@ def main() -> None:
     columns = [clean, seen, *list(estimates.values())[2:], draws.mean(0), *draws[:2], 3 * draws.std(0)]
     rows = [[a[i, part] for a in columns] for i, part in ((2, 0), (50, 0), (111, 1), (160, 0))]
     labels = ["eastward", "eastward", "northward", "eastward"]
-    images("winds", rows, titles, labels, cmap="RdBu_r", ranges=[(-12, 12)] * 4, bars=["m/s"] * 4)
+    images("winds", rows, titles, labels, [(-12, 12)] * 4, ["m/s"] * 4, "RdBu_r")
     write("winds", figures, observations=len(observations.y))
 
 

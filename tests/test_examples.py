@@ -115,7 +115,7 @@ def test_pictures_and_figures_are_written(example, monkeypatch, tmp_path):
     (tmp_path / "docs").mkdir()
     monkeypatch.setattr(gallery, "ROOT", tmp_path)
     monkeypatch.syspath_prepend(str(EXAMPLES.parent / "benchmarks"))
-    gallery.images("none", [[np.eye(4), np.full((4, 4), np.nan)]], ["a", "b"], ["row"], bars=["m/s"], cmap="RdBu_r")
+    gallery.images("none", [[np.eye(4), np.full((4, 4), np.nan)]], ["a", "b"], ["row"], [(0, 1)], ["m/s"], "RdBu_r")
     gallery.write("none", {"RMSE": {"diffem": 1.0}}, observations=3)
     assert (tmp_path / "docs" / "gallery-none.png").stat().st_size > 1000
     found = json.loads((tmp_path / "benchmarks" / "results" / "gallery" / "none.json").read_text())
