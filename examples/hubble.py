@@ -72,8 +72,8 @@ def main() -> None:
     off = {name: (np.abs(SOFT * np.sinh(a) - electrons) / err)[where] for name, a in estimates.items()}
     again = draws + error * rng.normal(size=draws.shape)  # what was hidden has noise: so must have what predicts it
     figures = {
-        "median of |error| / ERR": {name: float(np.median(a)) for name, a in off.items()},
-        "90th percentile of |error| / ERR": {name: float(np.percentile(a, 90)) for name, a in off.items()},
+        "error in units of ERR: median": {name: float(np.median(a)) for name, a in off.items()},
+        "error in units of ERR: 90th percentile": {name: float(np.percentile(a, 90)) for name, a in off.items()},
         "RMSE of asinh(SCI / 50)": {name: rmse((a - truth)[where]) for name, a in estimates.items()},
         "coverage of 90 % intervals": {"diffem": coverage(again[:, where], truth[where])},
     }
