@@ -1,7 +1,7 @@
 """Winds over the globe, seen only along the swaths of a satellite: 62 % of each monthly map are missing.
 
 132 monthly maps of the US Navy (Debian package ferret-datasets), on a grid of 2.5 degrees, eastward and northward wind.
-Each map is cut into 18 patches. `python examples/winds.py`: about five minutes on one core.
+Each map is cut into 18 patches. `python examples/winds.py`: about ten minutes on one core.
 """
 
 import numpy as np
