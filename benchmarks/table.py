@@ -406,6 +406,22 @@ def computed() -> str:
     return f"### full size (computed)\n\n{about}\n\n{markdown(heads, lines)}"
 
 
+GALLERY = ("winds", "mri", "hubble", "fertility", "co2")
+
+
+def gallery() -> str:
+    """The figures of the scripts in examples/: a row for each figure, diffem and the methods beside it."""
+    heads, lines = ["example", "figure", "diffem", "beside it", "seconds"], []
+    for name in GALLERY:
+        file = HERE / "results" / "gallery" / f"{name}.json"
+        result = json.loads(file.read_text()) if file.exists() else {"figures": {}}
+        for i, (figure, values) in enumerate(result["figures"].items()):
+            others = "; ".join(f"{method} {value:.3g}" for method, value in values.items() if method != "diffem")
+            first = [f"[{name}.py](../examples/{name}.py)", f"{result['seconds']}"] if i == 0 else ["", ""]
+            lines.append([first[0], figure, f"{values['diffem']:.3g}", others or "–", first[1]])
+    return markdown(heads, lines)
+
+
 def compared() -> list[Path]:
     return [folder for folder in sorted((HERE / "results" / "compare").glob("*")) if folder.is_dir()]
 
@@ -418,6 +434,7 @@ def pages() -> dict[Path, str]:
         + [single(f) for f in sorted((HERE / "results").glob("*.json")) if f.stem != "chaos"],
         HERE.parent / "README.md": [evidence()],
         HERE.parent / "docs" / "which-method.md": [summary(f) for f in compared() if not f.name.endswith("-long")],
+        HERE.parent / "docs" / "gallery.md": [gallery()],
         HERE.parent / "docs" / "cost.md": [scaling(), processes(), computed()],
         HERE.parent / "docs" / "wrong-corruptions.md": [turning(), misspecified()],
     }
