@@ -1,6 +1,6 @@
 """Photographs with few photons, beside BM3D after a variance-stabilising transform.
 
-    python benchmarks/photons.py                        # half an hour on one core; results/photons.json
+    python benchmarks/photons.py                        # half an hour on one core; results/photons/
 
 Two photographs of scikit-learn in grey, 30 photons in white, and read noise of half a photon (both known). diffem learns
 from patches of the two noisy photographs, and draws them whole. BM3D (package `bm3d`, extra `benchmarks`) denoises after
@@ -20,9 +20,11 @@ from pathlib import Path
 
 import bm3d
 import numpy as np
+import torch
 from compare import about
 from sklearn.datasets import load_sample_images
 
+from diffem.clean import metrics
 from diffem.config import load_config
 from diffem.corruptions import PoissonGaussian
 from diffem.data import Observations
@@ -64,7 +66,7 @@ def inverse(z: np.ndarray) -> np.ndarray:
 
 
 def psnr(estimate: np.ndarray, clean: np.ndarray) -> float:
-    return float(10 * np.log10(WHITE**2 / np.square(estimate - clean).mean()))
+    return metrics.psnr(torch.from_numpy(estimate), torch.from_numpy(clean), WHITE)
 
 
 def main() -> None:
@@ -85,7 +87,9 @@ def main() -> None:
     found["coverage_by_decile"] = [float(inside.ravel()[part].mean()) for part in parts]
     found |= {**about("python benchmarks/photons.py"), "seconds": round(time.monotonic() - began)}
     print(json.dumps(found, indent=1))
-    (HERE / "results" / "photons.json").write_text(json.dumps(found, indent=1) + "\n")
+    file = HERE / "results" / "photons" / "photographs.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

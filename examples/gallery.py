@@ -9,6 +9,9 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+import torch
+
+from diffem.clean import metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 DRAWS, LEVEL = 39, 0.9  # with 39 draws, 90 % is a whole number of ranks: 36 of 40
@@ -28,8 +31,8 @@ def rmse(error: np.ndarray) -> float:
 
 def psnr(estimate: np.ndarray, clean: np.ndarray, peak: float) -> float:
     """The mean over images (N, ...) of the PSNR, in dB."""
-    errors = np.square(estimate - clean).reshape(len(clean), -1).mean(1)
-    return float((10 * np.log10(peak**2 / errors)).mean())
+    pairs = zip(torch.from_numpy(estimate), torch.from_numpy(clean), strict=True)
+    return float(np.mean([metrics.psnr(one, true, peak) for one, true in pairs]))
 
 
 def interval(draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

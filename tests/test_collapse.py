@@ -72,6 +72,7 @@ def test_silent_while_all_is_well(name):
     assert sum(bool(warned(table)) for table in tables) <= 1  # several numbers in each, judged at three standard errors
     for number in tables[0]:
         away = np.array([(t[number]["value"] - t[number]["healthy"]) / t[number]["error"] for t in tables])
+        assert np.abs(away).max() < 4, number
         assert abs(away.mean()) < 1, number  # nothing but what the standard errors say
         assert (away**2).mean() < 2.5, number
 

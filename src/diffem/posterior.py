@@ -67,7 +67,7 @@ class Posterior(nn.Module):
         seeds: Tensor | None = None,
         batch: int | None = None,
     ) -> Tensor | np.ndarray:
-        """n draws for each observation. Each two, 0 and 1, 2 and 3, ..., are antithetic (:mod:`diffem.seeding`).
+        """n draws for each observation, in pairs of opposite random numbers (diffem.seeding).
 
         Arguments:
             y: Observations, shape (B, ...), with the axes of the training observations; values where a mask is false do
@@ -172,9 +172,9 @@ class Posterior(nn.Module):
         """Raises a DiffemError if observations have another corruption or layout than the training observations."""
         where, ours, theirs = observations.source, self.corruption.law, observations.corruption.law
         self._drawing(observations.shape, 1, f"{where}:")
+        if ours["name"] != theirs["name"]:
+            raise DiffemError(f"{where}: are of {theirs['name']}, but the model was trained for {ours['name']}")
         for name in {**ours, **theirs}:
-            if name == "name" and ours[name] != theirs[name]:
-                raise DiffemError(f"{where}: are of {theirs[name]}, but the model was trained for {ours[name]}")
             if ours.get(name) != theirs.get(name):
                 said = "noise.npy" if name == "noise" else "none"
                 raise DiffemError(

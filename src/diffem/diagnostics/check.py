@@ -302,7 +302,7 @@ def inverted(observations: Observations) -> list[Finding]:
     y = read_rows(observations, observations.y, rows, np.float32).nan_to_num()
     mask = read_rows(observations, observations.params["mask"], rows, bool).expand_as(y)
     shown, hidden = y[mask], y[~mask]
-    if not len(shown) or (shown != shown[0]).any() or not (hidden != shown[0]).any() or not hidden.any():
+    if not len(shown) or (shown != shown[0]).any() or (hidden == shown[0]).all() or not hidden.any():
         return []
     text = f"what the mask shows is {float(shown[0]):g} everywhere, and what it hides is not; is mask.npy inverted? It is true where y was observed"
     return [Finding("problem", "mask-inverted", text)]
@@ -430,7 +430,7 @@ def photons(observations: Observations, sample: Sample) -> list[Finding]:
     if max(factors) < UNEQUAL:
         return []
     declared, found = pairs[factors.index(max(factors))]
-    use = ", ".join(f"`{key}: {value:g}`" for key, value in {"gain": corruption.gain, **told.arguments}.items())
+    use = ", ".join(f"`{key}: {value:g}`" for key, value in told.arguments.items())
     use = f"; they fit {use}" if told.gain else f" up to a signal of {most:.3g}"
     text = f"declared gain {corruption.gain:g} and noise {corruption.noise:g} make a standard deviation of {declared:.3g} where the observations show {found:.3g}{use}"
     return [Finding("problem" if max(factors) > FAR_APART else "warning", "photons", text)]
