@@ -335,6 +335,25 @@ def test_mask_rate(block):
     assert "mask-rate" not in found(observe(images(), RandomMask(0.349, 1.0, block), declared=wrong))
 
 
+def test_a_channel_that_was_off():
+    x = np.concatenate([images(400), images(400) + 20], 1)
+    data = observe(x, GaussianNoise(5.0))
+    off = np.arange(0, 400, 10)
+    assert "blank-channel" not in found(data)
+    data.y[off, 1] = 0
+    said = found(data)
+    assert said["blank-channel"] == Finding(
+        "warning",
+        "blank-channel",
+        "channel 1 is exactly 0 everywhere in 10 % of the observations, which noise would not leave so; if it was not measured, hide it in mask.npy",
+    )
+    assert "clipped" not in said
+    mask = np.ones((400, 2, 1, 1), bool)
+    mask[off, 1] = False
+    assert "blank-channel" not in found(Observations(data.y, GaussianNoise(5.0), {"mask": mask}))
+    assert "blank-channel" not in found(Observations(data.y, GaussianNoise(0.0)))
+
+
 @pytest.mark.parametrize("which", [2, 150])  # of the validation, of the test observations
 def test_duplicates(which):
     y, mask = features(2000, 6), half(2000, 6)

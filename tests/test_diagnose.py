@@ -184,6 +184,17 @@ def test_few_observations_hide_neither_draws_that_agree_nor_a_tiny_ratio(tmp_pat
     assert diagnose(tmp_path, whole)["warnings"][0] == same
 
 
+def test_the_largest_width_is_told(tmp_path):
+    data = make(tmp_path)
+    row = json.loads((tmp_path / "metrics.jsonl").read_text())
+    for width, said in ((6.0, []), (9.0, [
+        "the final draws got the largest width, 9, since the network explained too little: single draws may look"
+        " grainy where nothing was measured; train longer, with more m_step.steps or em.iterations"
+    ])):  # fmt: skip
+        (tmp_path / "metrics.jsonl").write_text(json.dumps({**row, "width": width}) + "\n")
+        assert diagnose(tmp_path, data)["warnings"] == said
+
+
 def test_mistakes(tmp_path):
     make(tmp_path / "run")
     other = make(tmp_path / "other", seed=1)

@@ -20,7 +20,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from diffem import cli, judging, seeding, starts
+from diffem import cli, judging, samplers, seeding, starts
 from diffem import config as configuration
 from diffem import trainer as trainer_module
 from diffem.clean import datasets, metrics
@@ -211,8 +211,8 @@ def test_kill_nine_while_the_last_reconstructions_are_drawn(tmp_path, monkeypatc
         em = train(tmp_path / "whole", **sections)
     assert [row["iteration"] for row in em.rows] == [0, 1, 2, 3, 4]
     last = em.rows[-1]
-    assert (last["final"], last["width"], last["loss"], last["examples"]) == (1, judging.WIDTHS[-1], None, 0)
-    assert from_pretrained(tmp_path / "whole" / "posterior").sampler.width == judging.WIDTHS[-1]
+    assert (last["final"], last["width"], last["loss"], last["examples"]) == (1, samplers.WIDTHS[-1], None, 0)
+    assert from_pretrained(tmp_path / "whole" / "posterior").sampler.width == samplers.WIDTHS[-1]
     found = drawn(tmp_path / "whole" / "posterior", np.arange(60), 4, purpose="end")
     np.testing.assert_allclose(found, np.load(tmp_path / "whole" / "reconstructions.npy"), rtol=1e-4, atol=1e-5)
 
@@ -622,7 +622,7 @@ def test_wider_draws_have_a_larger_ratio(whole):
     """Of a network that was hardly trained, too."""
     posterior, ratios = from_pretrained(whole / "posterior"), []
     sampler, data = posterior.sampler, Dataset(observations(200), posterior.units)
-    for width in judging.WIDTHS:
+    for width in samplers.WIDTHS:
         sampler.width = width
         ratios.append(score(sampler, data, np.arange(200), 0, draws=2, splits=2).ratio)
     assert ratios == sorted(ratios)

@@ -608,6 +608,18 @@ def test_tables_come_back_exactly(suffix, here, monkeypatch):
     np.testing.assert_array_equal(y("two"), y()[:, [2, 0]])
 
 
+def test_single_precision_is_written_with_its_own_digits(here):
+    frame().to_csv("a.csv", index=False)
+    import_files("a.csv", "obs")
+    values = np.float32([[1, 0.1, 1], [2, 1 / 3, 0], [3, 0.7, 1], [4, 5, 0], [5, 2.5, 1]])
+    Export("obs", "csv", (3,)).write(values, Path("out"))
+    assert Path("out/a.csv").read_text().splitlines()[:3] == [
+        'count,"ratio, %",truth',
+        "1,0.1,True",
+        "2,0.33333334,False",
+    ]
+
+
 def test_text_in_tables_is_refused_by_name(here):
     table = pandas.DataFrame({"city": ["Paris", "Rome"], "age": [1, 2], "late": ["3", "x"]})
     table.to_csv("a.csv", index=False)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from diffem import config as configuration
-from diffem import judging, seeding
+from diffem import judging, samplers, seeding
 from diffem.corruptions import BlackBox, GaussianBlur, GaussianNoise, LinearCorruption, RandomMask, RandomProjection
 from diffem.data import Observations
 from diffem.denoiser import Denoiser, DenoiserConfig
@@ -362,7 +362,7 @@ def test_a_guided_run(settings, derivatives, tmp_path, monkeypatch):
     assert [row["iteration"] for row in rows] == [0, 1, 2]
     assert rows[1]["network_evaluations"] == 3 * 4 * 8 + 40 * 4 * (1 + 2 * derivatives)
     # only what is not guided puts variance back, and can be widened
-    assert (rows[2]["final"], rows[2]["width"]) == (1, 1.0 if settings else judging.WIDTHS[-1])
+    assert (rows[2]["final"], rows[2]["width"]) == (1, 1.0 if settings else samplers.WIDTHS[-1])
     assert rows[2]["network_evaluations"] == (0 if settings else 40 * 4)
     loaded = from_pretrained(tmp_path / "posterior")
     assert (loaded.sampler.kind, loaded.sampler.width) == (settings.get("kind", "diffusion"), rows[2]["width"])

@@ -13,7 +13,7 @@ from diffem import memory
 from diffem.data import evenly
 from diffem.diagnostics import PREDICTIONS, Score, final_splits, score
 from diffem.diagnostics.divergence import energy_items
-from diffem.samplers import Sampler
+from diffem.samplers import WIDTHS, Sampler
 from diffem.selection import GATE
 
 if TYPE_CHECKING:
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 COMPARED, CORRUPTED = 2048, 4  # a black box is scored on at most 2,048 reconstructions, each corrupted 4 times
 DRAWS, SPLITS = 2, 2  # to score an iteration: draws per split, and splits per validation observation
-WIDTHS = (0.5, 0.7, 1.0, 1.5, 2.5, 4.0, 6.0, 9.0)  # candidates for the final width
 
 
 def selection_score(em: DiffEM, sampler: Sampler) -> Score:

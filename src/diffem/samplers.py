@@ -43,6 +43,7 @@ from diffem.networks import Given, NetworkConfig
 
 MOST_STEPS = 3000  # each step uses three random streams; streams of other purposes begin at 10,000
 WIDEST = 100.0
+WIDTHS = (0.5, 0.7, 1.0, 1.5, 2.5, 4.0, 6.0, 9.0)  # candidates for the width of the final draws
 MIDDLE = 1.0  # the noise level, in model units, at which renoising begins: twice the spread of data
 RENOISE_STEPS = 2  # steps of renoising, or a quarter of the sampler's if that is more
 BATCH = 256  # default number of items at a time

@@ -77,7 +77,7 @@ def run(arguments: argparse.Namespace) -> None:
         new = row is em.rows[-1]  # not of an earlier process
         left = f"; {time_left(em.watch.left)}" if new and em.watch.left else ""
         say(
-            f"iteration {row['iteration']:3d} {verdict:8s} {row['score_name']} {row['score']:.4f} +- {row['score_se']:.4f}{ratio} ({row['seconds']:.0f} s){left}"
+            f"iteration {row.get('final', row['iteration']):3d} {verdict:8s} {row['score_name']} {row['score']:.4f} +- {row['score_se']:.4f}{ratio} ({row['seconds']:.0f} s){left}"
             + ("" if row["iteration"] else "; scores are in units of half the range of the data")
         )
         if new:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from diffem import memory
-from diffem.corruptions import Fourier, LinearCorruption, PoissonGaussian
+from diffem.corruptions import Corruption, Fourier, LinearCorruption, PoissonGaussian
 from diffem.corruptions.diagonal import LEAST_GAIN, DiagonalCorruption
 from diffem.data import Observations, evenly
 from diffem.data.layout import FEW as FEW_CHANNELS
@@ -30,6 +30,7 @@ LEVELS = ("problem", "warning", "note")
 SAMPLE = 8192  # the largest number of observations in the sample,
 NUMBERS = 2**23  # and of numbers in them
 CHUNK = 1024
+BLANK = 8  # fewer equal values may be chance
 FEW = 20  # fewer observations of an entry are too few to learn from
 SERIES = 32  # a table with more columns may be series
 SURE = 5.0  # standard errors, large since the smallest of thousands of values is tested
@@ -100,6 +101,7 @@ def check(observations: Observations, seed: int = 0) -> list[Finding]:
         *upside_down,
         *mask_rate(observations, survey),
         *duplicates(survey, train, np.concatenate(halves)),
+        *([] if upside_down else blank(sample)),
         *quiet,
         *photons(observations, sample),
         *not_measured(observations),
@@ -169,6 +171,8 @@ class Sample:
 
     Attributes:
         y: Observations (n, *y shape), 0 where nothing was observed.
+        blank: Which channels of which observations have one value everywhere, which noise would not leave so,
+            (n, channels). They do not count as seen.
         seen: Which of the coefficients z were observed, (n, d).
         z: Coefficients (n, d): the entries of y, or its cosine coefficients if it is blurred.
         matrix: Matrices (n, m, features), or None.
@@ -180,7 +184,9 @@ class Sample:
     def __init__(self, observations: Observations) -> None:
         corruption, limit = observations.corruption, NUMBERS // math.prod(observations.y.shape[1:])
         self.y, params = observations.batch(evenly(np.arange(len(observations)), min(SAMPLE, max(limit, FEW))))
-        self.seen = corruption.seen(self.y, params).expand_as(self.y).flatten(1).numpy()
+        seen = corruption.seen(self.y, params).expand_as(self.y)
+        self.blank = _blank(self.y, seen, corruption)
+        self.seen = (seen & ~self.blank.view(*self.blank.shape, *(1,) * (seen.ndim - 2))).flatten(1).numpy()
         self.z = corruption.compared(self.y).flatten(1).double().numpy()
         self.matrix = params.get("matrix")
         self.values = self.y.flatten(1).numpy()[self.seen]
@@ -188,6 +194,14 @@ class Sample:
         self.count = self.seen.sum(0)
         self.mean = (self.z * self.seen).sum(0) / np.maximum(self.count, 1)
         self.variance = (np.square(self.z - self.mean) * self.seen).sum(0) / np.maximum(self.count - 1, 1)
+
+
+def _blank(y: Tensor, seen: Tensor, corruption: Corruption) -> Tensor:
+    level, shape = getattr(corruption, "noise", None), y.shape[:2]
+    if y.ndim < 3 or not corruption.linear or not corruption.same_units or not isinstance(level, float) or not level:
+        return torch.zeros(shape, dtype=torch.bool)
+    least = torch.where(seen, y, math.inf).flatten(2).amin(2)
+    return (least == torch.where(seen, y, -math.inf).flatten(2).amax(2)) & (seen.flatten(2).sum(2) >= BLANK)
 
 
 def _keys(tensors: list[Tensor]) -> np.ndarray:
@@ -306,6 +320,16 @@ def inverted(observations: Observations) -> list[Finding]:
         return []
     text = f"what the mask shows is {float(shown[0]):g} everywhere, and what it hides is not; is mask.npy inverted? It is true where y was observed"
     return [Finding("problem", "mask-inverted", text)]
+
+
+def blank(sample: Sample) -> list[Finding]:
+    """Channels with one value everywhere, such as those of a detector that was off: a warning."""
+    if not (share := sample.blank.double().mean(0)).any():
+        return []
+    channel = int(share.argmax())
+    value = sample.y[sample.blank[:, channel], channel].flatten()[0]
+    text = f"channel {channel} is exactly {value:g} everywhere in {_percent(float(share[channel]))} of the observations, which noise would not leave so; if it was not measured, hide it in mask.npy"
+    return [Finding("warning", "blank-channel", text)]
 
 
 def duplicates(survey: Survey, train: np.ndarray, held_out: np.ndarray) -> list[Finding]:

@@ -17,7 +17,7 @@ from diffem.diagnostics.scores import Coverage, coverage
 from diffem.errors import DiffemError
 from diffem.posterior import from_pretrained
 from diffem.run import read_config
-from diffem.samplers import draw_many, prior_samples
+from diffem.samplers import WIDTHS, draw_many, prior_samples
 from diffem.watch import read_metrics
 
 ITEMS = 256  # held-out observations, each reconstructed once; also the number of prior samples
@@ -35,6 +35,10 @@ SIZES = {"energy_distance": 0.005, "entries": 0.03}
 SAME = (
     "all draws of an observation are equal, so that its standard deviation is 0: the run kept its start, which has no"
     " uncertainty (the observation, or its inverse); train longer, with more m_step.steps"
+)
+GRAINY = (
+    "the final draws got the largest width, {width:g}, since the network explained too little: single draws may look"
+    " grainy where nothing was measured; train longer, with more m_step.steps or em.iterations"
 )
 PERMUTATIONS = 999  # the smallest joint p-value of three tests is 0.003
 
@@ -94,10 +98,11 @@ def diagnose(
     result: dict = {"iteration": final["iteration"], "items": len(rows)}
     ratio = None if final.get("ratio") is None else (final["ratio"], final["ratio_se"])
     one, other = draw_many(posterior, data, evenly(rows, FEWEST), 2, key, batch=batch)
-    same = [SAME] if torch.equal(one, other) else []
+    first = [SAME] if torch.equal(one, other) else []
+    first += [GRAINY.format(width=final["width"])] if final.get("width") == WIDTHS[-1] else []
     if len(rows) < FEWEST:
         few = f"{len(rows)} test observations are too few to say whether all is well; it takes {FEWEST}"
-        return {**result, "seconds": time.monotonic() - began, "warnings": [*same, *narrow(ratio), few]}
+        return {**result, "seconds": time.monotonic() - began, "warnings": [*first, *narrow(ratio), few]}
     if (found := coverage(posterior, data, evenly(test, COVERED * (1 + full)), key, DRAWS, batch)) is not None:
         result["coverage"] = _coverage(found)
     x = draw_many(posterior, data, rows, 1, key, batch=batch)[0]
@@ -107,7 +112,7 @@ def diagnose(
     result["collapse"] = collapse_watch(x, samples, kept, data, rows, key, ratio)
     if full and prior is not None:
         result["self_consistency"] = self_consistency(posterior, prior, key, batch=batch)
-    return {**result, "seconds": time.monotonic() - began, "warnings": [*same, *warnings(result)]}
+    return {**result, "seconds": time.monotonic() - began, "warnings": [*first, *warnings(result)]}
 
 
 def warnings(result: dict) -> list[str]:
