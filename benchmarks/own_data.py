@@ -85,7 +85,7 @@ def gaps(rng: np.random.Generator) -> Case:
     mask = (np.arange(length) < begin) | (np.arange(length) >= begin + gap)
     y = np.where(mask, clean + 0.05 * rng.normal(size=clean.shape), np.nan).astype(np.float32)
     observations, filled = Observations(y, Mask(0.05)), np.full_like(clean, np.nanmean(y))
-    return Case(observations, clean, filled, "mean filling", ~mask, settings={"em.iterations": "4"})
+    return Case(observations, clean, filled, "mean filling", ~mask, settings={"em.iterations": "10"})
 
 
 def noise_by_item(rng: np.random.Generator) -> Case:
@@ -177,7 +177,7 @@ def run(name: str, seed: int, folder: Path) -> dict:
     clean, usual = case.clean[rows], case.usual[rows]
     draws = from_pretrained(folder / "posterior").reconstruct(case.observations, rows, DRAWS, seed).numpy()
     where = np.broadcast_to(case.where, case.clean.shape)[rows]
-    low, high = np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
+    low, high = np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0, method="weibull")
     inside, rmse = (clean >= low) & (clean <= high), lambda x: float(np.sqrt(np.square(x[where]).mean()))
     found = {
         "rmse": rmse(draws.mean(0) - clean),

@@ -406,6 +406,66 @@ def computed() -> str:
     return f"### full size (computed)\n\n{about}\n\n{markdown(heads, lines)}"
 
 
+TABLES = {
+    "cancer": "breast cancer (scikit-learn)",
+    "wine": "wine (scikit-learn)",
+    "iris": "iris (scikit-learn)",
+    "fair": "fair (statsmodels)",
+    "income": "income and ratio, simulated",
+    "cancer-block": "breast cancer, a third of the columns missing together",
+}
+
+
+def imputers() -> str:
+    """For every table of tables.py: the error, the accuracy and the coverage of each imputer, means over seeds."""
+    heads = ["table", "imputer", "RMSE [standard deviations]", "accuracy of categories", "coverage of 90 % intervals"]
+    lines = []
+    for name, words in TABLES.items():
+        files = sorted((HERE / "results" / "tables").glob(f"{name}-[0-9]*.json"))
+        seeds = [json.loads(file.read_text())["methods"] for file in files]
+        for method in seeds[0] if seeds else ():
+            rows = [seed[method] for seed in seeds]
+            accuracy = [statistics.mean(row["accuracy"].values()) for row in rows if row["accuracy"]]
+            shown = [_spread([row["rmse_mean"] for row in rows], 3), _spread(accuracy, 2)]
+            shown += [_spread([row["coverage"] for row in rows if "coverage" in row], 2)]
+            lines.append(
+                ["" if lines and method != next(iter(seeds[0])) else f"{words} ({len(seeds)})", method, *shown]
+            )
+    return markdown(heads, lines) if lines else ""
+
+
+def _spread(values: list[float], digits: int) -> str:
+    if not values:
+        return "–"
+    error = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{error}"
+
+
+def own_data() -> str:
+    """For every case of own_data.py: errors and coverage of a run."""
+    heads = ["case", "RMSE: diffem", "the usual method", "spread of the data", "spread of the draws"]
+    heads += ["coverage of 95 % intervals", "what the run says", "seconds"]
+    lines = []
+    for file in sorted((HERE / "results" / "own_data").glob("*.json")):
+        r = json.loads(file.read_text())
+        said = "–" if r["said"] is None else f"{r['said']:.3f}"
+        cells = [f"{r['rmse']:.3g}", f"{r['usual']:.3g} ({r['usual_name']})", f"{r['spread_of_data']:.3g}"]
+        lines.append([r["case"], *cells, f"{r['claimed']:.3g}", f"{r['coverage']:.3f}", said, f"{r['seconds']}"])
+    words = "`python benchmarks/own_data.py`: each is one run; the script says what the cases are. Units are those of the data."
+    return f"### own data\n\n{words}\n\n{markdown(heads, lines)}" if lines else ""
+
+
+def photographs() -> str:
+    """The photographs of photons.py."""
+    file = HERE / "results" / "photons" / "photographs.json"
+    if not file.exists():
+        return ""
+    r = json.loads(file.read_text())
+    deciles = ", ".join(f"{share:.2f}" for share in r["coverage_by_decile"])
+    words = f"`{r['command']}`: PSNR in dB. Of the 90 % intervals {r['coverage']:.2f} hold the truth; by brightness, from dark to bright: {deciles}."
+    return f"### photographs with few photons\n\n{words}\n\n{markdown(list(r['psnr']), [[f'{v:.2f}' for v in r['psnr'].values()]])}"
+
+
 GALLERY = ("winds", "mri", "hubble", "fertility", "co2")
 
 
@@ -429,12 +489,13 @@ def compared() -> list[Path]:
 def pages() -> dict[Path, str]:
     """Every page with tables, and its text with the current tables."""
     tables = {
-        HERE / "README.md": [ablation(), throughput(), processes()]
+        HERE / "README.md": [ablation(), throughput(), processes(), own_data(), photographs()]
         + [comparison(f) for f in compared()]
         + [single(f) for f in sorted((HERE / "results").glob("*.json")) if f.stem != "chaos"],
         HERE.parent / "README.md": [evidence()],
         HERE.parent / "docs" / "which-method.md": [summary(f) for f in compared() if not f.name.endswith("-long")],
         HERE.parent / "docs" / "gallery.md": [gallery()],
+        HERE.parent / "docs" / "tables.md": [imputers()],
         HERE.parent / "docs" / "cost.md": [scaling(), processes(), computed()],
         HERE.parent / "docs" / "wrong-corruptions.md": [turning(), misspecified()],
     }
