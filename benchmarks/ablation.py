@@ -102,7 +102,7 @@ class Corrected(DiffusionSampler):
 
     def measure(self, x: Tensor, y: Tensor, params: dict, seeds: Tensor) -> None:
         """Measures squared errors over predicted variances, on items and their observations."""
-        correction = torch.ones(self.sampler.steps + 1, 2)
+        correction = torch.ones(self.settings.steps + 1, 2)
         seen = self.corruption.seen(y, params).expand_as(x).flatten(1)
         for k, sigma in enumerate(self.sigmas):
             noise = seeding.normal(seeds, self.shape, stream=k)
@@ -180,7 +180,7 @@ class Heun(DiffusionSampler):
     @torch.no_grad()
     def draw(self, y: Tensor, params: Params, seeds: Tensor, withheld: Tensor | None = None) -> Tensor:
         bound = _Bound(self.denoiser, y, params, withheld)
-        solver = azula_sample.HeunSampler(bound, steps=self.sampler.steps // 2, silent=True, dtype=y.dtype)
+        solver = azula_sample.HeunSampler(bound, steps=self.settings.steps // 2, silent=True, dtype=y.dtype)
         return solver(self.sigmas[0].to(y) * seeding.normal(seeds, self.shape))
 
 

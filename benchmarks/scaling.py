@@ -39,8 +39,9 @@ import torch
 from diffem.config import load_config
 from diffem.data import Observations
 from diffem.diagnostics.check import quick
-from diffem.em import DiffEM, Progress
+from diffem.em import DiffEM
 from diffem.judging import selection_score
+from diffem.loop import Progress
 
 HERE = Path(__file__).parent
 SHAPE, CHUNK = (3, 32, 32), 4096

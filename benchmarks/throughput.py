@@ -43,7 +43,8 @@ from diffem import distributed
 from diffem.config import load_config
 from diffem.corruptions import RandomMask
 from diffem.data import Observations
-from diffem.em import DiffEM, alone, e_step, start, train
+from diffem.em import DiffEM, e_step, start, train_network
+from diffem.loop import alone
 from diffem.samplers import draw_many
 
 HERE = Path(__file__).parent
@@ -142,7 +143,7 @@ class Timed:
 
     def m_step(self) -> None:
         self.em.state.updates, self.em.state.loss_sum = 0, 0.0
-        assert train(self.em, self.count, self.em.config.denoiser.observation_dropout)
+        assert train_network(self.em, self.count, self.em.config.denoiser.observation_dropout)
 
     def bare_m_step(self) -> None:
         for _ in range(self.count):
@@ -303,7 +304,7 @@ def worker(name: str, rounds: int, batch: int, folder: Path) -> None:
 
     def m_step() -> None:
         em.state.updates, em.state.loss_sum = 0, 0.0
-        assert train(em, NETWORKS[name].updates, em.config.denoiser.observation_dropout)
+        assert train_network(em, NETWORKS[name].updates, em.config.denoiser.observation_dropout)
 
     for _ in range(rounds + 1):  # the first one is not counted
         for kind, step in (("m_step", m_step), ("e_step", lambda: e_step(em))):

@@ -32,7 +32,8 @@ from diffem import config as configuration
 from diffem.clean import datasets
 from diffem.corruptions import BlackBox, Corruption, GaussianNoise, Params, RandomMask
 from diffem.data import Observations
-from diffem.em import DiffEM, Hook
+from diffem.em import DiffEM
+from diffem.loop import Hook
 from diffem.samplers import draw_many
 
 HERE = Path(__file__).parent

@@ -24,7 +24,8 @@ from diffem.cli import main
 from diffem.cli.console import ProgressBar
 from diffem.corruptions import REGISTRY
 from diffem.data import Observations
-from diffem.em import DiffEM, Progress
+from diffem.em import DiffEM
+from diffem.loop import Progress
 from diffem.posterior import from_pretrained
 from diffem.report import page
 from diffem.watch import status

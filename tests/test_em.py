@@ -30,8 +30,9 @@ from diffem.data import Dataset, Observations, evenly
 from diffem.denoiser import Denoiser
 from diffem.diagnostics import Score, score
 from diffem.diagnostics import scores as scores_module
-from diffem.em import DiffEM, Progress
+from diffem.em import DiffEM
 from diffem.errors import DiffemError
+from diffem.loop import Progress
 from diffem.posterior import from_pretrained
 from diffem.samplers import DiffusionSampler, MixtureSampler
 from diffem.trainer import Trainer
@@ -680,7 +681,7 @@ def test_prior_trains_on_training_reconstructions(tmp_path, monkeypatch):
     posterior, prior = (load_file(tmp_path / n / "model.safetensors") for n in ("posterior", "prior"))
     assert any(not torch.equal(posterior[k], prior[k]) for k in prior if k.startswith("denoiser.network."))
     samplers = [from_pretrained(tmp_path / name) for name in ("posterior", "prior")]
-    assert [(p.sampler.sampler.steps, p.sampler.width) for p in samplers] == [(3, 1.0), (4, 1.0)]
+    assert [(p.sampler.settings.steps, p.sampler.width) for p in samplers] == [(3, 1.0), (4, 1.0)]
     about = json.loads((tmp_path / "prior.json").read_text())
     assert (about["steps"], about["examples"]) == (40, 40 * 16)
 

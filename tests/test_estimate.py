@@ -370,9 +370,10 @@ def test_noise_that_was_measured_in_the_dark_only_is_not_called_the_same_everywh
     with pytest.raises(DiffemError) as caught:
         described({"name": "Mask"}, found)
     assert str(caught.value) == (
-        f"no corruption.yaml is written: {found.text}; with one noise for all signals write `name: GaussianNoise` and "
+        f"no corruption.yaml is written: {found.text}; with one noise for all signals write `name: Mask` and "
         f"`noise: {found.std():.3g}`, for photons `name: PoissonGaussian` with the gain of the camera"
     )
+    assert described({"name": "Downsample", "factor": 2}, found)["noise"] == pytest.approx(background, rel=0.05)
     said = lambda gain, noise: [f.text for f in quick_photons(y, gain, noise)]  # noqa: E731
     assert said(2.2, 4.0) == []
     declared, level = (20 * found.reach + 16) ** 0.5, f"{found.reach:.3g}"
@@ -410,12 +411,17 @@ def test_command_with_photons(tmp_path, capsys):
             ": y.npy: holds int64 but no range is stated;",
         ),
         (
+            lambda d: (d / "corruption.yaml").write_text("name: Fourier\nitems: real\n"),
+            [],
+            ": y of Fourier is not an image whose flat patches would tell the noise; take it from repeated measurements, or",
+        ),
+        (
             lambda d: None,
             ["--corruption", "torch:abs"],
             "--estimate: is for corruptions that corruption.yaml names, not --corruption",
         ),
     ],
-    ids=["table", "noise.npy", "integers", "black box"],
+    ids=["table", "noise.npy", "integers", "k-space", "black box"],
 )
 def test_mistakes(prepare, options, text, tmp_path, capsys):
     np.save(tmp_path / "y.npy", np.ones((50, 1, 8, 8)))

@@ -25,6 +25,7 @@ from diffem.denoiser import Denoiser, DenoiserConfig
 from diffem.diagnostics import diagnose
 from diffem.em import DiffEM
 from diffem.errors import DiffemError
+from diffem.loop import State
 from diffem.networks import NetworkConfig
 from diffem.posterior import from_pretrained
 from diffem.samplers import Sampler
@@ -137,7 +138,7 @@ def slices(folder: str, n: int) -> None:
     with em.run.open():
         em_module.start(em)
         for step, row in (("e_step", 0), ("m_step", 1), ("e_step", 1)):
-            em.state = em_module.State(step, row, width=1.0 if row else None)
+            em.state = State(step, row, width=1.0 if row else None)
             with contextlib.suppress(Enough):
                 em.steps[step](em)
             if (where / "run" / "next.npy").exists():
@@ -316,7 +317,7 @@ train, _, _ = observations.split(0)
 data = Dataset(observations, observations.units(train), train)
 mixture, _ = fit(StartConfig(ranks=(2,), components=(1,), iterations=1, items=64), data, train, 0)
 sampler = tiles.untrained(MixtureSampler(data.corruption, data.shape, mixture))
-sampler.sampler = SamplerConfig(steps=1)
+sampler.settings = SamplerConfig(steps=1)
 posterior = Posterior(sampler, observations.corruption, data.units)
 draws = posterior.reconstruct(observations.images, np.array([0]))
 assert draws.shape == (1, 1, 1, 1024, 1024)

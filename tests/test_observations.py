@@ -298,8 +298,7 @@ def test_unobserved_names_the_pixels():
 def test_missing_folder_and_files(tmp_path):
     assert error(Observations.load, tmp_path / "no") == f"{tmp_path / 'no'}: no such folder of observations"
     assert error(Observations.load, tmp_path) == (
-        f"{tmp_path / 'corruption.yaml'}: missing; it says how y came about, "
-        "e.g. `name: RandomMask`, `rate: 0.75`, `noise: 0.01`"
+        f"{tmp_path / 'corruption.yaml'}: missing; it says how y came about, e.g. `name: Mask`, `noise: 0.01`"
     )
     (tmp_path / "corruption.yaml").write_text("name: GaussianNoise\nnoise: 0.1\n")
     assert error(Observations.load, tmp_path) == f"{tmp_path / 'y.npy'}: missing"
@@ -584,7 +583,7 @@ def test_tensors_and_lists_are_arrays():
 @pytest.mark.parametrize(
     ("corruption", "params", "text"),
     [
-        ("RandomMask", None, "corruption: must be a corruption, e.g. RandomMask(0.5, 0.1), got 'RandomMask'"),
+        ("RandomMask", None, "corruption: must be a corruption, e.g. Mask(0.1), got 'RandomMask'"),
         (
             RandomMask(0.5, 0.1),
             np.ones((40, 3), bool),

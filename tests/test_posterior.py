@@ -500,7 +500,7 @@ def test_a_sampler_of_the_users_own_trains_and_loads(tmp_path):
     is_of_the_run(loaded, tmp_path, data)
     assert type(from_pretrained(tmp_path / "prior").sampler) is Louder
     plain = Posterior(
-        DiffusionSampler(loaded.sampler.denoiser, loaded.sampler.sampler), loaded.corruption, loaded.units
+        DiffusionSampler(loaded.sampler.denoiser, loaded.sampler.settings), loaded.corruption, loaded.units
     )
     assert not same(plain, loaded, *data.batch(np.arange(5)))
     del SAMPLERS["louder"]

@@ -30,7 +30,7 @@ UNET = NetworkConfig(kind="unet", channels=(4, 8), blocks=(1, 1), attention=(1,)
 def denoising(corruption: Corruption, shape: tuple[int, ...], network: NetworkConfig | Given = UNET, steps: int = 1):
     """Reverse diffusion of few steps, since each is traced."""
     of = diffusion(corruption, shape, network)
-    of.sampler.sampler = dataclasses.replace(of.sampler.sampler, steps=steps)
+    of.sampler.settings = dataclasses.replace(of.sampler.settings, steps=steps)
     return of
 
 

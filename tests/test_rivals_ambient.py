@@ -15,8 +15,9 @@ from diffem import seeding
 from diffem.corruptions import GaussianBlur, GaussianNoise, RandomMask, RandomProjection
 from diffem.data import Observations
 from diffem.denoiser import DenoiserConfig
-from diffem.em import DiffEM, Progress
+from diffem.em import DiffEM
 from diffem.errors import DiffemError
+from diffem.loop import Progress
 from diffem.mixtures import Mixture
 from diffem.networks import NetworkConfig
 from diffem.posterior import Posterior, from_pretrained

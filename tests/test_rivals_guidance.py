@@ -380,7 +380,7 @@ def test_save_and_load(settings, tmp_path):
     assert {k: stored[k] for k in settings} == settings
     loaded = from_pretrained(tmp_path)
     assert type(loaded.sampler) is type(of.sampler)
-    assert loaded.sampler.sampler == of.sampler.sampler
+    assert loaded.sampler.settings == of.sampler.settings
     assert (loaded.units, loaded.sampler.width) == (units, 0.7)
     y, params = observed(corruption, n)
     one, two = (posterior.sample(y, params, seeds=keys(n)) for posterior in (of, loaded))

@@ -26,8 +26,9 @@ from safetensors.torch import save_file
 from diffem import __version__, cli, files, judging, safe_yaml, starts, tensors
 from diffem.cli.train import until_stopped
 from diffem.data import Observations
-from diffem.em import DiffEM, Progress, rest
+from diffem.em import DiffEM
 from diffem.errors import DiffemError, Stopped
+from diffem.loop import Progress, rest
 from diffem.run import Run
 from diffem.samplers import DiffusionSampler
 

@@ -138,9 +138,9 @@ def test_renoising_takes_a_quarter_of_the_evaluations():
     predict = sampler.denoiser.predict
     sampler.denoiser.predict = lambda *given: (calls.append(1), predict(*given))[1]
     sampler.renoise(y, y, {}, seeding.item_seeds(0, 0, "user", range(3)))
-    assert len(calls) == DiffusionSampler.evaluations(sampler.sampler, renoised=True) == 17
+    assert len(calls) == DiffusionSampler.evaluations(sampler.settings, renoised=True) == 17
     sampler.draw(y, {}, seeding.item_seeds(0, 0, "user", range(3)))
-    assert len(calls) - 17 == DiffusionSampler.evaluations(sampler.sampler) == 65
+    assert len(calls) - 17 == DiffusionSampler.evaluations(sampler.settings) == 65
     for steps, renoised in ((1, 2), (2, 3), (6, 3), (16, 5), (20, 6)):
         assert DiffusionSampler.evaluations(SamplerConfig(steps=steps), renoised=True) == renoised
 

@@ -19,7 +19,7 @@ from diffem import judging, watch
 from diffem.cli import main
 from diffem.data import observations as data
 from diffem.diagnostics import scores
-from diffem.em import Progress
+from diffem.loop import Progress
 from diffem.run import Run
 from diffem.watch import FILE, Status, duration, seconds_left, status
 

@@ -61,7 +61,7 @@ def forecast(observations: Observations, config: Config) -> str:
     sampler, dropout = em.diffusion(steps=1), config.denoiser.observation_dropout  # all steps take equally long
     update = _seconds(lambda: em.trainer.update(em.losses(x, generator, dropout), rate=0.0))
     draw = _seconds(lambda: draw_many(sampler, em.data, rows, 1, 0, batch=em.batch)) / len(rows)
-    draw *= em.sampler_class.evaluations(config.sampler) / em.sampler_class.evaluations(sampler.sampler)
+    draw *= em.sampler_class.evaluations(config.sampler) / em.sampler_class.evaluations(sampler.settings)
     iterations = em_config.iterations
     updates = min(iterations, 1) * m_step.first_steps + max(iterations - 1, 0) * m_step.steps
     scored = DRAWS * em.data.corruption.predictable

@@ -17,7 +17,7 @@ from diffem.samplers import WIDTHS, Sampler
 from diffem.selection import GATE
 
 if TYPE_CHECKING:
-    from diffem.em import DiffEM
+    from diffem.loop import DiffEM
 
 COMPARED, CORRUPTED = 2048, 4  # a black box is scored on at most 2,048 reconstructions, each corrupted 4 times
 DRAWS, SPLITS = 2, 2  # to score an iteration: draws per split, and splits per validation observation
@@ -85,7 +85,7 @@ def chosen_width(em: DiffEM, width: float) -> float:
     return WIDTHS[k] if delta < -GATE * error else 1.0
 
 
-def row_of(em: DiffEM, sampler: Sampler, current: Score, verdict: dict) -> dict:
+def row_of(em: DiffEM, current: Score, verdict: dict) -> dict:
     """The metrics of an iteration; `verdict` comes from the selection."""
     state = em.state
     examples = state.updates * em.config.m_step.batch

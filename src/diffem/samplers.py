@@ -233,7 +233,7 @@ class DiffusionSampler(Sampler):
 
     def __init__(self, denoiser: Denoiser, sampler: SamplerConfig) -> None:
         super().__init__(denoiser.corruption, denoiser.shape)
-        self.denoiser, self.sampler, self.width = denoiser, sampler, sampler.width
+        self.denoiser, self.settings, self.width = denoiser, sampler, sampler.width
 
     @classmethod
     def suits(cls, corruption: Corruption, sampler: SamplerConfig, denoiser: DenoiserConfig) -> None:
@@ -260,7 +260,7 @@ class DiffusionSampler(Sampler):
         return {
             "denoiser": {**asdict(self.denoiser.config), "precondition": self.denoiser.precondition},
             "network": asdict(built_by) if isinstance(built_by, NetworkConfig) else None,
-            "sampler": asdict(self.sampler),
+            "sampler": asdict(self.settings),
         }
 
     @classmethod
@@ -292,7 +292,7 @@ class DiffusionSampler(Sampler):
     @property
     def sigmas(self) -> Tensor:
         """The noise levels, largest first, shape (steps + 1,)."""
-        return self.denoiser.schedule.sigma(torch.linspace(1, 0, self.sampler.steps + 1))
+        return self.denoiser.schedule.sigma(torch.linspace(1, 0, self.settings.steps + 1))
 
     @torch.no_grad()
     def draw(self, y: Tensor, params: Params, seeds: Tensor, withheld: Tensor | None = None) -> Tensor:
@@ -305,7 +305,7 @@ class DiffusionSampler(Sampler):
     def renoise(self, x: Tensor, y: Tensor, params: Params, seeds: Tensor) -> Tensor:
         """Adds noise to earlier draws, up to a middle level, and removes it again. A draw of the right distribution stays one."""
         low, high = float(self.sigmas[-1]), min(float(self.sigmas[0]), MIDDLE)
-        sigmas = torch.logspace(math.log10(high), math.log10(low), renoise_steps(self.sampler.steps) + 1).to(y)
+        sigmas = torch.logspace(math.log10(high), math.log10(low), renoise_steps(self.settings.steps) + 1).to(y)
         query = Query(y, params, torch.zeros(y.shape[:1], dtype=torch.bool, device=y.device), seeds)
         return self._reverse(x + sigmas[0] * seeding.normal(seeds, self.shape), sigmas, query)
 

@@ -45,7 +45,7 @@ class Tiled(DiffusionSampler):
     kind = "tiled"
 
     def __init__(self, tile: DiffusionSampler, shape: tuple[int, ...], batch: int) -> None:
-        super().__init__(tile.denoiser, tile.sampler)
+        super().__init__(tile.denoiser, tile.settings)
         self.tile, self.shape, self.width, self.batch = tile, tuple(shape), tile.width, batch
         size = tile.shape[1:]
         self.grid = Grid(self.shape[1:], size, [max(n // 2, 1) for n in size])

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from diffem.errors import DiffemError, missing, suggest
 
 if TYPE_CHECKING:
-    from diffem.em import DiffEM, Hook
+    from diffem.loop import DiffEM, Hook
 
 Write = Callable[["DiffEM", int, dict[str, float]], object]
 

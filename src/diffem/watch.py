@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from diffem.errors import DiffemError
 
 if TYPE_CHECKING:
-    from diffem.em import DiffEM, Progress
+    from diffem.loop import DiffEM, Progress
 
 FILE = "progress.json"
 EVERY = 2.0  # seconds

@@ -10,8 +10,8 @@ from torch import Tensor
 from diffem.clean import metrics
 from diffem.corruptions import LinearCorruption
 from diffem.data import Dataset, Items, Observations, evenly, open_array
-from diffem.em import DiffEM, Hook
 from diffem.errors import DiffemError
+from diffem.loop import DiffEM, Hook
 from diffem.posterior import from_pretrained
 from diffem.run import read_config
 from diffem.samplers import draw_many, prior_samples

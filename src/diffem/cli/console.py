@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from diffem.errors import printable
 
 if TYPE_CHECKING:
-    from diffem.em import Progress
+    from diffem.loop import Progress
 
 LONGEST = 1000  # letters of an error
 

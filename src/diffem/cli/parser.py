@@ -17,7 +17,7 @@ examples:
   diffem train digits --em.iterations 30           any setting: --section.field value; `diffem settings` lists them
 
 DIR holds y.npy, mask.npy (or matrix.npy) and corruption.yaml, e.g.
-  name: RandomMask
+  name: Mask
   rate: 0.5
   noise: 0.01
 SIGTERM or Ctrl-C: it saves and ends, usually within seconds, with status 143 or 130; a second one ends it at once.
@@ -102,7 +102,7 @@ def parser() -> argparse.ArgumentParser:
     )
     imports.add_argument("source", metavar="SOURCE", help="a file, FILE:PATH of an array in it, or a folder of files")
     imports.add_argument("--out", required=True, metavar="DIR", help="the folder of observations to write")
-    imports.add_argument("--name", help="a corruption, e.g. RandomMask; its arguments are options, too: --rate 0.5")
+    imports.add_argument("--name", help="a corruption, e.g. Mask; its arguments are options, too: --noise 0.01")
     imports.add_argument(
         "--range", nargs=2, type=float, metavar=("LOW", "HIGH"), help="of clean values (default: of 8- and 16-bit data)"
     )
@@ -146,7 +146,9 @@ def parser() -> argparse.ArgumentParser:
     reconstruct.add_argument("run")
     reconstruct.add_argument("--observations", required=True, metavar="DIR")
     _add_corruption(reconstruct)
-    reconstruct.add_argument("--draws", type=int, default=8, metavar="M")
+    reconstruct.add_argument(
+        "--draws", type=int, default=8, metavar="M", help="8 suffice for a mean; a standard deviation takes 32 or more"
+    )
     reconstruct.add_argument("--seed", type=int, default=0)
     _add_device(reconstruct)
     reconstruct.add_argument(

@@ -19,8 +19,9 @@ from diffem.cli.models import own_corruption, place_of
 from diffem.cli.words import overrides
 from diffem.data import Observations, open_array
 from diffem.diagnostics.check import quick
-from diffem.em import TOGETHER, DiffEM
+from diffem.em import DiffEM
 from diffem.errors import DiffemError, Stopped
+from diffem.loop import TOGETHER
 from diffem.report import page, pictures
 from diffem.samplers import trained_kind
 from diffem.tracking import track
@@ -85,8 +86,9 @@ def run(arguments: argparse.Namespace) -> None:
                 page.write(out)
     if not distributed.first():
         return
-    if not (out / "prior" / "config.json").exists():
-        say("no iteration was better than the start: the start is what this run gives, and it has no prior")
+    if em.rows[-1].get("final") == 0:
+        prior = "" if (out / "prior" / "config.json").exists() else ", and it has no prior"
+        say(f"no iteration was better than the start: the start is what this run gives{prior}")
     pictures.save(out, observations, em.test, config.em.seed, folder / "clean.npy", **place)
     found = write_diagnostics(out, observations, False, **place)
     written = page.write(out)

@@ -5,7 +5,7 @@ On disk they are a folder that can be written with numpy:
     y.npy            observations, (N, *y shape); NaN only where the mask is false; without a mask, NaN = unobserved
     mask.npy ...     one file per operator parameter, batch first (mask: true = observed, broadcasts against y), or of
                      length 1 for all; new observations take their parameters from its rows. No other .npy may lie here
-    corruption.yaml  flat: `name: RandomMask`, `rate: 0.75`, `noise: 0.01`, and optionally
+    corruption.yaml  flat: `name: Mask`, `noise: 0.01`, and optionally
                      `range: [low, high]` of the clean data and `shape: [...]` of one clean item;
                      `clip: true`: items are clamped to that range before a black box is called;
                      `formula: true`: parameters of new observations are drawn by the corruption's formula (`rate`);
@@ -108,9 +108,7 @@ class Observations:
         patch: int | Sequence[int] | None = None,
     ) -> None:
         if not isinstance(corruption, Corruption):
-            raise DiffemError(
-                f"{source}: corruption: must be a corruption, e.g. RandomMask(0.5, 0.1), got {corruption!r}"
-            )
+            raise DiffemError(f"{source}: corruption: must be a corruption, e.g. Mask(0.1), got {corruption!r}")
         if not isinstance(params, Mapping | None):
             raise DiffemError(
                 f'{source}: params: must be named arrays, e.g. {{"mask": mask}}, got {type(params).__name__}'
@@ -169,9 +167,7 @@ class Observations:
         config_file = folder / "corruption.yaml"
         config = read_mapping(config_file)
         if not config_file.exists() and corruption is None:
-            raise DiffemError(
-                f"{config_file}: missing; it says how y came about, e.g. `name: RandomMask`, `rate: 0.75`, `noise: 0.01`"
-            )
+            raise DiffemError(f"{config_file}: missing; it says how y came about, e.g. `name: Mask`, `noise: 0.01`")
         value_range, shape, clip = config.pop("range", None), config.pop("shape", None), config.pop("clip", False)
         formula, axes, patch = config.pop("formula", False), config.pop("axes", None), config.pop("patch", None)
         if not isinstance(formula, bool):

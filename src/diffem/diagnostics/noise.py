@@ -130,9 +130,9 @@ def described(config: dict[str, Any], noise: Noise) -> dict[str, Any]:
         raise DiffemError(
             f"name: {name} has noise that does not depend on the signal; only `name: PoissonGaussian` does"
         )
-    if noise.only_dark:
+    if noise.only_dark and name in ("GaussianNoise", "Mask", "RandomMask", "PoissonGaussian"):
         raise DiffemError(
-            f"no corruption.yaml is written: {noise.text}; with one noise for all signals write `name: GaussianNoise` and `noise: {_short(noise.std())}`, for photons `name: PoissonGaussian` with the gain of the camera"
+            f"no corruption.yaml is written: {noise.text}; with one noise for all signals write `name: {name.replace('PoissonGaussian', 'GaussianNoise')}` and `noise: {_short(noise.std())}`, for photons `name: PoissonGaussian` with the gain of the camera"
         )
     kept = {key: value for key, value in config.items() if key not in ("name", "gain", "noise")}
     return {

@@ -27,8 +27,9 @@ from diffem import seeding
 from diffem.corruptions import Params, RandomMask, RandomProjection
 from diffem.data import Items
 from diffem.denoiser import Denoiser
-from diffem.em import STEPS, DiffEM, finish
+from diffem.em import STEPS, DiffEM
 from diffem.errors import DiffemError
+from diffem.loop import finish
 from diffem.mixtures import Diagonal, ExactPosterior, Rows
 from diffem.mixtures.model import RowsPosterior
 from diffem.rivals.guidance import DPSSampler, noise_std

@@ -151,7 +151,7 @@ class GuidedSampler(DiffusionSampler):
 
     def option(self, name: str):
         """The configured value of an option, or its default."""
-        return self.sampler.options.get(name, self.options[name])
+        return self.settings.options.get(name, self.options[name])
 
     def shown(self, query: Query) -> Params:
         """The operator parameters that the network sees."""

@@ -49,7 +49,7 @@ def read(path: Path, name: str, options: Options) -> File:
             planes["mask"] = np.dtype(bool)
     items, dtype = same(name, found)
     return File(
-        name, items, dtype, lambda: _blocks(path, name, groups), planes, about={"primary": primary, "headers": headers}
+        name, items, dtype, lambda: _blocks(path, groups), planes, about={"primary": primary, "headers": headers}
     )
 
 
@@ -80,7 +80,7 @@ def _words(hdu: str | None) -> list[str]:
     return [*words, *[""] * (3 - len(words))]
 
 
-def _blocks(path: Path, name: str, groups: list[tuple[int, int | None, int | None]]) -> Iterator[Block]:
+def _blocks(path: Path, groups: list[tuple[int, int | None, int | None]]) -> Iterator[Block]:
     fits = optional("astropy.io.fits", "astronomy")
     with fits.open(path) as file:
         for science, *others in groups:
