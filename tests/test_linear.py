@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import numpy as np
@@ -261,6 +262,12 @@ def test_beams_sum_along_lines():
     point[0, 0, 2, 6] = 1.0  # two to the right, two above
     y = Radon([45.0], noise=0.1).forward(point, {})[0, 0, 0]
     assert (y * torch.arange(n)).sum() == pytest.approx(4 + 8**0.5)
+
+
+def test_beams_that_were_used_can_be_copied():  # as the average of a network is
+    used, x = Radon(3, noise=0.1), randn(2, 1, 5, 5)
+    y = used.forward(x, {})
+    torch.testing.assert_close(copy.deepcopy(used).forward(x, {}), y, rtol=0, atol=0)
 
 
 def test_a_limited_range_of_angles():

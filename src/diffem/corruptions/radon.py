@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -45,7 +46,10 @@ class Radon(LinearCorruption):
             )
         self.angles = tuple(map(float, angles)) if isinstance(angles, Sequence) else int(angles)
         self.span = float(span)
-        self._cache: dict[tuple, Tensor] = {}
+        self._cache: dict[tuple, tuple[Tensor, Tensor]] = {}
+
+    def __getstate__(self) -> dict:
+        return {**vars(self), "_cache": {}}  # torch cannot copy these matrices
 
     @property
     def degrees(self) -> list[float]:
@@ -65,15 +69,15 @@ class Radon(LinearCorruption):
         n = x.shape[-1]
         if x.ndim != 4 or x.shape[2] != n:
             raise DiffemError(f"Radon: items must be square images (channels, n, n), got {tuple(x.shape[1:])}")
-        sums = (self.beams(n, x) @ x.flatten(0, 1).flatten(1).T).T
+        sums = (self.beams(n, x)[0] @ x.flatten(0, 1).flatten(1).T).T
         return sums.view(*x.shape[:2], -1, n)
 
     def A_adjoint(self, y: Tensor, params: Params) -> Tensor:
         n = y.shape[-1]
-        return (self.beams(n, y).T @ y.flatten(0, 1).flatten(1).T).T.view(*y.shape[:2], n, n)
+        return (self.beams(n, y)[1] @ y.flatten(0, 1).flatten(1).T).T.view(*y.shape[:2], n, n)
 
-    def beams(self, n: int, like: Tensor) -> Tensor:
-        """A as a sparse matrix (angles * n, n * n), for images of n x n pixels."""
+    def beams(self, n: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """A as a sparse matrix (angles * n, n * n), for images of n x n pixels, and its transpose."""
         key = n, like.dtype, like.device
         if key not in self._cache:
             middle = (n - 1) / 2
@@ -88,5 +92,7 @@ class Radon(LinearCorruption):
                 weight.append(share[view, pixel])
             size = len(self.degrees) * n, n * n
             matrix = torch.sparse_coo_tensor(torch.cat(where, 1), torch.cat(weight), size, check_invariants=False)
-            self._cache[key] = matrix.coalesce().to(like)
+            with warnings.catch_warnings():  # compressed rows are several times as fast
+                warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+                self._cache[key] = matrix.to(like).to_sparse_csr(), matrix.T.to(like).to_sparse_csr()
         return self._cache[key]
