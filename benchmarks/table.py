@@ -466,7 +466,7 @@ def photographs() -> str:
     return f"### photographs with few photons\n\n{words}\n\n{markdown(list(r['psnr']), [[f'{v:.2f}' for v in r['psnr'].values()]])}"
 
 
-GALLERY = ("winds", "mri", "hubble", "fertility", "co2")
+GALLERY = ("digits", "winds", "mri", "hubble", "fertility", "co2")
 
 
 def gallery() -> str:

@@ -74,8 +74,9 @@ def write(name: str, figures: dict[str, dict[str, float]], **facts) -> None:
     from compare import about
 
     result = {"example": name, **about(f"python examples/{name}.py"), **facts, "figures": figures}
-    run = ROOT / "runs" / "gallery" / name / "metrics.jsonl"  # a run that is finished is not repeated: its own seconds
-    rows = [json.loads(line) for line in run.read_text().splitlines()] if run.exists() else []
+    # a run that is finished is not repeated: its own seconds
+    runs = (ROOT / "runs" / "gallery" / name).rglob("metrics.jsonl")
+    rows = [json.loads(line) for run in runs for line in run.read_text().splitlines()]
     result["seconds"] = round(sum(row["seconds"] for row in rows) or time.monotonic() - BEGAN)
     file = ROOT / "benchmarks" / "results" / "gallery" / f"{name}.json"
     file.parent.mkdir(parents=True, exist_ok=True)

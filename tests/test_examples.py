@@ -40,6 +40,24 @@ def test_a_missing_package_is_refused_in_one_line(example, monkeypatch, name):
 def test_settings_of_every_example_are_settings(example):
     for name in ("winds", "mri", "hubble", "co2"):
         diffem.load_config(None, example(name).SETTINGS)
+    diffem.load_config("demo", example("digits").SETTINGS)
+
+
+def test_digits(example):
+    digits, rng = example("digits"), np.random.default_rng(0)
+    clean = np.repeat(rng.uniform(0, 255, (40, 1, 1, 1)), 64, 1).reshape(
+        40, 1, 8, 8
+    )  # flat, so that more smoothing is better
+    noisy = clean + rng.normal(0, 20, clean.shape)
+    assert np.array_equal(digits.smoothed(clean, clean), clean)
+    assert np.abs(digits.smoothed(noisy, clean) - clean).mean() < 8
+    cut = np.where(clean > 153, 153.0, clean)
+    filled = digits.usual("cut off at 60 %", cut, clean)
+    np.testing.assert_array_equal(filled[clean <= 153], clean[clean <= 153])
+    assert filled[clean > 153] == pytest.approx(clean[clean > 153].mean())
+    photons = rng.poisson(clean * 5 / 255) * 51.0
+    found = digits.usual("5 photons", photons, clean)
+    assert np.sqrt(np.square(found - clean).mean()) < 0.5 * np.sqrt(np.square(photons - clean).mean())
 
 
 def test_winds(example):
