@@ -348,6 +348,9 @@ def test_a_channel_that_was_off():
         "channel 1 is exactly 0 everywhere in 10 % of the observations, which noise would not leave so; if it was not measured, hide it in mask.npy",
     )
     assert "clipped" not in said
+    odd = Observations(np.where(np.arange(16) % 2, data.y, np.nan).astype(np.float32), GaussianNoise(5.0))
+    odd.y[off, 1, :, 1::2] = 7
+    assert "channel 1 is exactly 7 everywhere in 10 %" in found(odd)["blank-channel"].text
     mask = np.ones((400, 2, 1, 1), bool)
     mask[off, 1] = False
     assert "blank-channel" not in found(Observations(data.y, GaussianNoise(5.0), {"mask": mask}))

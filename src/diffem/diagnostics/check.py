@@ -171,8 +171,8 @@ class Sample:
 
     Attributes:
         y: Observations (n, *y shape), 0 where nothing was observed.
-        blank: Which channels of which observations have one value everywhere, which noise would not leave so,
-            (n, channels). They do not count as seen.
+        blank: The value of each channel of each observation that has one value everywhere, which noise would not leave
+            so, else NaN, (n, channels). Such channels do not count as seen.
         seen: Which of the coefficients z were observed, (n, d).
         z: Coefficients (n, d): the entries of y, or its cosine coefficients if it is blurred.
         matrix: Matrices (n, m, features), or None.
@@ -186,7 +186,7 @@ class Sample:
         self.y, params = observations.batch(evenly(np.arange(len(observations)), min(SAMPLE, max(limit, FEW))))
         seen = corruption.seen(self.y, params).expand_as(self.y)
         self.blank = _blank(self.y, seen, corruption)
-        self.seen = (seen & ~self.blank.view(*self.blank.shape, *(1,) * (seen.ndim - 2))).flatten(1).numpy()
+        self.seen = (seen & self.blank.isnan().view(*self.blank.shape, *(1,) * (seen.ndim - 2))).flatten(1).numpy()
         self.z = corruption.compared(self.y).flatten(1).double().numpy()
         self.matrix = params.get("matrix")
         self.values = self.y.flatten(1).numpy()[self.seen]
@@ -197,11 +197,12 @@ class Sample:
 
 
 def _blank(y: Tensor, seen: Tensor, corruption: Corruption) -> Tensor:
-    level, shape = getattr(corruption, "noise", None), y.shape[:2]
+    level, nothing = getattr(corruption, "noise", None), torch.full(y.shape[:2], math.nan)
     if y.ndim < 3 or not corruption.linear or not corruption.same_units or not isinstance(level, float) or not level:
-        return torch.zeros(shape, dtype=torch.bool)
-    least = torch.where(seen, y, math.inf).flatten(2).amin(2)
-    return (least == torch.where(seen, y, -math.inf).flatten(2).amax(2)) & (seen.flatten(2).sum(2) >= BLANK)
+        return nothing
+    least, most = (torch.where(seen, y, sign * math.inf).flatten(2) for sign in (1, -1))
+    one = (least.amin(2) == most.amax(2)) & (seen.flatten(2).sum(2) >= BLANK)
+    return torch.where(one, least.amin(2), nothing)
 
 
 def _keys(tensors: list[Tensor]) -> np.ndarray:
@@ -324,10 +325,10 @@ def inverted(observations: Observations) -> list[Finding]:
 
 def blank(sample: Sample) -> list[Finding]:
     """Channels with one value everywhere, such as those of a detector that was off: a warning."""
-    if not (share := sample.blank.double().mean(0)).any():
+    if not (share := (~sample.blank.isnan()).double().mean(0)).any():
         return []
     channel = int(share.argmax())
-    value = sample.y[sample.blank[:, channel], channel].flatten()[0]
+    value = sample.blank[:, channel].nanmedian()
     text = f"channel {channel} is exactly {value:g} everywhere in {_percent(float(share[channel]))} of the observations, which noise would not leave so; if it was not measured, hide it in mask.npy"
     return [Finding("warning", "blank-channel", text)]
 
