@@ -217,7 +217,7 @@ def test_corrupt_to_report(here, capsys):
     assert err == ""
     assert "iteration   0 start" in out
     assert "iteration   1 " in out
-    assert "iteration   2 final " in out
+    assert "iteration   1 final " in out
     assert "warning: 3 test observations are too few" in out
     run = here / "run"
     for name in (

@@ -333,7 +333,7 @@ def test_evaluations_are_those_that_a_spy_counts(settings, derivatives):
     of.denoiser.network.register_forward_hook(listen)
     of.draw(*observed(CASES["projection"], n), keys(n))
     assert counts == {"forward": steps + 1, "derivative": (steps + 1) * derivatives}
-    assert of.evaluations(of.sampler) == counts["forward"] + 2 * counts["derivative"]
+    assert of.evaluations(of.settings) == counts["forward"] + 2 * counts["derivative"]
 
 
 SETTINGS = {
