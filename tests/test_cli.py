@@ -211,6 +211,9 @@ def test_corrupt_to_report(here, capsys):
     assert {p.name for p in (here / "obs").iterdir()} >= {"y.npy", "mask.npy", "corruption.yaml", "clean.npy"}
     assert np.load("obs/y.npy").shape == (N, *SHAPE)
 
+    assert main(["train", "--observations", "obs", "--out", "none", *TINY, "--em.iterations", "0"]) == 0
+    assert "this run gives\n" in capsys.readouterr().out  # the start, which is a prior, too
+
     train = ["train", "--observations", "obs", "--out", "run", *TINY]
     assert main(train) == 0
     out, err = capsys.readouterr()

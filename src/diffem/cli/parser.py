@@ -18,7 +18,6 @@ examples:
 
 DIR holds y.npy, mask.npy (or matrix.npy) and corruption.yaml, e.g.
   name: Mask
-  rate: 0.5
   noise: 0.01
 SIGTERM or Ctrl-C: it saves and ends, usually within seconds, with status 143 or 130; a second one ends it at once.
 Run the same command again to go on where a run was stopped, killed, or out of space.
