@@ -27,6 +27,7 @@ from compare import about
 from sklearn.datasets import load_digits
 
 from diffem import config as configuration
+from diffem.clean import metrics
 from diffem.corruptions import (
     Blur,
     Compose,
@@ -177,7 +178,7 @@ def run(name: str, seed: int, folder: Path) -> dict:
     clean, usual = case.clean[rows], case.usual[rows]
     draws = from_pretrained(folder / "posterior").reconstruct(case.observations, rows, DRAWS, seed).numpy()
     where = np.broadcast_to(case.where, case.clean.shape)[rows]
-    low, high = np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0, method="weibull")
+    low, high = metrics.interval(draws, LEVEL)
     inside, rmse = (clean >= low) & (clean <= high), lambda x: float(np.sqrt(np.square(x[where]).mean()))
     found = {
         "rmse": rmse(draws.mean(0) - clean),

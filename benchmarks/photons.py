@@ -80,7 +80,7 @@ def main() -> None:
     for row in DiffEM(load_config(None, SETTINGS), observations, folder).iterate():
         print(row["iteration"], row["accepted"], row["score"], row["ratio"], flush=True)
     draws = from_pretrained(folder / "posterior").reconstruct(observations.images, np.arange(2), DRAWS).numpy()
-    low, high = np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0, method="weibull")
+    low, high = metrics.interval(draws, LEVEL)
     inside, parts = (clean >= low) & (clean <= high), np.array_split(np.argsort(clean.ravel()), DECILES)
     found["psnr"] |= {"diffem": psnr(draws.mean(0), clean), "of 4 draws": psnr(draws[:4].mean(0), clean)}
     found["coverage"] = float(inside.mean())

@@ -423,14 +423,14 @@ def imputers() -> str:
     for name, words in TABLES.items():
         files = sorted((HERE / "results" / "tables").glob(f"{name}-[0-9]*.json"))
         seeds = [json.loads(file.read_text())["methods"] for file in files]
+        label = f"{words} ({len(seeds)})"
         for method in seeds[0] if seeds else ():
             rows = [seed[method] for seed in seeds]
             accuracy = [statistics.mean(row["accuracy"].values()) for row in rows if row["accuracy"]]
             shown = [_spread([row["rmse_mean"] for row in rows], 3), _spread(accuracy, 2)]
             shown += [_spread([row["coverage"] for row in rows if "coverage" in row], 2)]
-            lines.append(
-                ["" if lines and method != next(iter(seeds[0])) else f"{words} ({len(seeds)})", method, *shown]
-            )
+            lines.append([label, method, *shown])
+            label = ""
     return markdown(heads, lines) if lines else ""
 
 

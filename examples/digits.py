@@ -5,11 +5,9 @@ not even random. Each has a run of its own, with the settings of the preset `dem
 `python examples/digits.py`: about three minutes each on two cores.
 """
 
-import sys
-
 import numpy as np
 import torch
-from gallery import DRAWS, ROOT, coverage, images, rmse, write
+from gallery import DRAWS, coverage, images, rmse, write
 from scipy.ndimage import gaussian_filter
 from sklearn.datasets import load_digits
 
@@ -17,7 +15,6 @@ import diffem
 from diffem.clean import metrics
 from diffem.diagnostics.diagnose import diagnose
 
-sys.path.append(str(ROOT / "benchmarks"))
 WHITE, PHOTONS, LEVEL = 255.0, 5, 0.6
 CASES = {
     "JPEG, quality 20": diffem.JPEG(20),

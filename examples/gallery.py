@@ -16,6 +16,7 @@ from diffem.clean import metrics
 ROOT = Path(__file__).resolve().parents[1]
 DRAWS, LEVEL = 39, 0.9  # with 39 draws, 90 % is a whole number of ranks: 36 of 40
 BEGAN = time.monotonic()
+sys.path.append(str(ROOT / "benchmarks"))  # compare.py says where figures come from, judge.py has a classifier
 
 
 def need(path: str, package: str) -> Path:
@@ -37,8 +38,7 @@ def psnr(estimate: np.ndarray, clean: np.ndarray, peak: float) -> float:
 
 def interval(draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The central 90 % interval of draws (n, ...)."""
-    low, high = np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0, method="weibull")
-    return low, high
+    return metrics.interval(draws, LEVEL)
 
 
 def coverage(draws: np.ndarray, truth: np.ndarray) -> float:
@@ -70,7 +70,6 @@ def save(name: str, figure: plt.Figure) -> None:
 
 def write(name: str, figures: dict[str, dict[str, float]], **facts) -> None:
     """Writes benchmarks/results/gallery/NAME.json: {figure: {method: value}}, and where it comes from."""
-    sys.path.append(str(ROOT / "benchmarks"))
     from compare import about
 
     result = {"example": name, **about(f"python examples/{name}.py"), **facts, "figures": figures}

@@ -411,7 +411,10 @@ def test_command_with_photons(tmp_path, capsys):
             ": y.npy: holds int64 but no range is stated;",
         ),
         (
-            lambda d: (d / "corruption.yaml").write_text("name: Fourier\nitems: real\n"),
+            lambda d: (
+                np.save(d / "y.npy", np.ones((50, 8, 8), complex)),
+                (d / "corruption.yaml").write_text("name: Fourier\nitems: real\n"),
+            ),
             [],
             ": y of Fourier is not an image whose flat patches would tell the noise; take it from repeated measurements, or",
         ),

@@ -45,9 +45,7 @@ def test_settings_of_every_example_are_settings(example):
 
 def test_digits(example):
     digits, rng = example("digits"), np.random.default_rng(0)
-    clean = np.repeat(rng.uniform(0, 255, (40, 1, 1, 1)), 64, 1).reshape(
-        40, 1, 8, 8
-    )  # flat, so that more smoothing is better
+    clean = np.broadcast_to(rng.uniform(0, 255, (40, 1, 1, 1)), (40, 1, 8, 8))  # flat: more smoothing is better
     noisy = clean + rng.normal(0, 20, clean.shape)
     assert np.array_equal(digits.smoothed(clean, clean), clean)
     assert np.abs(digits.smoothed(noisy, clean) - clean).mean() < 8

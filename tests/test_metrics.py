@@ -188,3 +188,9 @@ def test_manifold_overlap_of_too_few_items():
         assert list(found) == ["precision", "recall", "density", "coverage"]
         assert all(math.isnan(value) for value in found.values())
     assert all(math.isfinite(value) for value in metrics.manifold_overlap(many, many + 0.1).values())
+
+
+def test_the_ends_of_an_interval_are_whole_ranks():
+    draws = np.random.default_rng(0).permutation(np.arange(1.0, 40.0))[:, None] * [1, 10]
+    low, high = metrics.interval(draws, 0.9)  # of 40 places among 39 draws, 36 are inside
+    np.testing.assert_allclose([low, high], [[2, 20], [38, 380]], rtol=1e-12)

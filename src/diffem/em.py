@@ -51,8 +51,8 @@ REFRESH = 20_000  # the random stream that decides which reconstructions are dra
 def start(em: DiffEM) -> None:
     """The initial prior."""
     folder = em.run.folder
-    earlier = "metrics.jsonl", "reconstructions.npy", "good.safetensors", "previous.safetensors"  # run in this folder
-    for name in (*ABOUT_THE_END, *earlier):
+    old = "metrics.jsonl", "reconstructions.npy", "good.safetensors", "previous.safetensors"  # of a run that was here
+    for name in (*ABOUT_THE_END, *old):
         (folder / name).unlink(missing_ok=True)
     if em.given_start is not None:
         posterior, about = em.given_start, {"kind": em.given_start.sampler.kind, "run": em.config.start.run}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,6 +38,13 @@ def apart(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 def psnr(x: Tensor, clean: Tensor, width: float) -> float:
     """Peak signal-to-noise ratio in dB of x (N, *) against clean (N, *), for data whose range has `width`."""
     return (-10 * torch.log10((x - clean).square().mean() / width**2)).item()
+
+
+def interval(draws: np.ndarray, level: float) -> tuple[np.ndarray, np.ndarray]:
+    """The ends of the central interval of draws (n, ...). If they are exchangeable with the truth, it holds the truth with
+    probability `level`, exactly so if (n + 1) (1 - level) / 2 is a whole number."""
+    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2], axis=0, method="weibull")
+    return low, high
 
 
 def energy_distance(u: Tensor, v: Tensor, of_one_row: bool = False) -> float:

@@ -22,7 +22,7 @@ from diffem.data import Observations, evenly
 from diffem.data.layout import FEW as FEW_CHANNELS
 from diffem.data.observations import read_rows
 from diffem.diagnostics.diagnose import FEWEST
-from diffem.diagnostics.noise import Noise, estimate
+from diffem.diagnostics.noise import BY_PIXEL, Noise, estimate
 from diffem.diagnostics.spectrum import DIRECTIONS, Spectrum
 from diffem.errors import DiffemError
 
@@ -170,6 +170,7 @@ class Sample:
     """An evenly spaced sample of the observations, limited by memory.
 
     Attributes:
+        corruption: That of the observations.
         y: Observations (n, *y shape), 0 where nothing was observed.
         blank: The value of each channel of each observation that has one value everywhere, which noise would not leave
             so, else NaN, (n, channels). Such channels do not count as seen.
@@ -182,7 +183,8 @@ class Sample:
     """
 
     def __init__(self, observations: Observations) -> None:
-        corruption, limit = observations.corruption, NUMBERS // math.prod(observations.y.shape[1:])
+        self.corruption = corruption = observations.corruption
+        limit = NUMBERS // math.prod(observations.y.shape[1:])
         self.y, params = observations.batch(evenly(np.arange(len(observations)), min(SAMPLE, max(limit, FEW))))
         seen = corruption.seen(self.y, params).expand_as(self.y)
         self.blank = _blank(self.y, seen, corruption)
@@ -197,12 +199,12 @@ class Sample:
 
 
 def _blank(y: Tensor, seen: Tensor, corruption: Corruption) -> Tensor:
-    level, nothing = getattr(corruption, "noise", None), torch.full(y.shape[:2], math.nan)
+    level, nothing = corruption.noise, torch.full(y.shape[:2], math.nan)
     if y.ndim < 3 or not corruption.linear or not corruption.same_units or not isinstance(level, float) or not level:
         return nothing
-    least, most = (torch.where(seen, y, sign * math.inf).flatten(2) for sign in (1, -1))
-    one = (least.amin(2) == most.amax(2)) & (seen.flatten(2).sum(2) >= BLANK)
-    return torch.where(one, least.amin(2), nothing)
+    low = torch.where(seen, y, math.inf).flatten(2).amin(2)
+    high = torch.where(seen, y, -math.inf).flatten(2).amax(2)
+    return torch.where((low == high) & (seen.flatten(2).sum(2) >= BLANK), low, nothing)
 
 
 def _keys(tensors: list[Tensor]) -> np.ndarray:
@@ -413,7 +415,7 @@ def noise(observations: Observations, sample: Sample, spectrum: Spectrum | None)
     declared, values = _noise(observations), sample.values
     if not observations.corruption.linear or not len(values):
         return []
-    told = _estimate_or_none(sample) if observations.corruption.same_units else None  # otherwise y is not an image
+    told = _estimate_or_none(sample)
     if told is not None and (found := _not_uniform(observations, told, values)):
         return found
     end, count = max(((v, (values == v).sum()) for v in (values.min(), values.max())), key=lambda pair: pair[1])
@@ -498,6 +500,11 @@ def _some(observations: Observations) -> np.ndarray:
 
 def estimated(sample: Sample) -> Noise:
     """The noise estimated from the observations: see :func:`diffem.diagnostics.noise.estimate`."""
+    if not sample.corruption.same_units:
+        raise DiffemError(
+            f"y of {sample.corruption.config['name']} is not an image whose flat patches would tell the noise; take it from"
+            " repeated measurements, or from a part without signal"
+        )
     return estimate(sample.y.numpy(), sample.seen.reshape(sample.y.shape))
 
 
@@ -519,7 +526,7 @@ def _not_uniform(observations: Observations, told: Noise, values: np.ndarray) ->
     if told.offset:
         remedy = f"subtract the dark level of the camera from y, at least {told.offset:.3g}, and use `name: PoissonGaussian` with what `diffem check --estimate` then says"
     level, name = "problem" if bright > FAR_APART * dark else "warning", observations.corruption.config["name"]
-    if name not in ("GaussianNoise", "Mask", "RandomMask"):
+    if name not in BY_PIXEL:
         level, remedy = (
             "warning",
             f"{name} has one noise for all, so that error bars are too wide in the dark or too narrow in the bright",

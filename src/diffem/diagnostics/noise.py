@@ -47,6 +47,7 @@ HALF = 0.6  # below this share of values inside of the ends, the signal is at th
 INSIDE = 0.4  # below this share of values inside of the ends, the noise cannot be estimated
 DIFFERS = 1.1  # standard deviations within this factor (dark and bright, or channels) count as equal
 SURE = 5.0  # standard errors
+BY_PIXEL = ("GaussianNoise", "Mask", "RandomMask")  # where photon noise is `PoissonGaussian` instead
 COUNTS = 100  # with more photons, their noise counts as Gaussian
 
 
@@ -130,7 +131,7 @@ def described(config: dict[str, Any], noise: Noise) -> dict[str, Any]:
         raise DiffemError(
             f"name: {name} has noise that does not depend on the signal; only `name: PoissonGaussian` does"
         )
-    if noise.only_dark and name in ("GaussianNoise", "Mask", "RandomMask", "PoissonGaussian"):
+    if noise.only_dark and name in (*BY_PIXEL, "PoissonGaussian"):
         raise DiffemError(
             f"no corruption.yaml is written: {noise.text}; with one noise for all signals write `name: {name.replace('PoissonGaussian', 'GaussianNoise')}` and `noise: {_short(noise.std())}`, for photons `name: PoissonGaussian` with the gain of the camera"
         )

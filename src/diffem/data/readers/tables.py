@@ -124,11 +124,10 @@ def write(kind: str, path: Path, items: Iterable[np.ndarray], about: dict[str, A
     pandas, header = optional("pandas", "tables"), True
     for rows in _together(items):
         columns = about.get("columns") or {f"column {k + 1}": "f" for k in range(rows.shape[1])}
-        frame = pandas.DataFrame(rows, columns=list(columns))
         with np.errstate(over="ignore"):
             single = rows.astype(np.float32)
-        if np.array_equal(rows, single, equal_nan=True):  # so that no digits are written that mean nothing
-            frame = pandas.DataFrame(single, columns=list(columns))
+        exact = np.array_equal(rows, single, equal_nan=True)  # then no digits are written that mean nothing
+        frame = pandas.DataFrame(single if exact else rows, columns=list(columns))
         for column, holds in columns.items() if about["whole"] else ():
             if holds == "i":
                 frame[column] = frame[column].round().astype("Int64")
