@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import importlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
@@ -26,6 +27,7 @@ PATIENCE = timedelta(days=7)  # others wait while the first process fits a start
 def begin() -> None:
     """Joins the other processes, if `torchrun` started several."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not distributed.is_initialized():
+        importlib.import_module("torch._dynamo")  # optimisers import it, and what it keeps of a group cannot be ended
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         distributed.init_process_group(backend, timeout=PATIENCE)
         atexit.register(_end)
