@@ -36,6 +36,7 @@ from diffem.em import STEPS, DiffEM, e_step
 from diffem.posterior import from_pretrained
 from diffem.rivals import Ambient
 from diffem.samplers import trained_kind
+from diffem.trainer import measure_differently
 
 HERE = Path(__file__).parent
 EXAMPLES = 50  # clean items for methods that get some
@@ -246,6 +247,8 @@ def run(task: str, name: str, seed: int, budget: int, runs: Path, root: str | No
         settings |= {"start.kind": "run", "start.run": str(after)}
     elif name != "start":  # the fit is the same for all methods, so it is made once
         start = from_pretrained(runs / task / str(seed) / "start" / "posterior")
+    if not measure_differently(observations, observations.split(seed)[0]):
+        settings["em.renoise"] = "false"  # it does not apply, and the plan has to know
     config = load_config(TASKS[task].preset, list(settings.items()))
     settings |= plan(config, method, len(observations), budget)
     config = load_config(TASKS[task].preset, list(settings.items()))

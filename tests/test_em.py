@@ -1270,6 +1270,17 @@ def test_e_steps_renoise_the_last_reconstructions_and_the_end_draws_all_anew(tmp
     np.testing.assert_allclose(np.load(tmp_path / "reconstructions.npy"), last, rtol=1e-4, atol=1e-4)
 
 
+def test_e_steps_begin_from_pure_noise_where_all_observations_measure_the_same(tmp_path):
+    x, generator = clean(60)
+    blur = GaussianBlur(1.0, 0.05)
+    data = Observations(blur.apply(x, {}, generator).numpy(), blur)
+    em = make(tmp_path, data, em={"iterations": 2, "guard": False}, sampler={"steps": 6})
+    taken = [row["network_evaluations"] for row in em.iterate()]
+    assert taken == [0, 3 * 80 + 60 * 7, 3 * 80 + 60 * 7, 0]  # the last draws are those of the second iteration
+    last = drawn(tmp_path / "posterior", np.arange(60), 2, data)
+    np.testing.assert_allclose(np.load(tmp_path / "reconstructions.npy"), last, rtol=1e-4, atol=1e-4)
+
+
 def test_refresh_replaces_its_fraction_and_keeps_the_rest(tmp_path):
     em = make(tmp_path, em={"refresh": 0.5, "iterations": 2})
     rows = em.iterate()

@@ -47,8 +47,10 @@ class EMConfig:
             if E-steps take most of the time.
         renoise: Whether an E-step, from the second iteration on, begins at the last reconstruction plus noise of a
             middle level, instead of pure noise. It then takes a quarter of the steps of the sampler, but at least 2
-            (all, if it has fewer). The last E-step always begins from pure noise. Set it false if the draws hardly
-            change between iterations, or to reproduce the paper.
+            (all, if it has fewer). The last E-step always begins from pure noise. It applies where parameters differ
+            between observations (see m_step.imputed_weight). Otherwise no observation corrects the errors of short
+            E-steps in what none of them measures, and they add up. Set it false if the draws hardly change between
+            iterations, or to reproduce the paper.
         score_items: The largest number of validation observations on which an iteration is scored. Raise it if the
             printed standard errors are too large to tell iterations apart, and more observations are held out.
         guard: The guard: keep an iteration only if validation does not get clearly worse. Validation also decides which

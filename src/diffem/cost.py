@@ -66,7 +66,7 @@ def forecast(observations: Observations, config: Config) -> str:
     updates = min(iterations, 1) * m_step.first_steps + max(iterations - 1, 0) * m_step.steps
     scored = DRAWS * em.data.corruption.predictable
     often = min(em_config.score_items, len(em.validation)) * SPLITS * scored
-    later = em.sampler_class.evaluations(config.sampler, renoised=em_config.renoise)
+    later = em.sampler_class.evaluations(config.sampler, renoised=em.renoises)
     later /= em.sampler_class.evaluations(config.sampler)
     draws = min(iterations, 1) * n + max(iterations - 1, 0) * em_config.refresh * later * n + iterations * often
     if iterations:  # the end: choice of the width, reconstructions, test score

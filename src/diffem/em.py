@@ -134,7 +134,7 @@ def e_step(em: DiffEM) -> None:
     process draws a chunk of the observations at a time, and the first one writes."""
     state, config, data, sampler = em.state, em.config.em, em.data, em.sampler
     later = state.final is None and state.iteration > 0
-    fraction, renoises = config.refresh if later else 1.0, later and state.iteration > 1 and config.renoise
+    fraction, renoises = config.refresh if later else 1.0, later and state.iteration > 1 and em.renoises
     purpose = "e_step" if state.final is None else "end"  # an extended run uses this iteration number again
     out, done = em.run.growing("next", data.array_shape, state.iteration, em.observations.item_layout.dtype)
 
@@ -254,7 +254,7 @@ def end(em: DiffEM) -> None:
     assert isinstance(saved, DiffusionSampler)
     em.trainer.averaged.network.load_state_dict(saved.denoiser.network.state_dict())
     width = chosen_width(em, best["width"])
-    partly = em.config.em.refresh < 1 or (em.config.em.renoise and best["iteration"] > 1)
+    partly = em.config.em.refresh < 1 or (em.renoises and best["iteration"] > 1)
     again = partly or width != best["width"]
     em.next("e_step" if again else "judge", final=best["iteration"], width=width)
 

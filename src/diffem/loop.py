@@ -233,6 +233,11 @@ class DiffEM:
         """Reverse diffusion with the averaged network; `changes` override fields of its :class:`SamplerConfig`."""
         return self.sampler_class(self.trainer.averaged, dataclasses.replace(self.config.sampler, **changes))
 
+    @property
+    def renoises(self) -> bool:
+        """Whether E-steps from the second iteration on begin at the last reconstructions (`em.renoise`)."""
+        return self.config.em.renoise and self.examples.weighed
+
     def items(self, name: str) -> Items:
         """An array of the run folder, read in model units."""
         return self.data.items(self.run.present(name, self.data.array_shape))

@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from diffem import devices, distributed, memory, seeding
 from diffem.corruptions import Corruption, Observed, Params
-from diffem.data import Dataset, Items, evenly, open_array
+from diffem.data import Dataset, Items, Observations, evenly, open_array
 from diffem.denoiser import Denoiser
 from diffem.errors import DiffemError
 
@@ -118,12 +118,12 @@ class Batch:
         return Batch(self.x[rows], self.y[rows], of(self.params), source, self.reconstructed[rows], self.mirrored[rows])
 
 
-def _measure_differently(data: Dataset, train: np.ndarray) -> bool:
-    """Whether observations measure different parts of their items, and the corruption can say which. Otherwise all entries have
-    equal weight."""
-    if type(data.observations.corruption).measured is Corruption.measured:
+def measure_differently(observations: Observations, rows: np.ndarray) -> bool:
+    """Whether observations measure different parts of their items, and the corruption can say which. Then what one of
+    them did not measure is learned from others. Otherwise there is a part that none of them measures."""
+    if type(observations.corruption).measured is Corruption.measured:
         return False
-    params = data.observations.parameters(evenly(train, COMPARED))
+    params = observations.parameters(evenly(rows, COMPARED))
     return any(bool((value != value[:1]).any()) for value in params.values())
 
 
@@ -139,7 +139,7 @@ class Examples:
 
     def __init__(self, data: Dataset, train: np.ndarray, config: MStepConfig, device: torch.device) -> None:
         self.data, self.train, self.config, self.device = data, train, config, device
-        self.weighed = _measure_differently(data, train)
+        self.weighed = measure_differently(data.observations, train)
         self.clean = self._clean()
 
     @property
