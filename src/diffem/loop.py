@@ -32,7 +32,7 @@ from diffem.run import Run
 from diffem.samplers import DiffusionSampler, Sampler, trained_kind
 from diffem.selection import Selection
 from diffem.trainer import Examples, Trainer
-from diffem.watch import Watch
+from diffem.watch import Watch, best_row
 
 ABOUT_THE_END = ("prior.json", "pictures.npz", "diagnostics.json", "report.html")  # files of a finished run
 TOGETHER = ("m_step", "e_step", "prior")  # the steps that all processes share; the others are done by the first one
@@ -99,7 +99,7 @@ class State:
     @property
     def best(self) -> dict:
         """The row of the best iteration so far."""
-        return next(row for row in reversed(self.rows) if row["best"])
+        return best_row(self.rows)
 
 
 class DiffEM:

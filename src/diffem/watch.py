@@ -245,7 +245,7 @@ def status(folder: str | Path) -> Status:
     if active and told.get("iteration") == iteration and (told["step"] == step or step == "start"):
         step, done, total, spent = told["step"], told["done"], told["total"], told["seconds"] + now - told["time"]
     ended = "failed" if "error" in told else "stopped" if "stopped" in told else "killed"
-    best: dict[str, Any] = next((row for row in reversed(rows) if row["best"]), {})
+    best = best_row(rows) if rows else {}
     start = {name: best.get(f"start_{name}", rows[0][name]) for name in ("score", "score_se")} if rows else None
     return Status(
         state="running" if active else "finished" if step == "done" else "unknown" if active is None else ended,
@@ -270,6 +270,12 @@ def _figures(row: dict[str, Any]) -> dict[str, Any]:
     """The figures of a row that :attr:`Status.best` holds."""
     which = row.get("final", row["iteration"])
     return {"iteration": which, "score": row["score"], "score_se": row["score_se"], "final": "final" in row}
+
+
+def best_row(rows: list[dict]) -> dict:
+    """The row of the model that a run holds: the last one that was the best. It is that of the final model if the run
+    has ended, and at first that of the start."""
+    return next((row for row in reversed(rows) if row.get("best")), rows[0])
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

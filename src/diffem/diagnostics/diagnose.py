@@ -18,7 +18,7 @@ from diffem.errors import DiffemError
 from diffem.posterior import from_pretrained
 from diffem.run import read_config
 from diffem.samplers import WIDTHS, draw_many, prior_samples
-from diffem.watch import read_metrics
+from diffem.watch import best_row, read_metrics
 
 ITEMS = 256  # held-out observations, each reconstructed once; also the number of prior samples
 COVERED = 64  # observations for coverage, with DRAWS draws each: most of the cost; twice as many with `full`
@@ -83,7 +83,7 @@ def diagnose(
     if config["facts"].get("digest") != observations.digest():
         raise DiffemError(f"{observations.source}: are not the observations that {run} was trained on")
     seed = config["em"]["seed"]
-    final = next((row for row in reversed(metrics) if row.get("best")), metrics[0])
+    final = best_row(metrics)
     place = {"device": device, "precision": precision}
     loaded = from_pretrained(run / "posterior", observations.corruption, **place)
     train, _, test = observations.split(seed)

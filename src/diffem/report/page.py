@@ -34,7 +34,7 @@ from diffem.diagnostics.scores import OVER_CONFIDENT, UNDER_CONFIDENT
 from diffem.errors import DiffemError
 from diffem.report import drawing
 from diffem.report.drawing import ITEMS, Figure, Pictures, Row, finite, seen_entries, std_limit, uri
-from diffem.watch import read_metrics, status, time_left
+from diffem.watch import best_row, read_metrics, status, time_left
 
 SCORES = {"crps": "CRPS", "energy_distance": "energy distance"}
 SAMPLES_OF = {"reconstructions": "reconstructions, re-corrupted", "prior": "prior samples, re-corrupted"}
@@ -59,8 +59,8 @@ class Run:
 
     @property
     def final(self) -> Row:
-        """The row of the final model: the last row that was the best, or else the start."""
-        return next((row for row in reversed(self.rows) if row.get("best")), self.rows[0])
+        """The row of the final model, or of the best one so far."""
+        return best_row(self.rows)
 
     @property
     def chosen(self) -> int:
