@@ -108,6 +108,21 @@ def refused(here: Path, capsys, *argv: str) -> str:
     return err
 
 
+def test_a_word_that_is_not_understood_starts_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    np.save(tmp_path / "y.npy", np.zeros((4, 1, 2, 2)))
+    assert main(["train", ".", "--out", "run"]) == 2
+    assert capsys.readouterr().err == "diffem: diffem train: .: is a folder of observations: --observations .\n"
+    assert main(["train", "--observation", ".", "--out", "run"]) == 2  # no abbreviations
+    assert "--observation: unknown option" in capsys.readouterr().err
+    assert main(["train", "digits", "--checkpoint-minutes", "nan"]) == 2
+    assert capsys.readouterr().err == (
+        "diffem: diffem train: --checkpoint-minutes: must be a number of minutes >= 0, got nan\n"
+    )
+    assert main(["reconstruct", "run", "--observations", ".", "--out", "."]) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["y.npy"]
+
+
 @pytest.mark.parametrize(
     ("argv", "texts"),
     [
@@ -651,7 +666,7 @@ def test_a_function_with_a_number_for_each_observation(here, capsys, monkeypatch
     np.save(folder / "gain.npy", np.linspace(0.5, 1.5, N))
     assert main(["check", str(folder), *own]) == 0
     assert main(["train", "--observations", str(folder), "--out", "run", *own, *TINY, "--em.iterations", "0"]) == 0
-    assert "no iteration was better than the start: the start is what this run gives, and it has no prior" in (
+    assert "no iteration was asked for: the start is what this run gives, and it has no prior" in (
         capsys.readouterr().out
     )
     assert (

@@ -627,7 +627,7 @@ KNOWN = f"(known: {', '.join(sorted(REGISTRY))})"
     [
         ({"name": "RandomMusk"}, f"f.yaml: name: unknown corruption 'RandomMusk'; did you mean 'RandomMask'? {KNOWN}"),
         ({"name": "zzz"}, f"f.yaml: name: unknown corruption 'zzz'; {KNOWN}"),
-        ({"rate": 0.5}, f"f.yaml: name: missing; say how y came about, e.g. `name: RandomMask` {KNOWN.strip()}"),
+        ({"rate": 0.5}, f"f.yaml: name: missing; say how y came about, e.g. `name: Mask` {KNOWN.strip()}"),
         (
             {"name": ["RandomMask"]},
             f"f.yaml: name: unknown corruption ['RandomMask']; did you mean 'RandomMask'? {KNOWN}",

@@ -74,7 +74,7 @@ def test_models_of_the_truth_have_no_warning(tmp_path):
     assert full["self_consistency"]["p_value"] > 0.01
 
 
-@pytest.mark.parametrize(("width", "said"), [(0.6, "over-confident"), (1.7, "under-confident")])
+@pytest.mark.parametrize(("width", "said"), [(0.6, "intervals are too short"), (1.7, "intervals are too long")])
 def test_models_that_are_too_narrow_or_too_wide(width, said, tmp_path):
     found = diagnose(tmp_path, make(tmp_path, width=width), full=True)
     text = " | ".join(found["warnings"])
@@ -104,14 +104,14 @@ def test_validation_observations_do_not_report(tmp_path):
 def test_words():
     coverage = {"levels": [0.5, 0.8, 0.95], "shares": [0.45, 0.61, 0.9], "errors": [0.01, 0.02, 0.04]}
     assert warnings({"coverage": coverage}) == [
-        "over-confident: 80% intervals hold 61% of the hidden entries; take the spread of the draws for a lower bound of the"
-        " uncertainty"
+        "intervals are too short: 80% intervals hold 61% of the hidden entries; the uncertainty is larger than the draws"
+        " vary: train longer, check the declared noise, or take the coverage in the report for the level of an interval"
     ]
     assert warnings({"coverage": {**coverage, "errors": [0.1] * 3}}) == []  # so few entries do not say so
     wide = {**coverage, "shares": [0.59, 0.81, 0.94], "errors": [0.01, 0.01, 0.01]}
     assert warnings({"coverage": wide}) == [
-        "under-confident: 50% intervals hold 59% of the hidden entries; take the spread of the draws for an upper bound of the"
-        " uncertainty"
+        "intervals are too long: 50% intervals hold 59% of the hidden entries; the uncertainty is smaller than the draws"
+        " vary: check the declared noise, or take the coverage in the report for the level of an interval"
     ]
     narrow = {"spread": {"value": 0.8, "error": 0.05, "warning": None}}
     assert warnings({"coverage": wide, "collapse": narrow}) == [

@@ -1175,7 +1175,7 @@ def test_draws_that_stay_not_finite_end_the_run(tmp_path, monkeypatch):
     with pytest.raises(DiffemError) as caught:
         train(tmp_path)
     assert str(caught.value) == (
-        "m_step: the draws of 1 observations (first: 20) are not finite at iteration 1, also at a 16th of "
+        "training: the draws of 1 observations (first: 20) are not finite at iteration 1, also at a 16th of "
         "m_step.learning_rate; lower it, or look at the observations"
     )
     monkeypatch.undo()  # the same command goes on
@@ -1191,7 +1191,7 @@ def test_draws_of_the_start_that_are_not_finite_end_the_run(tmp_path, monkeypatc
     assert str(caught.value) == "start: the draws of 16 observations (first: 0) are not finite at iteration 0"
 
 
-@pytest.mark.parametrize("what", ["draws", "loss", "last loss"])
+@pytest.mark.parametrize("what", ["draws", "loss", "last loss", "last gradient"])
 def test_what_is_not_finite_rolls_back_to_the_last_commit_at_half_the_learning_rate(what, tmp_path, monkeypatch):
     rates: list[float] = []
     begun: list[dict] = []
@@ -1202,7 +1202,10 @@ def test_what_is_not_finite_rolls_back_to_the_last_commit_at_half_the_learning_r
             begun.append({k: v.clone() for k, v in self.denoiser.network.state_dict().items()})
         failed = len(rates) == {"loss": 3, "last loss": 4}.get(what)
         rates.append(math.nan if failed else rate)
-        return update(self, [loss * (math.nan if failed else 1.0) for loss in losses], rate)
+        done = update(self, [loss * (math.nan if failed else 1.0) for loss in losses], rate)
+        if what == "last gradient" and len(rates) == 5:  # a finite loss does not tell it
+            self.weights[0].data.fill_(math.nan)
+        return done
 
     monkeypatch.setattr(Trainer, "update", listen)
     if what == "draws":
@@ -1211,12 +1214,43 @@ def test_what_is_not_finite_rolls_back_to_the_last_commit_at_half_the_learning_r
     assert [row["failures"] for row in em.rows] == [0, 1, 1, 1]
     whole = em.config.m_step.learning_rate
     first = {"draws": [whole] * 5, "loss": [whole] * 3 + [math.nan, whole], "last loss": [whole] * 4 + [math.nan]}
+    first["last gradient"] = [whole] * 5
     first = first[what]  # a loss is read during the next update
     np.testing.assert_array_equal(rates, [*first, *[whole / 2] * 10])
     assert all(torch.equal(begun[0][k], begun[1][k]) for k in begun[0])  # the weights before it
     assert any(not torch.equal(begun[1][k], begun[2][k]) for k in begun[0])
     assert not (tmp_path / "good.safetensors").exists()
     assert all(torch.isfinite(v).all() for v in load_file(tmp_path / "posterior" / "model.safetensors").values())
+
+
+def test_a_prior_whose_last_update_spoils_it_is_trained_again(tmp_path, monkeypatch):
+    update = Trainer.update
+
+    def spoil(self, losses, rate):
+        done = update(self, losses, rate)
+        if rate == spoiling[0]:  # the second one; the first after the rollback has half of it
+            self.weights[0].data.fill_(math.nan)
+            spoiling[0] = None
+        return done
+
+    spoiling = [None]
+    em = make(tmp_path, em={"iterations": 1}, prior={"steps": 2})
+    for _ in em.iterate():
+        if em.state.step == "prior":
+            monkeypatch.setattr(Trainer, "update", spoil)
+            spoiling[0] = em.config.m_step.rate(1 / 2)
+    assert spoiling == [None]
+    weights = load_file(tmp_path / "prior" / "model.safetensors")
+    assert all(v.isfinite().all() for v in weights.values())
+
+
+def test_what_does_not_change_the_result_may_change_when_a_run_goes_on(tmp_path):
+    rows = make(tmp_path).iterate()
+    next(rows)
+    rows.close()
+    other = settings(m_step={"micro_batch": 3})
+    again = DiffEM(other, observations(), tmp_path, batch=7, checkpoint_minutes=1, device="cpu", precision="float32")
+    assert len(list(again.iterate())) == len(train(tmp_path / "whole").rows)
 
 
 def test_spoilt_weights_are_not_saved(tmp_path, monkeypatch):

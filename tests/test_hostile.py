@@ -143,6 +143,7 @@ WEIGHTS = {
     "float16": changed(lambda v: v.half()),
     "int64": changed(lambda v: v.long()),
     "complex": changed(lambda v: v.to(torch.complex64)),
+    "eight bits": changed(lambda v: v.to(torch.float8_e4m3fn)),
     "transposed": changed(lambda v: v.T.contiguous()[:, :1]),
     "a mixture of whole numbers": lambda weights: weights.update(
         {k: v.long() for k, v in weights.items() if "reference" in k}
@@ -180,6 +181,17 @@ CONFIGS: dict[str, dict] = {
     "units of nothing": {"scaling": [0.0, 0.0]},
     "units that are not finite": {"scaling": [float("nan"), float("inf")]},
     "units of text": {"scaling": ["a", "b"]},
+    "units of nothing at all": {"scaling": [[[]], 1.0]},
+    "units of another shape": {"scaling": [[0.0] * 8, 1.0]},
+    "units beyond single precision": {"scaling": [1e308, 1.0]},
+    "a noise level without end": {"denoiser": {"sigma_max": 1e308}},
+    "a network of 5,000 levels": {"network": {"channels": [1] * 5000, "blocks": [1] * 5000}},
+    "tomography from everywhere": {"corruption": {"name": "Radon", "angles": 100_000, "noise": 0.1}},
+    "complex by a number": {"item_layout": ["NCHW", -1]},
+    "scores that are none": {"scores": [1]},
+    "a score of text": {"scores": {"score_name": "crps", "score": "0"}},
+    "a score too many": {"scores": {"score_name": "crps", "score": 0.1, "more": 1.0}},
+    "a score without end": {"scores": {"score_name": "crps", "score": 10**400}},
     "a network of 2^40": {"network": {"width": 2**40}},
     "a network of lists": {"network": {"channels": [[1], {}]}},
     "a network that is a function": {"network": "os.system"},
@@ -208,6 +220,62 @@ JSON = {
     "UTF-16": b"\xff\xfe{\0}\0",
     "NUL": b"\0",
 }
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes")
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
+@pytest.mark.parametrize(
+    ("name", "command"),
+    [
+        ("run/posterior/config.json", "reconstruct run --observations obs --out rec"),
+        ("run/posterior/model.safetensors", "reconstruct run --observations obs --out rec"),
+        ("run/config.yaml", "reconstruct run --observations obs --out rec"),
+        ("run/checkpoint.safetensors", "status run"),
+        ("run/metrics.jsonl", "status run"),
+        ("run/metrics.jsonl", "report run"),
+        ("run/run.json", "status run"),
+        ("obs/corruption.yaml", "check obs"),
+    ],
+)
+def test_what_is_no_regular_file(name, command, kind, here, capsys):
+    """A pipe would be read for ever, and a device may be."""
+    (here / name).unlink()
+    if kind == "pipe":
+        os.mkfifo(here / name)
+    elif kind == "device":
+        (here / name).symlink_to("/dev/zero")
+    else:
+        (here / name).mkdir()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert main(command.split()) == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1
+    assert name.split("/")[0] in line
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < MOST
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("progress.json", "[1]"),
+        ("progress.json", "[" * 10**6),
+        ("run.json", "[]"),
+        ("metrics.jsonl", '{"iteration": 1, "score": 0.5}'),
+        ("metrics.jsonl", '{"iteration": 1, "score": "x", "best": true, "loss": 1}'),
+        ("checkpoint.safetensors", forged({"__metadata__": {"diffem": "[]"}})),
+        ("checkpoint.safetensors", forged({"__metadata__": {"diffem": "[" * 10**6}})),
+        ("checkpoint.safetensors", forged({"__metadata__": {"diffem": '{"seconds": "a"}'}})),
+    ],
+)
+def test_status_of_a_damaged_run(name, content, here, capsys):
+    (here / "run" / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    status = main(["status", "run"])
+    out, line = capsys.readouterr()
+    if name == "progress.json":  # it is not needed
+        assert (status, line) == (0, "")
+    else:
+        assert (status, out, line.count("\n")) == (2, "", 1)
+        assert "run" in line
 
 
 @pytest.mark.parametrize("content", JSON.values(), ids=JSON)
@@ -398,7 +466,7 @@ def texts_of_strangers(run: Path) -> None:
     (run / "start.json").write_text(json.dumps({"kind": SCRIPT, "components": SCRIPT, "rank": SCRIPT}))
     (run / "config.yaml").write_text((run / "config.yaml").read_text() + f"# {SCRIPT}\n")
     collapse = {SCRIPT: {"value": 1.0, "error": 0.1, "warning": SCRIPT, "healthy": 1.0, "meaning": SCRIPT}}
-    found = {"iteration": rows[-1]["iteration"], "warnings": [SCRIPT], "collapse": collapse}
+    found = {"iteration": rows[-1]["final"], "warnings": [SCRIPT], "collapse": collapse}
     (run / "diagnostics.json").write_text(json.dumps(found))
 
 
@@ -427,7 +495,7 @@ DIAGNOSTICS = [
 
 @pytest.mark.parametrize("text", DIAGNOSTICS)
 def test_diagnostics(text, here, capsys):
-    last = json.loads((here / "run" / "metrics.jsonl").read_text().splitlines()[-1])["iteration"]
+    last = json.loads((here / "run" / "metrics.jsonl").read_text().splitlines()[-1])["final"]
     (here / "run" / "diagnostics.json").write_text(text.replace("{", f'{{"iteration": {last}, ', 1))
     refused(capsys, "report", "run", names="run/diagnostics.json: ")
 

@@ -514,8 +514,8 @@ IMAGES = np.zeros((9, 1, 4, 4), np.float32)
         (lambda: Downsample(1.5, 0.1), "Downsample: factor must be a whole number of pixels >= 1, got 1.5"),
         (lambda: Grayscale([0, 0], 0.1), "Grayscale: weights must be numbers, one for each channel, got [0, 0]"),
         (lambda: Fourier("imaginary"), "Fourier: items must be complex or real, got 'imaginary'"),
-        (lambda: Radon([]), "Radon: angles must be a number of angles from 1 to 100,000, or a list in degrees, got []"),
-        (lambda: Radon(0), "Radon: angles must be a number of angles from 1 to 100,000, or a list in degrees, got 0"),
+        (lambda: Radon([]), "Radon: angles must be a number of angles from 1 to 10,000, or a list in degrees, got []"),
+        (lambda: Radon(0), "Radon: angles must be a number of angles from 1 to 10,000, or a list in degrees, got 0"),
         (
             lambda: Observations(IMAGES, Blur(noise=0.1)),
             "observations: kernel.npy: missing; Blur needs the kernel of each observation, or one; it must be (N, up to 4, up to 4)",

@@ -107,7 +107,7 @@ def test_a_black_box_is_not_written(tmp_path):
     assert loaded.corruption is box
     assert loaded.range == (0.0, 2.0)
     known = f"(known: {', '.join(sorted(REGISTRY))})"
-    expected = f"{tmp_path / 'corruption.yaml'}: name: missing; say how y came about, e.g. `name: RandomMask` {known}"
+    expected = f"{tmp_path / 'corruption.yaml'}: name: missing; say how y came about, e.g. `name: Mask` {known}"
     assert error(Observations.load, tmp_path) == expected
 
 
@@ -471,7 +471,7 @@ class Bomb:
         ("header", "EOF"),
         ("empty", "No data left in file"),
         ("text", "pickled"),
-        ("object", "Python objects"),
+        ("object", ""),
         ("pickle", "pickled"),
     ],
 )
@@ -491,6 +491,9 @@ def test_files_that_are_no_arrays(tmp_path, name, damage, reason):
     else:
         file.write_bytes(pickle.dumps(Bomb()))
     message = error(Observations.load, tmp_path)
+    if damage == "object":
+        assert message == f"{file}: holds text or objects; give numbers"
+        return
     assert message.startswith(f"{file}: is not a complete .npy array: ")
     assert reason in message  # numpy's own words
 

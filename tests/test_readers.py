@@ -312,6 +312,8 @@ def test_npy_and_its_axes(here):
     assert loaded.corruption.config == {"name": "Mask", "noise": 0.1}
     Export("obs", "tiff", loaded.shape).write(loaded.y[:], Path("out"))
     np.testing.assert_array_equal(tifffile.imread("out/a.tiff"), values)
+    assert error("a.npy", axes="NHC") == "axes: NHC has 3 letters where y.npy has 4 axes, (5, 4, 4, 3)"
+    assert error("a.npy", axes="NTT").startswith("axes: must be N and then, once each, ")
 
 
 def test_which_array(here):
@@ -335,7 +337,7 @@ def test_which_array(here):
 
 def test_hostile_numpy(here):
     np.save("a.npy", np.array([[{}]]), allow_pickle=True)
-    assert error("a.npy").startswith("a.npy: is not a complete .npy array: ")
+    assert error("a.npy") == "a.npy: holds text or objects; give numbers"
     np.savez("a.npz", y=np.array([[{}]]))
     assert error("a.npz") == "a.npz: y: holds object; give numbers"
     header = io.BytesIO()
@@ -655,13 +657,13 @@ def test_the_template_of_corruption_yaml_and_what_check_says(here, capsys):
     assert Path("obs/corruption.yaml").read_text() == (
         "# How the observations came about: docs/your-data.md says what to write here.\n"
         "# name: GaussianNoise\n"
-        "# noise: LEVEL  # its standard deviation, in the units of y; `diffem check --estimate` tells it of images\n"
+        "# noise: LEVEL  # its standard deviation, in the units of y; 0 if values are exact; of images `diffem check --estimate` tells it\n"
         f"# range: [{low}, {high}]  # of clean values; these are the least and the largest of y\n"
     )
     assert main(["check", "obs"]) == 2
     said = capsys.readouterr().err
     assert said.startswith(
-        "diffem: obs/corruption.yaml: name: missing; say how y came about, e.g. `name: RandomMask` (known: "
+        "diffem: obs/corruption.yaml: name: missing; say how y came about, e.g. `name: Mask` (known: "
     )
     assert said.count("\n") == 1
     assert main(["import", "in", "--out", "obs", "--overwrite", "--range", "-1024", "3071"]) == 0
@@ -821,7 +823,7 @@ def test_every_line_of_the_table_of_the_page(here, capsys):
     rows = [
         row.split("|") for row in PAGE.read_text().splitlines() if row.startswith("| ") and "`diffem import " in row
     ]
-    assert len(rows) == 14
+    assert len(rows) == 15
     for _, _, command, result, _ in rows:
         argv = command.strip().strip("`").split()[1:]
         assert main([*argv, "--overwrite"]) == 0, capsys.readouterr().err

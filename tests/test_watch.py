@@ -255,10 +255,12 @@ def test_what_is_no_run_is_refused_in_a_line(tmp_path, capsys):
         assert capsys.readouterr() == ("", f"diffem: {text}\n")
 
     out = tmp_path / "run"
-    refused(f"{out}: is not a run folder (no run.json)")
+    refused(f"{out}: is not a run folder (no run.json of diffem)")
     out.mkdir()
-    refused(f"{out}: is not a run folder (no run.json)")
+    refused(f"{out}: is not a run folder (no run.json of diffem)")
     (out / "run.json").write_text("{}")
+    refused(f"{out}: is not a run folder (no run.json of diffem)")
+    (out / "run.json").write_text("")  # it was killed at once
     refused(f"{out / 'config.yaml'}: is missing or not the configuration of a run")
     (out / "config.yaml").write_text("- a list\n")
     refused(f"{out / 'config.yaml'}: is missing or not the configuration of a run")

@@ -52,13 +52,14 @@ class EMConfig:
             E-steps in what none of them measures, and they add up. Set it false if the draws hardly change between
             iterations, or to reproduce the paper.
         score_items: The largest number of validation observations on which an iteration is scored. Raise it if the
-            printed standard errors are too large to tell iterations apart, and more observations are held out.
+            printed standard errors are too large to tell iterations apart, and more observations are held out. A
+            black box is scored on training observations instead.
         guard: The guard: keep an iteration only if validation does not get clearly worse. Validation also decides which
             iteration is the best, when the run ends (see `diffem.selection`), and how wide the final draws are. If
             false, every iteration is accepted, and the last one is kept. Set it false to reproduce other methods, or if
             there are too few observations to validate.
         patience: Early stopping: the run ends after this many iterations in a row without a new best; 0 turns it off.
-            Raise it if iterations are short.
+            Raise it if iterations are short. Unused without guard.
     """
 
     iterations: int = 20
@@ -129,7 +130,7 @@ def described() -> list[tuple[str, object, str]]:
     """Every setting: section.field, its default, and its description in the docstring of the section."""
     found = []
     for section in dataclasses.fields(Config):
-        default = section.default_factory() if callable(section.default_factory) else None
+        default = section.default_factory()  # type: ignore[operator]
         text = inspect.cleandoc(type(default).__doc__ or "").partition("Attributes:")[2]
         words = dict(re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", text, re.MULTILINE))
         for name, value in dataclasses.asdict(default).items():  # type: ignore[arg-type]

@@ -14,7 +14,8 @@ was observed. There are two references (`denoiser.precondition`):
 * `start`: the mixture fitted to the observations. The untrained denoiser is then the exact posterior mean under
   the initial prior, and training only has to learn what a mixture cannot represent.
 
-The denoiser is trained on reconstructions :math:`x` and their simulated observations :math:`y'`. The loss of an item is
+The denoiser is trained on reconstructions :math:`x` and their observations :math:`y'`, simulated or real (a part
+of a real one is then hidden). The loss of an item is
 
 .. math:: \frac{1}{\mathrm{tr} \, S S^T} \left\| W^{1/2} \left( x - d(x_t, \sigma_t, y') \right) \right\|^2
     \, , \qquad W = \lambda I + (1 - \lambda) P \, ,
@@ -60,6 +61,7 @@ from diffem.networks import Given, NetworkConfig
 
 OTHER_WEIGHTS = "its weights are not those of its network and its observations"
 TIME_ALPHA = 3.0
+HIGHEST = 1e6  # noise level: beyond it, single precision loses the data
 LEAST = 0.001  # the lower bound of v, so that one outlier cannot dominate an update
 
 
@@ -70,7 +72,7 @@ def share(h: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class DenoiserConfig:
-    """Preconditioning, noise schedule and loss. Noise levels are in model units (data about [-1, 1]).
+    """Preconditioning and noise schedule. Noise levels are in model units (data about [-1, 1]).
 
     Attributes:
         precondition: What the network corrects (preconditioning): the exact posterior mean under a simple reference
@@ -95,8 +97,10 @@ class DenoiserConfig:
     def __post_init__(self) -> None:
         if self.precondition not in ("auto", "plain", "start"):
             raise DiffemError(f"denoiser.precondition: must be auto, plain or start, got {self.precondition!r}")
-        if not 0 < self.sigma_min < self.sigma_max:
-            raise DiffemError("denoiser.sigma_min: must be > 0 and below denoiser.sigma_max")
+        if not 0 < self.sigma_min < self.sigma_max <= HIGHEST:
+            raise DiffemError(
+                f"denoiser.sigma_min: must be > 0 and below denoiser.sigma_max, which is at most {HIGHEST:g}"
+            )
         if not 0 < self.time_beta < math.inf:
             raise DiffemError(f"denoiser.time_beta: must be > 0, got {self.time_beta}")
         if not 0 <= self.observation_dropout <= 1:
@@ -131,10 +135,12 @@ class Denoiser(nn.Module):
         self.precondition = config.precondition
         if self.precondition == "auto":
             self.precondition = "plain" if start is None else "start"
-        if self.precondition == "start" and start is None:
+        if self.precondition == "plain":
+            self.reference = Mixture.standard(torch.Size(shape).numel())
+        elif start is None:
             raise DiffemError("denoiser.precondition: start needs a Gaussian or mixture start (start.kind)")
-        whitened = self.precondition == "start" and start is not None
-        self.reference = start if whitened else Mixture.standard(torch.Size(shape).numel())
+        else:
+            self.reference = start
         x = torch.zeros(1, *shape)
         y, params = corruption.observe(x, torch.Generator().manual_seed(0))
         self.schedule = VESchedule(config.sigma_min, config.sigma_max)

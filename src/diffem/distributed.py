@@ -64,15 +64,16 @@ def shared(make: Callable[[], T]) -> T:
     if size() == 1:
         return make()
     found: list[Any] = [None, None]
+    own: Exception | None = None
     if first():
         try:
             found[0] = make()
-        except DiffemError as error:
-            found[1] = str(error)
+        except (DiffemError, OSError) as error:  # of the file system: a full disk
+            found[1], own = str(error), error
     with _alive():
         distributed.broadcast_object_list(found)
     if found[1] is not None:
-        raise DiffemError(found[1]) if first() else ToldElsewhere(found[1])
+        raise ToldElsewhere(found[1]) if own is None else own
     return found[0]
 
 

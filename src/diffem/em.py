@@ -5,8 +5,8 @@
         M-step: train the denoiser d(x_t, t, y) on pairs (x_i, y'), where y' is a new simulated observation of x_i, or
                 the real y_i with a part hidden; measured entries of x_i have more weight than imputed ones
         E-step: draw x_i ~ q_k(. | y_i) for every observation; from k = 2 on from the last x_i plus noise (em.renoise)
-        judge:  score q_k on validation observations; refuse it if it is clearly worse than the best one, keep it if it
-                is the best, stop early
+        judge:  score q_k on validation observations; refuse it if it is clearly worse than the best one so far
+        commit: put its draws in place, keep q_k if it is the best, end the loop early if none was for a while
     end: choose the width of the best q_k, draw again, and report its score on test observations
     prior: train the denoiser without an observation, d(x_t, t), on the best reconstructions
 
@@ -18,7 +18,7 @@ only used for reporting.
 A run is a sequence of the steps below (:data:`STEPS`),
 
     start, e_step, judge, commit, (m_step, e_step, judge, commit) for every iteration,
-    end, e_step, judge, commit, prior
+    end, e_step (unless the draws are at hand), judge, commit, prior (unless prior.kind is joint, or the start is kept)
 
 Each is a function of the run (:class:`DiffEM`, in :mod:`diffem.loop`, which also says how a killed run goes on).
 """
@@ -49,7 +49,7 @@ REFRESH = 20_000  # the random stream that decides which reconstructions are dra
 
 
 def start(em: DiffEM) -> None:
-    """The initial prior."""
+    """Fit the initial prior, in an empty run folder: what an earlier run left there is removed."""
     folder = em.run.folder
     old = "metrics.jsonl", "reconstructions.npy", "good.safetensors", "previous.safetensors"  # of a run that was here
     for name in (*ABOUT_THE_END, *old):
@@ -87,7 +87,7 @@ def train_network(em: DiffEM, steps: int, dropout: float) -> bool:
     """Updates the network until this iteration has `steps` updates; `dropout` is the fraction of items without an
     observation. Returns False after a rollback."""
     state, trainer, x = em.state, em.trainer, em.items("current")
-    # separate random streams, since an extended run uses this iteration number again
+    # an extended run uses this iteration number again: other random numbers than in its M-step
     purpose = "prior_step" if state.step == "prior" else "m_step"
     own_seed = em.seed if distributed.first() else seeding.fold(em.seed, distributed.rank())
     loss: Tensor | None = None  # of the last update; read only during the next one, since a GPU would be waited for
@@ -116,11 +116,12 @@ def train_network(em: DiffEM, steps: int, dropout: float) -> bool:
         state.updates += 1
         em.watch(Progress(state.step, state.iteration, state.updates, steps, mean))
         rest(em, save)
-    if finite():
-        return True
-    assert loss is not None
-    roll_back(em, f"the loss is {float(loss)} at iteration {state.iteration}, update {state.updates - 1}")
-    return False
+    what = "" if finite() else f"the loss is {float(loss)}"  # type: ignore[arg-type]
+    if not what and not trainer.finite:  # the gradient of the last update was not
+        what = "weights are not finite"
+    if what:
+        roll_back(em, f"{what} at iteration {state.iteration}, update {state.updates - 1}")
+    return not what
 
 
 def learning_rate(em: DiffEM, within: float) -> float:
@@ -157,7 +158,7 @@ def e_step(em: DiffEM) -> None:
         return rows, fresh, x.cpu()
 
     def write(parts: list[tuple[np.ndarray, np.ndarray, Tensor] | None]) -> list[int]:
-        """The rows whose draws are not finite; if there are none, all are written."""
+        """The rows whose draws are not finite, of the first part that has any; the parts before it are written."""
         assert out is not None
         for rows, fresh, x in (part for part in parts if part is not None):
             if fraction < 1:
@@ -274,9 +275,6 @@ def prior(em: DiffEM) -> None:
     em.run.write("prior.json", json.dumps({**about, "loss": state.loss_sum / state.updates}, indent=2).encode())
     em.next_iteration("done")
     finish(em)
-
-
-STEPS: dict[str, Callable[[DiffEM], None]] = {f.__name__: f for f in (start, m_step, e_step, judge, commit, end, prior)}
 
 
 STEPS: dict[str, Callable[[DiffEM], None]] = {f.__name__: f for f in (start, m_step, e_step, judge, commit, end, prior)}

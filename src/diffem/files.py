@@ -95,6 +95,8 @@ def open_array(file: Path, mode: Literal["r", "r+"] = "r") -> np.memmap:
             return array if mode == "r" else np.lib.format.open_memmap(file, mode=mode)
     except Exception as error:  # of many kinds: the header is Python
         said = (str(error) or type(error).__name__).splitlines()[0]
+        if "Python objects" in said:
+            raise DiffemError(f"{file}: holds text or objects; give numbers") from None
         raise DiffemError(f"{file}: is not a complete .npy array: {said}") from None
 
 

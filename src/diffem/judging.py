@@ -7,7 +7,6 @@ import time
 from typing import TYPE_CHECKING
 
 import numpy as np
-from torch import Tensor
 
 from diffem import memory
 from diffem.data import evenly
@@ -25,7 +24,7 @@ DRAWS, SPLITS = 2, 2  # to score an iteration: draws per split, and splits per v
 
 def selection_score(em: DiffEM, sampler: Sampler) -> Score:
     """The score that the selection compares, on validation observations. For a black box: the distance between
-    training observations and their reconstructions, observed anew."""
+    training observations and the reconstructions of this iteration, observed anew; `sampler` is not used."""
     config = em.config.em
     if em.data.corruption.predictable:
         return scored(em, sampler, evenly(em.validation, config.score_items), SPLITS)
@@ -53,19 +52,14 @@ def precise_score(em: DiffEM, name: str, sampler: Sampler, part: np.ndarray) -> 
     """The score of many predictions on a part of the observations; it is saved, and a resumed run does not repeat
     it."""
     rows = evenly(part, PREDICTIONS)
-    found: list[Score] = []
-
-    def make() -> dict[str, Tensor]:
-        found.append(scored(em, sampler, rows, final_splits(len(rows))))
-        return found[0].tensors
-
+    make = lambda: scored(em, sampler, rows, final_splits(len(rows))).tensors  # noqa: E731
     tensors = em.run.once(f"{em.state.iteration}-{name}", make)
-    return found[0] if found else Score("crps" if "spread" in tensors else "energy_distance", **tensors)
+    return Score("crps" if "spread" in tensors else "energy_distance", **tensors)
 
 
 def chosen_width(em: DiffEM, width: float) -> float:
-    """1, or a width whose criterion on validation observations is better by more than :data:`GATE` standard errors;
-    `width` itself where there is nothing to choose."""
+    """1, or a width whose criterion on validation observations is better by more than :data:`GATE` standard errors: the
+    first minimum on the way up or down from 1. `width` itself where there is nothing to choose."""
     if not (em.sampler_class.widens and em.data.corruption.predictable and em.config.em.guard and width):
         return width
     found: dict[int, Score] = {}

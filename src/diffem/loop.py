@@ -70,8 +70,9 @@ class State:
         updates: Network updates made in this iteration; `loss_sum` is the sum of their losses.
         evaluations: Evaluations of the network that the E-step took.
         width: The width of the E-step's draws; None at the start.
-        final: At the end, the iteration whose model is the result of the run (0: the start's); None before the end.
-        failures: How often values were not finite; each time the learning rate is halved.
+        final: The iteration whose model is the result of the run (0: the start's), while that model is drawn from and
+            scored; None before and after.
+        failures: How often an iteration had values that were not finite; each time the learning rate is halved.
         batch: Observations per batch of draws: chosen once, since rounding depends on it.
         seconds: Duration of this iteration, of which `score_seconds` were spent on scores.
         row: The metrics of the iteration that waits for its commit; `rows` holds those of all earlier ones.
@@ -112,7 +113,8 @@ class DiffEM:
         out: The run folder; an unfinished run of the same configuration in it is resumed.
         start: A posterior to start from, instead of the start that the configuration names.
         network: A network of your own, see :class:`diffem.networks.Given`.
-        hooks: Called after every iteration with this object and the iteration's row of metrics. A returned dictionary
+        hooks: Called before the commit of the start, of every iteration and of the final model, with this object and the
+            row of metrics. A returned dictionary
             is added to the row; it does not influence the run.
         progress: Called with a :class:`Progress` during the work.
         allow_unobserved: Go on even if some entry is never observed.
@@ -244,7 +246,7 @@ class DiffEM:
 
     @property
     def reconstructions(self) -> np.memmap:
-        """The draws of this iteration, row i for observation i, in the units and the layout of y."""
+        """The draws of this iteration, row i for observation i, in the units and the layout of y; for hooks."""
         return self.run.array("next" if (self.run.folder / "next.npy").exists() else "current")
 
     def posterior(self, sampler: Sampler) -> Posterior:
@@ -400,16 +402,16 @@ def go_on(em: DiffEM) -> None:
 
 def roll_back(em: DiffEM, what: str) -> None:
     """Returns to the weights of the last commit, with half the learning rate; the run ends after :data:`FAILURES`
-    rollbacks."""
+    rollbacks. If the final draws failed, those of the best iteration are kept instead."""
     em.run.remove("next.npy")
     em.run.forget_parts()
-    if em.state.final is not None:  # the final draws failed: keep the draws of the best iteration
+    if em.state.final is not None:
         em.next("judge", width=em.state.best["width"])
         return
     failures = em.state.failures + 1
     if failures > FAILURES:
         raise DiffemError(
-            f"m_step: {what}, also at a {2**FAILURES}th of m_step.learning_rate; lower it, or look at the observations"
+            f"training: {what}, also at a {2**FAILURES}th of m_step.learning_rate; lower it, or look at the observations"
         )
     em.trainer.load(em.run.kept_checkpoint())
     em.trainer.reset_optimizer()

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from diffem.errors import DiffemError
 
 HEADS = 4  # of each self-attention layer
+DEEPEST = 12  # levels of a U-Net: each halves the resolution
 VARIANCE_GRADIENT = 0.1  # the share of the variance head's gradient that reaches the features
 
 
@@ -56,6 +57,8 @@ class NetworkConfig:
     def __post_init__(self) -> None:
         if self.kind not in ("auto", "mlp", "unet"):
             raise DiffemError(f"network.kind: must be auto, mlp or unet, got {self.kind!r}")
+        if len(self.channels) > DEEPEST:
+            raise DiffemError(f"network.channels: at most {DEEPEST} levels, got {len(self.channels)}")
         if min(self.width, self.embedding, *self.channels, *self.blocks) < 1 or self.depth < 0:
             raise DiffemError("network: width, embedding, channels and blocks must be at least 1, depth >= 0")
         if not 0 <= self.dropout < 1:

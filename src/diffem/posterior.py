@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from diffem import __version__, devices, files, memory, samplers, seeding, sharing, tensors
+from diffem import __version__, devices, files, memory, reading, samplers, seeding, sharing, tensors
 from diffem.corruptions import REGISTRY, BlackBox, Corruption, Params, from_config
 from diffem.data import Dataset, Layout, Observations
 from diffem.denoiser import Denoiser
@@ -169,7 +169,7 @@ class Posterior(nn.Module):
         return self._restored(samplers.prior_samples(self.sampler, n, seed, batch or self.batch))
 
     def refuse_others(self, observations: Observations) -> None:
-        """Raises a DiffemError if observations have another corruption or layout than the training observations."""
+        """Raises a DiffemError if observations have another shape, corruption or layout than the training observations."""
         where, ours, theirs = observations.source, self.corruption.law, observations.corruption.law
         self._drawing(observations.shape, 1, f"{where}:")
         if ours["name"] != theirs["name"]:
@@ -275,6 +275,7 @@ def _save(posterior: Posterior, folder: Path, scores: dict | None) -> None:
     files.replace(folder / "README.md", sharing.card(config).encode())
 
 
+DTYPES = (torch.float32, torch.float64, torch.int64, torch.int32, torch.uint8, torch.bool)  # of saved tensors
 EXAMPLE = "example."  # prefix of tensors
 
 
@@ -302,22 +303,28 @@ def from_pretrained(
         folder = sharing.pull(folder)
     folder = Path(folder)
     try:
-        config = json.loads((folder / "config.json").read_text())
+        config = json.loads(reading.read(folder / "config.json"))
         weights, _ = tensors.load(folder / "model.safetensors")
     except FileNotFoundError as error:
         raise DiffemError(f"{error.filename or folder}: missing; {folder} is not a saved model") from None
     except (ValueError, RecursionError) as error:
         raise DiffemError(f"{folder}: is not a complete saved model: {str(error).splitlines()[0]}") from None
     strange = f"{folder}: {unreadable(config.get('version') if isinstance(config, dict) else __version__)}"
+    if wrong := next((k for k, v in weights.items() if v.dtype not in DTYPES), None):
+        raise DiffemError(f"{folder / 'model.safetensors'}: {wrong}: holds {weights[wrong].dtype}, which no model has")
     if wrong := next((k for k, v in weights.items() if not v.isfinite().all()), None):
         raise DiffemError(f"{folder / 'model.safetensors'}: {wrong}: holds values that are not finite; train it again")
     try:
         units, shape = Units(*config["scaling"]), tuple(config["shape"])
-        if not (np.isfinite(units.centre).all() and np.isfinite(units.half).all() and (units.half > 0).all()):
+        with np.errstate(over="ignore"):
+            centre, half = (v.astype(np.float32) for v in (units.centre, units.half))
+        fit = np.broadcast_shapes(centre.shape, half.shape, shape) == shape
+        if not (fit and np.isfinite(centre).all() and np.isfinite(half).all() and (half > 0).all()):
             raise ValueError(f"scaling is {config['scaling']}")
         if (trained_on := config.get("trained_on")) is not None:
             trained_on = {"observations": str(trained_on["observations"]), "seed": int(trained_on["seed"])}
         layout, items = (None if config.get(k) is None else Layout(*config[k]) for k in ("layout", "item_layout"))
+        scores = sharing.checked(config.get("scores"))
         corruption = _corruption(config["corruption"], corruption, shape)
         kind = samplers.kind_of(config["kind"], "config.json: kind")
         with seeding.global_generators("cpu", 0):  # initial weights are drawn, then overwritten
@@ -340,7 +347,7 @@ def from_pretrained(
         if isinstance(module, Denoiser):
             module.precision = dtype
     sampler.to(where).eval().requires_grad_(False)
-    return Posterior(sampler, corruption, units, trained_on, layout, items, config.get("scores"))
+    return Posterior(sampler, corruption, units, trained_on, layout, items, scores)
 
 
 def _repeated(example: Params, n: int, generator: torch.Generator) -> Params:

@@ -2,7 +2,7 @@
 
 run.json                marks the folder as a run; locked while it runs
 config.yaml             the configuration; resuming with another one is refused
-checkpoint.safetensors  weights, average, optimiser; the rest of the state is in its header
+checkpoint.safetensors  weights, average, optimiser, scores of the selection; the rest of the state is in its header
 previous.safetensors    while it runs: the checkpoint before, from which a run goes on if that one is damaged
 metrics.jsonl           one object per iteration, the start first
 reconstructions.npy     of the best iteration; row i belongs to observation i
@@ -34,7 +34,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 from torch import Tensor
 
-from diffem import __version__, distributed, files, safe_yaml, tensors
+from diffem import __version__, distributed, files, reading, safe_yaml, tensors
 from diffem.errors import DiffemError
 
 LOG = logging.getLogger("diffem")
@@ -95,6 +95,8 @@ class Run:
         for path in (self.folder / MARKER, *(self.folder / name for name in PARTS)):
             if path.is_symlink():
                 raise DiffemError(f"{path}: is a link to {os.readlink(path)}; a run writes into its own folder only")
+        if (self.folder / MARKER).exists():
+            reading.regular(self.folder / MARKER)
         with (self.folder / MARKER).open("a+") as marker:
             _lock(marker, self.folder)
             if marker.tell() == 0:
@@ -205,7 +207,7 @@ class Run:
     def _growing(self, name: str, shape: tuple[int, ...], iteration: int, dtype: DTypeLike) -> tuple[np.memmap, int]:
         file, done = self.folder / f"{name}.npy", self.folder / "partial" / f"{iteration}-{name}.json"
         with contextlib.suppress(FileNotFoundError, DiffemError, ValueError):  # or damaged: it begins again
-            rows = json.loads(done.read_text())
+            rows = json.loads(reading.read(done))
             if isinstance(rows, int) and rows <= shape[0] and not file.is_symlink():
                 array = files.open_array(file, "r+")
                 if array.shape == shape and array.dtype == dtype:
@@ -231,7 +233,7 @@ class Run:
         Raises:
             DiffemError: If the marker is that of another program.
         """
-        text = (self.folder / MARKER).read_bytes()
+        text = reading.read(self.folder / MARKER)
         try:
             marker = json.loads(text or '{"run": "diffem"}')  # empty: it was killed, or the disk full, at once
             if marker["run"] == "diffem":

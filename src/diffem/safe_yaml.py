@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from diffem import reading
 from diffem.errors import DiffemError
 
 LARGEST_TEXT = 2**20  # bytes of a YAML file
@@ -37,12 +38,8 @@ def parse(text: str, where: str) -> Any:
 
 def read(file: Path) -> Any:
     """The content of a YAML file."""
-    with open(file, "rb") as stream:
-        content = stream.read(LARGEST_TEXT + 1)
-    if len(content) > LARGEST_TEXT:
-        raise DiffemError(f"{file}: is larger than {LARGEST_TEXT:,} bytes; it should hold a few `key: value` lines")
     try:
-        return parse(content.decode(), str(file))
+        return parse(reading.read(file, LARGEST_TEXT).decode(), str(file))
     except UnicodeDecodeError:
         raise DiffemError(f"{file}: is not YAML: it is not text in UTF-8") from None
 

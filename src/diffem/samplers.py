@@ -45,7 +45,7 @@ MOST_STEPS = 3000  # each step uses three random streams; streams of other purpo
 WIDEST = 100.0
 WIDTHS = (0.5, 0.7, 1.0, 1.5, 2.5, 4.0, 6.0, 9.0)  # candidates for the width of the final draws
 MIDDLE = 1.0  # the noise level, in model units, at which renoising begins: twice the spread of data
-RENOISE_STEPS = 2  # steps of renoising, or a quarter of the sampler's if that is more
+RENOISE_STEPS = 2  # at least, of renoising: it takes max(2, steps // 4) steps, but no more than the sampler has
 BATCH = 256  # default number of items at a time
 
 
@@ -104,7 +104,7 @@ class Sampler(nn.Module):
         raise NotImplementedError
 
     def renoise(self, x: Tensor, y: Tensor, params: Params, seeds: Tensor) -> Tensor:
-        """One draw an observation that may depend on an earlier draw x (B, *shape) from a similar sampler."""
+        """One draw per observation that may depend on an earlier draw x (B, *shape) from a similar sampler."""
         return self.draw(y, params, seeds)
 
     @property

@@ -8,7 +8,7 @@ accepted  the criterion is not worse than the best so far by more than :data:`GA
 best      accepted, and the criterion is smaller than the best so far (at first, that of the start)
 stop      `em.patience` iterations in a row were not the best
 
-An iteration whose criterion is not a number is refused.
+An iteration whose criterion is not a number is refused. Without `em.guard` all are accepted, and the last is the best.
 """
 
 from __future__ import annotations

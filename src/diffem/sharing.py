@@ -72,6 +72,20 @@ def chosen(row: dict | None) -> dict | None:
     return known if "score" in known else None
 
 
+def checked(scores: Any) -> dict[str, Any] | None:
+    """Scores as :func:`chosen` made them, from the file of a saved model.
+
+    Raises:
+        ValueError: If they are something else.
+    """
+    named = isinstance(scores, dict) and "score" in scores and isinstance(scores.get("score_name"), str)
+    numbers = {k: v for k, v in scores.items() if k != "score_name"} if named else {}
+    right = all(k in SCORES and isinstance(v, int | float) and math.isfinite(v) for k, v in numbers.items())
+    if scores is not None and not (named and right):
+        raise ValueError(f"scores are {str(scores)[:80]}")
+    return scores
+
+
 # --- the card ------------------------------------------------------------------------------------------
 
 HERE = "THIS FOLDER"

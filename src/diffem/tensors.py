@@ -11,8 +11,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialise
 from torch import Tensor
 
-from diffem import files
+from diffem import files, reading
 from diffem.errors import DiffemError
+
+LARGEST_HEADER = 2**24  # bytes: names of tensors, and the state of a run
 
 
 class Damaged(DiffemError):
@@ -42,13 +44,17 @@ def load(file: Path) -> tuple[dict[str, Tensor], str]:
     Raises:
         Damaged: If the file is not complete, or differs from its checksum. Files of other programs have none.
     """
+    reading.regular(file)
     try:
+        with open(file, "rb") as stream:
+            if int.from_bytes(stream.read(8), "little") > LARGEST_HEADER:
+                raise ValueError(f"its header is larger than {LARGEST_HEADER:,} bytes")
         with safe_open(file, "pt") as stream:
             about = stream.metadata() or {}
             tensors = {k: stream.get_tensor(k) for k in stream.keys()}  # noqa: SIM118
         text = about.get("diffem", "")
         found = checksum(tensors, text)
-    except (SafetensorError, RuntimeError, TypeError, ValueError) as error:
+    except (SafetensorError, RuntimeError, TypeError, ValueError, MemoryError) as error:
         raise Damaged(f"{file}: is damaged: {(str(error) or type(error).__name__).splitlines()[0]}") from None
     if about.get("checksum", found) != found:
         raise Damaged(f"{file}: is damaged: its checksum is another one")

@@ -22,7 +22,7 @@ from diffem.errors import DiffemError
 LEAST_RATE = 0.05  # fraction of the learning rate at the end of a linear schedule
 CLIP = 1.0  # the largest norm of a gradient
 COMPARED = 64  # observations whose parameters are compared: masks, kernels, noise
-PASSES = 20  # in the first passes over the data all items show a part of their real observation; after n, PASSES / n do
+PASSES = 20  # over the data, in which every item shows its real observation; after n passes a fraction PASSES / n does
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class MStepConfig:
         thinned: Fraction of the simulated observations that are thinned: a part of them is hidden, as when a run is
             scored. Set 0 to reproduce the paper.
         imputed_weight: Weight of imputed entries of a reconstruction in the loss; measured ones have weight 1 (lambda
-            in `diffem.denoiser`). With 1 the M-step is the paper's, which never shows the network a real observation.
+            in `diffem.denoiser`). With 1 all entries weigh the same, and no real observation is shown, as in the paper.
             It applies where parameters (masks, kernels, noise levels) differ between observations, and the corruption
             can say what it measured. Otherwise it is always 1, and so with samplers that are guided by y instead of a
             network that sees y (sampler.kind mmps, dps, ambient). Set 1 to reproduce the paper.
@@ -119,8 +119,9 @@ class Batch:
 
 
 def measure_differently(observations: Observations, rows: np.ndarray) -> bool:
-    """Whether observations measure different parts of their items, and the corruption can say which. Then what one of
-    them did not measure is learned from others. Otherwise there is a part that none of them measures."""
+    """Whether observations measure their items differently (masks, kernels or noise levels differ), and the corruption
+    can say how. Then what one of them did not measure is learned from others. Otherwise none of them knows more of any
+    part than the others."""
     if type(observations.corruption).measured is Corruption.measured:
         return False
     params = observations.parameters(evenly(rows, COMPARED))
@@ -202,8 +203,8 @@ class Examples:
     ) -> Observed:
         """The simulated observations, some of them replaced by a thinned part of the real ones.
 
-        The hidden part is real data, too: it is the target of a splitting loss. All observations are replaced in the
-        first :data:`PASSES` passes over the training data. After n passes only PASSES / n of them are, to avoid
+        The hidden part is real data, too: it is the target of a splitting loss. All allowed observations are replaced in
+        the first :data:`PASSES` passes over the training data. After n passes only PASSES / n of them are, to avoid
         overfitting.
 
         Arguments:
@@ -285,6 +286,11 @@ class Trainer:
         sizes = {self.config.micro_batch or mine.stop - mine.start, drawn}
         for denoiser in (self.denoiser, self.averaged):
             denoiser.compile_network(sizes)
+
+    @property
+    def finite(self) -> bool:
+        """Whether all weights are numbers."""
+        return bool(torch.stack([w.isfinite().all() for w in self.weights]).all())
 
     def restart_from_average(self) -> None:
         """Goes on from the averaged weights, with a new average and a new optimiser."""

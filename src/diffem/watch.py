@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diffem import reading
 from diffem.errors import DiffemError
 
 if TYPE_CHECKING:
@@ -227,15 +228,23 @@ def status(folder: str | Path) -> Status:
     from diffem import safe_yaml
 
     folder = Path(folder)
-    if not (folder / "run.json").exists():
-        raise DiffemError(f"{folder}: is not a run folder (no run.json)")
-    active, now = running(folder), time.time()
-    file, checkpoint = folder / "config.yaml", folder / "checkpoint.safetensors"
+    marker, file = folder / "run.json", folder / "config.yaml"
+    if not marker.exists() or (marker.stat().st_size and _json(marker).get("run") != "diffem"):  # empty: just begun
+        raise DiffemError(f"{folder}: is not a run folder (no run.json of diffem)")
     try:
         config = safe_yaml.read(file)
-        iterations = config["em"]["iterations"]
+        config["em"]["iterations"]
     except (OSError, DiffemError, TypeError, KeyError):
         raise DiffemError(f"{file}: is missing or not the configuration of a run") from None
+    try:
+        return _status(folder, config)
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        what = " ".join(f"{type(error).__name__}: {error}".split())
+        raise DiffemError(f"{folder}: metrics.jsonl, {FILE} or checkpoint.safetensors is damaged ({what})") from None
+
+
+def _status(folder: Path, config: dict) -> Status:
+    active, now, checkpoint = running(folder), time.time(), folder / "checkpoint.safetensors"
     state, told = _header(checkpoint), _json(folder / FILE)
     rows = read_metrics(folder) if (folder / "metrics.jsonl").exists() else []
     iteration, step, spent = state["iteration"], state["step"], state["seconds"]
@@ -254,7 +263,7 @@ def status(folder: str | Path) -> Status:
         step=step,
         iteration=iteration,
         ending=state["final"] is not None or step in ("end", "prior", "done"),
-        iterations=iterations,
+        iterations=config["em"]["iterations"],
         finished=max((row["iteration"] for row in rows if "final" not in row), default=0),
         done=done,
         total=total,
@@ -282,7 +291,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The rows of metrics.jsonl in a run folder; numbers that are not finite are None."""
     file = folder / "metrics.jsonl"
     try:
-        lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+        lines = reading.read(file).decode().splitlines(keepends=True)
     except FileNotFoundError:
         raise DiffemError(f"{file}: missing; is {folder} the folder of a run?") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -313,7 +322,7 @@ def running(folder: Path) -> bool | None:
         import fcntl
     except ImportError:  # Windows
         return None
-    with (folder / "run.json").open() as marker:
+    with reading.regular(folder / "run.json").open() as marker:
         try:
             fcntl.flock(marker, fcntl.LOCK_SH | fcntl.LOCK_NB)  # for a moment; a run that starts now tries again
         except BlockingIOError:
@@ -330,23 +339,28 @@ def _updates(config: dict, step: str, iteration: int) -> int:
     return config["m_step"]["first_steps" if iteration == 1 else "steps"] if step == "m_step" else 0
 
 
+NEW = {"step": "start", "iteration": 0, "updates": 0, "final": None, "seconds": 0.0}  # the state of a new run
+
+
 def _header(file: Path) -> dict[str, Any]:
     """The state of a run, from the header of its checkpoint; before the first one, that of a new run."""
     try:
-        with file.open("rb") as stream:
+        with reading.regular(file).open("rb") as stream:
             (size,) = struct.unpack("<Q", stream.read(8))
-            return json.loads(json.loads(stream.read(size))["__metadata__"]["diffem"])
+            state = json.loads(json.loads(stream.read(min(size, reading.LARGEST)))["__metadata__"]["diffem"])
+            return {**NEW, **state}
     except FileNotFoundError:
-        return {"step": "start", "iteration": 0, "updates": 0, "final": None, "seconds": 0.0}
-    except (struct.error, ValueError, KeyError, OverflowError, MemoryError):
+        return NEW
+    except (struct.error, ValueError, TypeError, KeyError, OverflowError, MemoryError, RecursionError):
         raise DiffemError(f"{file}: is truncated or not a checkpoint of diffem") from None
 
 
 def _json(file: Path) -> dict[str, Any]:
     try:
-        return json.loads(file.read_text())
-    except (OSError, ValueError):
+        found = json.loads(reading.read(file))
+    except (OSError, ValueError, RecursionError, DiffemError):
         return {}
+    return found if isinstance(found, dict) else {}
 
 
 def time_left(seconds: float) -> str:

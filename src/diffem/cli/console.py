@@ -15,10 +15,10 @@ LONGEST = 1000  # letters of an error
 
 
 def say(text: str) -> None:
-    """Prints a line; if the reader has gone (`| head`), prints nothing, and the work goes on."""
+    """Prints a line; if the reader has gone (`| head`) or the disk is full, prints nothing, and the work goes on."""
     try:
         print(printable(text), flush=True)
-    except BrokenPipeError:
+    except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

@@ -29,7 +29,7 @@ examples:
   diffem check DIR                       what stands in the way, before any training
   diffem check DIR digits                and how long a run takes on this machine
   diffem check DIR --em.iterations 30    the same with other settings: --section.field value
-  diffem check DIR --estimate            how large the noise is, where nobody told; --write writes corruption.yaml
+  diffem check DIR --estimate            how large the noise is, if you do not know it; --write writes corruption.yaml
 
 The exit status is 1 if there is a problem.
 """
@@ -48,6 +48,9 @@ Without --name fill in DIR/corruption.yaml; `diffem check DIR` says what is miss
 
 
 class _Parser(argparse.ArgumentParser):
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)  # a missing letter must not start a run
+
     def error(self, message: str):  # an error of one line instead of the usage text
         raise DiffemError(f"{self.prog}: {message}")
 
@@ -85,7 +88,7 @@ def parser() -> argparse.ArgumentParser:
         type=float,
         default=5.0,
         metavar="M",
-        help="at most so much work is lost when the run is killed",
+        help="minutes between checkpoints: the most work that a killed run loses (default: 5)",
     )
     train.add_argument(
         "--track", metavar="TRACKER", help="also write the numbers of every iteration for tensorboard or trackio"
@@ -133,22 +136,26 @@ def parser() -> argparse.ArgumentParser:
     )
     corrupt.add_argument("--name", help="a corruption, e.g. RandomMask; its arguments are options, too: --rate 0.5")
     _add_corruption(corrupt)
-    corrupt.add_argument("--root", metavar="DIR")
+    corrupt.add_argument("--root", metavar="DIR", help="where the data set lies, if it is not built in")
     corrupt.add_argument("--limit", type=int, metavar="N", help="at most the first N items")
-    corrupt.add_argument("--seed", type=int, default=0)
+    corrupt.add_argument("--seed", type=int, default=0, metavar="S", help="of all random numbers (default: 0)")
     corrupt.add_argument(
         "--keep-clean", action="store_true", help="write clean.npy beside them, for evaluate and report"
     )
     corrupt.add_argument("--out", required=True, metavar="DIR")
 
     reconstruct = add("reconstruct", "Clean observations, also new ones, with a trained run.")
-    reconstruct.add_argument("run")
+    reconstruct.add_argument("run", metavar="RUN", help="the run folder")
     reconstruct.add_argument("--observations", required=True, metavar="DIR")
     _add_corruption(reconstruct)
     reconstruct.add_argument(
-        "--draws", type=int, default=8, metavar="M", help="8 suffice for a mean; a standard deviation takes 32 or more"
+        "--draws",
+        type=int,
+        default=8,
+        metavar="M",
+        help="draws of each observation: 8 suffice for a mean, a standard deviation takes 32 or more (default: 8)",
     )
-    reconstruct.add_argument("--seed", type=int, default=0)
+    reconstruct.add_argument("--seed", type=int, default=0, metavar="S", help="of all random numbers (default: 0)")
     _add_device(reconstruct)
     reconstruct.add_argument(
         "--out", required=True, metavar="DIR", help="gets draws.npy (N, M, ...), mean.npy, std.npy"
@@ -159,16 +166,16 @@ def parser() -> argparse.ArgumentParser:
     reconstruct.add_argument("--overwrite", action="store_true", help="replace what is there")
 
     sample = add("sample", "Generate new clean data from the prior of a run.")
-    sample.add_argument("run")
+    sample.add_argument("run", metavar="RUN", help="the run folder")
     _add_corruption(sample)
-    sample.add_argument("--n", type=int, default=64)
-    sample.add_argument("--seed", type=int, default=0)
+    sample.add_argument("--n", type=int, default=64, metavar="N", help="how many items (default: 64)")
+    sample.add_argument("--seed", type=int, default=0, metavar="S", help="of all random numbers (default: 0)")
     _add_device(sample)
     sample.add_argument("--out", required=True, metavar="FILE", help="a .npy file")
     sample.add_argument("--overwrite", action="store_true", help="replace what is there")
 
     evaluate = add("evaluate", "Compare a run with clean data.")
-    evaluate.add_argument("run")
+    evaluate.add_argument("run", metavar="RUN", help="the run folder")
     evaluate.add_argument(
         "--reference", required=True, metavar="CLEAN", help="a .npy of clean items, row i for observation i"
     )
@@ -180,7 +187,7 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--json", action="store_true", help="print JSON")
 
     diagnose = add("diagnose", "Say, from held-out observations alone, whether a run can be trusted.")
-    diagnose.add_argument("run")
+    diagnose.add_argument("run", metavar="RUN", help="the run folder")
     diagnose.add_argument(
         "--observations", metavar="DIR", help="what it was trained on (default: the folder that it read)"
     )
@@ -190,7 +197,7 @@ def parser() -> argparse.ArgumentParser:
     diagnose.add_argument("--json", action="store_true", help="print JSON")
 
     export = add("export", "Write a program of torch.export that draws from the posterior of a run without diffem.")
-    export.add_argument("run")
+    export.add_argument("run", metavar="RUN", help="the run folder")
     export.add_argument(
         "--observations", metavar="DIR", help="for their shapes (default: the folder that the run read)"
     )
@@ -200,8 +207,8 @@ def parser() -> argparse.ArgumentParser:
     export.set_defaults(device="cpu", precision="float32")
 
     push = add("push", "Upload the posterior of a run, with a model card, to the Hugging Face Hub.")
-    push.add_argument("run")
-    push.add_argument("name", metavar="OWNER/NAME")
+    push.add_argument("run", metavar="RUN", help="the run folder")
+    push.add_argument("name", metavar="OWNER/NAME", help="the repository on the hub")
     _add_corruption(push)
     push.add_argument("--private", action="store_true", help="only its owner may see it, if it is new")
     push.set_defaults(device="cpu", precision="float32")
@@ -209,11 +216,11 @@ def parser() -> argparse.ArgumentParser:
     add("settings", "List every setting of a run, with its default.")
 
     status = add("status", "Say how far a run is and how long it still takes, while it runs or afterwards.")
-    status.add_argument("run")
+    status.add_argument("run", metavar="RUN", help="the run folder")
     status.add_argument("--json", action="store_true", help="print JSON")
 
     report = add("report", "Write report.html of a run again.")
-    report.add_argument("run")
+    report.add_argument("run", metavar="RUN", help="the run folder")
     return parser
 
 

@@ -33,6 +33,9 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.draws < 1:
         raise DiffemError(f"diffem reconstruct: --draws: must be at least 1, got {arguments.draws}")
     out, n = Path(arguments.out), len(observations)
+    for mine in ("y.npy", "run.json"):
+        if (out / mine).exists():
+            raise DiffemError(f"diffem reconstruct: --out: {out} holds {mine}; give a folder of its own")
     for name in ("draws.npy", "mean.npy", "std.npy"):
         refuse_to_overwrite(out / name, arguments)
     export = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,7 +30,16 @@ from diffem.watch import time_left
 
 
 def run(arguments: argparse.Namespace) -> None:
-    config, place = configuration.load_config(arguments.preset, overrides(arguments.rest)), place_of(arguments)
+    settings = overrides(arguments.rest)
+    if arguments.preset and (Path(arguments.preset) / "y.npy").exists():
+        raise DiffemError(
+            f"diffem train: {arguments.preset}: is a folder of observations: --observations {arguments.preset}"
+        )
+    config, place = configuration.load_config(arguments.preset, settings), place_of(arguments)
+    if not 0 <= arguments.checkpoint_minutes < math.inf:
+        raise DiffemError(
+            f"diffem train: --checkpoint-minutes: must be a number of minutes >= 0, got {arguments.checkpoint_minutes}"
+        )
     distributed.begin()
     devices.choose(arguments.device, arguments.precision)
     reference = None
@@ -88,7 +98,8 @@ def run(arguments: argparse.Namespace) -> None:
         return
     if em.rows[-1].get("final") == 0:
         prior = "" if (out / "prior" / "config.json").exists() else ", and it has no prior"
-        say(f"no iteration was better than the start: the start is what this run gives{prior}")
+        why = "no iteration was better than the start" if config.em.iterations else "no iteration was asked for"
+        say(f"{why}: the start is what this run gives{prior}")
     pictures.save(out, observations, em.test, config.em.seed, folder / "clean.npy", **place)
     found = write_diagnostics(out, observations, False, **place)
     written = page.write(out)

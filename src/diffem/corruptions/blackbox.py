@@ -70,7 +70,7 @@ class BlackBox(Corruption):
                 y = self.function(*given[: self.arguments])
             except DiffemError:
                 raise
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 raise DiffemError(f"corruption {self.path}: raised {type(error).__name__}: {error}") from error
             finally:
                 np.random.set_state(numpy_state)  # noqa: NPY002

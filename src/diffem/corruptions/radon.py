@@ -13,7 +13,7 @@ from diffem.errors import DiffemError
 from .base import Params, register_corruption
 from .linear import LinearCorruption
 
-MOST = 100_000  # angles
+MOST = 10_000  # angles
 
 
 @register_corruption

@@ -30,9 +30,7 @@ def from_config(config: dict, source: str = "corruption") -> Corruption:
             f"{source}: a data folder never names code to run; give the function with --corruption package.module:function"
         )
     if name is None:
-        raise DiffemError(
-            f"{source}: name: missing; say how y came about, e.g. `name: RandomMask`{suggest('', REGISTRY)}"
-        )
+        raise DiffemError(f"{source}: name: missing; say how y came about, e.g. `name: Mask`{suggest('', REGISTRY)}")
     if not isinstance(name, str) or name not in REGISTRY:
         raise DiffemError(f"{source}: name: unknown corruption {name!r};{suggest(str(name), REGISTRY)}")
     kind = REGISTRY[name]

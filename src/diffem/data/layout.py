@@ -39,6 +39,8 @@ class Layout:
     """
 
     def __init__(self, axes: str, complex: bool = False) -> None:
+        if not isinstance(complex, bool):
+            raise DiffemError(f"axes: whether values are complex must be true or false, got {complex!r}")
         letters = str(axes).upper()
         known = set("N" + CHANNELS + PLACES)
         channels = [c for c in letters if c in CHANNELS]

@@ -532,5 +532,6 @@ def _shape(value: object, source: str) -> tuple[int, ...]:
 def _is_range(value: object) -> bool:
     if not isinstance(value, list | tuple | np.ndarray) or len(value) != 2:
         return False
-    numbers = all(isinstance(v, int | float | np.number) and abs(v) <= np.finfo(np.float32).max for v in value)
+    largest = float(np.finfo(np.float32).max)  # of Python, since numpy compares no larger whole numbers
+    numbers = all(isinstance(v, int | float | np.number) and abs(v) <= largest for v in value)
     return numbers and bool(value[0] < value[1])

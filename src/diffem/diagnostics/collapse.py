@@ -23,7 +23,8 @@ its healthy value is known without clean data; :data:`NUMBERS` gives the meaning
   range); about 0. If a blur is assumed too wide, reconstructions explain the observations as well as the true items do,
   but leave the range. Computed only if a range is stated.
 
-A number causes a warning if it is beyond its limit and more than three standard errors from its healthy value.
+A number causes a warning if it is beyond its limit, on one side only, and more than three standard errors from its
+healthy value. Draws that vary too much are told by the coverage of intervals.
 """
 
 from __future__ import annotations
@@ -152,7 +153,8 @@ def collapse_watch(
 
 
 def narrow(ratio: tuple[float, float] | None) -> list[str]:
-    """The warning about draws that vary far too little, if there is one, for few observations.
+    """The warning about draws that vary far too little, if there is one, for few observations: the ratio is more than
+    three standard errors beyond the limit.
 
     Arguments:
         ratio: The calibration ratio and the standard error of its logarithm.

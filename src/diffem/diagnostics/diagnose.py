@@ -95,7 +95,7 @@ def diagnose(
     features = math.prod(data.shape)
     most = max(FEWEST, memory.at_once(features, ITEMS, NUMBERS))
     rows, key = evenly(test, most), seeding.fold(seed, *b"diagnose")  # not the draws of the training
-    result: dict = {"iteration": final["iteration"], "items": len(rows)}
+    result: dict = {"iteration": final.get("final", final["iteration"]), "items": len(rows)}
     ratio = None if final.get("ratio") is None else (final["ratio"], final["ratio_se"])
     one, other = draw_many(posterior, data, evenly(rows, FEWEST), 2, key, batch=batch)
     first = [SAME] if torch.equal(one, other) else []
@@ -160,10 +160,11 @@ def _intervals(table: dict, ratio: dict | None) -> list[str]:
             f"the distribution of the draws has the wrong shape: of the hidden entries {held}; choose the level of an interval"
             " by the coverage that the report shows, not by its name"
         ]
-    name, bound = ("over-confident", "a lower") if off[k] < 0 else ("under-confident", "an upper")
+    length, size, more = ("short", "larger", "train longer, ") if off[k] < 0 else ("long", "smaller", "")
     return [
-        f"{name}: {levels[k]:.0%} intervals hold {shares[k]:.0%} of the hidden entries; take the spread of the draws for {bound}"
-        " bound of the uncertainty"
+        f"intervals are too {length}: {levels[k]:.0%} intervals hold {shares[k]:.0%} of the hidden entries; the uncertainty is"
+        f" {size} than the draws vary: {more}check the declared noise, or take the coverage in the report for the level of an"
+        " interval"
     ]
 
 

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from diffem import files
+from diffem import files, reading
 from diffem.diagnostics.diagnose import p_words
 from diffem.diagnostics.divergence import COMPARISONS
 from diffem.diagnostics.scores import OVER_CONFIDENT, UNDER_CONFIDENT
@@ -133,7 +133,7 @@ def _load_diagnostics(run: Run) -> dict[str, Any] | None:
     found = _read_json(file)
     if found is not None and not isinstance(found.get("warnings"), list):
         raise DiffemError(f"{file}: holds no `warnings`; run diffem diagnose again")
-    return found if found and found.get("iteration") == run.final["iteration"] else None
+    return found if found and found.get("iteration") == run.chosen else None
 
 
 def _read_json(file: Path) -> dict[str, Any] | None:
@@ -151,7 +151,7 @@ def _read_json(file: Path) -> dict[str, Any] | None:
 
 def _read_text(file: Path) -> str | None:
     try:
-        return file.read_text(encoding="utf-8")
+        return reading.read(file).decode()
     except FileNotFoundError:
         return None
     except (OSError, UnicodeDecodeError) as error:

@@ -22,8 +22,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from diffem import files, safe_yaml
+from diffem import files, reading, safe_yaml
 from diffem.corruptions import Corruption
+from diffem.data.layout import Layout
 from diffem.errors import DiffemError
 
 from .source import Block, File, Options, Shape, corners, decoding, plausible, window
@@ -115,6 +116,8 @@ def import_files(
             shape = _shape(read, options.patch)
             work.mkdir(parents=True)
             imported = _write_arrays(work, read, shape, options.patch, left_out)
+        if options.axes is not None:
+            Layout.of((imported.count, *imported.shape), options.axes)  # refuses axes that do not fit
         arrays = sorted(file.name for file in work.iterdir())
         (work / "corruption.yaml").write_text(_corruption(imported, arrays, corruption, range, options.axes), "utf-8")
         about = {
@@ -298,7 +301,7 @@ def _corruption(
         lines.append(
             f"# {noise}"
             if "noise.npy" in arrays
-            else "# noise: LEVEL  # its standard deviation, in the units of y; `diffem check --estimate` tells it of images"
+            else "# noise: LEVEL  # its standard deviation, in the units of y; 0 if values are exact; of images `diffem check --estimate` tells it"
         )
     else:
         known = dict(corruption.config)
@@ -339,7 +342,7 @@ def _put(work: Path, out: Path, names: list[str]) -> None:
 def described(folder: Path) -> dict[str, Any]:
     """The contents of source.json of an imported folder."""
     try:
-        content = json.loads((folder / SOURCE).read_text())
+        content = json.loads(reading.read(folder / SOURCE))
     except FileNotFoundError:
         raise DiffemError(f"{folder}: has no {SOURCE}: it was not written by diffem import") from None
     except (ValueError, RecursionError):
