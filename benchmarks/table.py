@@ -126,15 +126,21 @@ def way(columns: dict[str, dict], name: str) -> list[str]:
     return [f"{100 * (start - c[name]) / gap:.0f} %" if name in c and gap > 0 else "–" for c in columns.values()]
 
 
+SAME = 1e-3  # relative difference of equal scores
+
+
 def reached(runs: dict[str, list[dict]]) -> list[str]:
     """Evaluations until the validation CRPS equals that of plain EM (lambda 1) at the end of its budget, in units of
-    that budget; the mean over seeds."""
-    goals = {r["seed"]: _iterations(r)[-1] for r in runs.get("lambda1", [])}
+    that budget; the mean over seeds. Only runs whose start has the same score are compared: the versions of diffem
+    differ in the parts that they hide."""
+    goals = {r["seed"]: (_iterations(r)[0], _iterations(r)[-1]) for r in runs.get("lambda1", [])}
     cells = []
     for results in runs.values():
         shares: list[float | None] = []
         for result in (r for r in results if r["seed"] in goals and r["curve"]):
-            goal = goals[result["seed"]]
+            first, goal = goals[result["seed"]]
+            if abs(_iterations(result)[0]["crps"] / first["crps"] - 1) > SAME:
+                continue
             point = next((p for p in _iterations(result) if p["crps"] <= goal["crps"]), None)
             shares.append(point and point["evaluations"] / goal["evaluations"])
         known = [share for share in shares if share is not None]
