@@ -115,6 +115,10 @@ def test_a_word_that_is_not_understood_starts_nothing(tmp_path, monkeypatch, cap
     assert capsys.readouterr().err == "diffem: diffem train: .: is a folder of observations: --observations .\n"
     assert main(["train", "--observation", ".", "--out", "run"]) == 2  # no abbreviations
     assert "--observation: unknown option" in capsys.readouterr().err
+    assert main(["train", "digits", "--noise", "3"]) == 2  # not em.renoise
+    assert capsys.readouterr().err == (
+        "diffem: diffem train: --noise: unknown option; settings are written --section.field value\n"
+    )
     assert main(["train", "digits", "--checkpoint-minutes", "nan"]) == 2
     assert capsys.readouterr().err == (
         "diffem: diffem train: --checkpoint-minutes: must be a number of minutes >= 0, got nan\n"

@@ -37,5 +37,5 @@ def _meant(name: str) -> str:
     """A hint at the settings that an unknown option may mean."""
     settings = [f"{section}.{field}" for section, fields in Config().to_dict().items() for field in fields]
     exact = [setting for setting in settings if setting.endswith(f".{name.replace('-', '_')}")]
-    close = exact or difflib.get_close_matches(name, settings, n=3, cutoff=0.65)
+    close = exact or difflib.get_close_matches(name, settings, n=3, cutoff=0.7)
     return f" did you mean --{' or --'.join(close)}?" if close else " settings are written --section.field value"
