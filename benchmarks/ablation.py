@@ -23,7 +23,7 @@ import torch
 from azula import sample as azula_sample
 from azula.denoise import Denoiser as AzulaDenoiser
 from azula.denoise import DiracPosterior
-from compare import TASKS, Method, about, plan
+from compare import TASKS, Method, about, inapplicable, plan
 from judge import Judge
 from torch import Tensor, nn
 
@@ -302,14 +302,14 @@ def run(task: str, name: str, seed: int, runs: Path, root: str | None) -> dict:
     folder, observed = runs / task / str(seed) / name, runs / task / str(seed) / "observations"
     smaller = SMALLER if task.startswith("fashion") else {}
     settings = {**TASKS[task].settings, **smaller, **SETTINGS, **change.settings, "em.seed": str(seed)}
-    if task == "digits-noise":  # all its observations measure the same
-        settings["em.renoise"] = "false"
     config: Config = load_config(TASKS[task].preset, list(settings.items()))
     if not (observed / "y.npy").exists():
         make_observations(config, task, observed, root)
     observations, start = Observations.load(observed), runs / task / str(seed) / "start"
     if not (start / "posterior").exists():
         list(DiffEM(replace(config, em=replace(config.em, iterations=0)), observations, start).iterate())
+    settings |= inapplicable(observations, seed)
+    config = load_config(TASKS[task].preset, list(settings.items()))
     planned = plan(config, Method(), len(observations), BUDGETS[task], change.draws)
     config = load_config(TASKS[task].preset, list({**settings, **planned}.items()))
     before = {key: getattr(*key) for key in change.constants}

@@ -218,6 +218,11 @@ def plan(config: Config, method: Method, n: int, budget: int, later: float = 1.0
     return {"em.iterations": str(iterations), "m_step.first_steps": str(first), "m_step.steps": str(steps)}
 
 
+def inapplicable(observations: Observations, seed: int) -> dict[str, str]:
+    """Settings that have no effect on these observations, switched off, since :func:`plan` has to know."""
+    return {} if measure_differently(observations, observations.split(seed)[0]) else {"em.renoise": "false"}
+
+
 def run(task: str, name: str, seed: int, budget: int, runs: Path, root: str | None) -> dict:
     """Trains and judges one run; returns its results."""
     began, folder, observed = time.monotonic(), runs / task / str(seed) / name, runs / task / str(seed) / "observations"
@@ -247,8 +252,7 @@ def run(task: str, name: str, seed: int, budget: int, runs: Path, root: str | No
         settings |= {"start.kind": "run", "start.run": str(after)}
     elif name != "start":  # the fit is the same for all methods, so it is made once
         start = from_pretrained(runs / task / str(seed) / "start" / "posterior")
-    if not measure_differently(observations, observations.split(seed)[0]):
-        settings["em.renoise"] = "false"  # it does not apply, and the plan has to know
+    settings |= inapplicable(observations, seed)
     config = load_config(TASKS[task].preset, list(settings.items()))
     settings |= plan(config, method, len(observations), budget)
     config = load_config(TASKS[task].preset, list(settings.items()))

@@ -116,12 +116,15 @@ def train_network(em: DiffEM, steps: int, dropout: float) -> bool:
         state.updates += 1
         em.watch(Progress(state.step, state.iteration, state.updates, steps, mean))
         rest(em, save)
-    what = "" if finite() else f"the loss is {float(loss)}"  # type: ignore[arg-type]
-    if not what and not trainer.finite:  # the gradient of the last update was not
+    if not finite():
+        assert loss is not None
+        what = f"the loss is {float(loss)}"
+    elif not trainer.finite:  # the gradient of the last update was not
         what = "weights are not finite"
-    if what:
-        roll_back(em, f"{what} at iteration {state.iteration}, update {state.updates - 1}")
-    return not what
+    else:
+        return True
+    roll_back(em, f"{what} at iteration {state.iteration}, update {state.updates - 1}")
+    return False
 
 
 def learning_rate(em: DiffEM, within: float) -> float:

@@ -113,9 +113,8 @@ class DiffEM:
         out: The run folder; an unfinished run of the same configuration in it is resumed.
         start: A posterior to start from, instead of the start that the configuration names.
         network: A network of your own, see :class:`diffem.networks.Given`.
-        hooks: Called before the commit of the start, of every iteration and of the final model, with this object and the
-            row of metrics. A returned dictionary
-            is added to the row; it does not influence the run.
+        hooks: Called before the commit of the start, of every iteration and of the final model, with this object and
+            the row of metrics. A returned dictionary is added to the row; it does not influence the run.
         progress: Called with a :class:`Progress` during the work.
         allow_unobserved: Go on even if some entry is never observed.
         device: Where networks run; see :func:`diffem.devices.choose`.

@@ -36,6 +36,7 @@ from torch import Tensor
 
 from diffem import __version__, distributed, files, reading, safe_yaml, tensors
 from diffem.errors import DiffemError
+from diffem.watch import marker_of
 
 LOG = logging.getLogger("diffem")
 MARKER = "run.json"
@@ -95,8 +96,6 @@ class Run:
         for path in (self.folder / MARKER, *(self.folder / name for name in PARTS)):
             if path.is_symlink():
                 raise DiffemError(f"{path}: is a link to {os.readlink(path)}; a run writes into its own folder only")
-        if (self.folder / MARKER).exists():
-            reading.regular(self.folder / MARKER)
         with (self.folder / MARKER).open("a+") as marker:
             _lock(marker, self.folder)
             if marker.tell() == 0:
@@ -233,13 +232,8 @@ class Run:
         Raises:
             DiffemError: If the marker is that of another program.
         """
-        text = reading.read(self.folder / MARKER)
-        try:
-            marker = json.loads(text or '{"run": "diffem"}')  # empty: it was killed, or the disk full, at once
-            if marker["run"] == "diffem":
-                return marker.get("version")
-        except (ValueError, TypeError, KeyError, RecursionError):
-            pass
+        if (marker := marker_of(self.folder)) is not None:
+            return marker.get("version")
         raise DiffemError(
             f'{self.folder / MARKER}: is not of diffem; use an empty --out, or write {{"run": "diffem"}} into it'
         )

@@ -67,9 +67,8 @@ def _line(error: Exception) -> str:
 
 def chosen(row: dict | None) -> dict | None:
     """The scores in a row of metrics that a model card shows; None if there are none."""
-    known = {name: row[name] for name in SCORES if row and row.get(name) is not None}
-    known = {k: v for k, v in known.items() if not isinstance(v, float) or math.isfinite(v)}
-    return known if "score" in known else None
+    known = {name: row[name] for name in SCORES if row and _is_figure(row.get(name), name)}
+    return known if "score_name" in known and "score" in known else None
 
 
 def checked(scores: Any) -> dict[str, Any] | None:
@@ -78,12 +77,15 @@ def checked(scores: Any) -> dict[str, Any] | None:
     Raises:
         ValueError: If they are something else.
     """
-    named = isinstance(scores, dict) and "score" in scores and isinstance(scores.get("score_name"), str)
-    numbers = {k: v for k, v in scores.items() if k != "score_name"} if named else {}
-    right = all(k in SCORES and isinstance(v, int | float) and math.isfinite(v) for k, v in numbers.items())
-    if scores is not None and not (named and right):
+    if scores is not None and not (isinstance(scores, dict) and chosen(scores) == scores):
         raise ValueError(f"scores are {str(scores)[:80]}")
     return scores
+
+
+def _is_figure(value: object, name: str) -> bool:
+    if name == "score_name":
+        return isinstance(value, str)
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 # --- the card ------------------------------------------------------------------------------------------

@@ -44,9 +44,8 @@ def load(file: Path) -> tuple[dict[str, Tensor], str]:
     Raises:
         Damaged: If the file is not complete, or differs from its checksum. Files of other programs have none.
     """
-    reading.regular(file)
     try:
-        with open(file, "rb") as stream:
+        with open(reading.regular(file), "rb") as stream:
             if int.from_bytes(stream.read(8), "little") > LARGEST_HEADER:
                 raise ValueError(f"its header is larger than {LARGEST_HEADER:,} bytes")
         with safe_open(file, "pt") as stream:

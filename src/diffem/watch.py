@@ -228,22 +228,22 @@ def status(folder: str | Path) -> Status:
     from diffem import safe_yaml
 
     folder = Path(folder)
-    marker, file = folder / "run.json", folder / "config.yaml"
-    if not marker.exists() or (marker.stat().st_size and _json(marker).get("run") != "diffem"):  # empty: just begun
+    file = folder / "config.yaml"
+    if not (folder / "run.json").exists() or marker_of(folder) is None:
         raise DiffemError(f"{folder}: is not a run folder (no run.json of diffem)")
     try:
         config = safe_yaml.read(file)
-        config["em"]["iterations"]
+        iterations = config["em"]["iterations"]
     except (OSError, DiffemError, TypeError, KeyError):
         raise DiffemError(f"{file}: is missing or not the configuration of a run") from None
     try:
-        return _status(folder, config)
+        return _status(folder, config, iterations)
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         what = " ".join(f"{type(error).__name__}: {error}".split())
         raise DiffemError(f"{folder}: metrics.jsonl, {FILE} or checkpoint.safetensors is damaged ({what})") from None
 
 
-def _status(folder: Path, config: dict) -> Status:
+def _status(folder: Path, config: dict, iterations: int) -> Status:
     active, now, checkpoint = running(folder), time.time(), folder / "checkpoint.safetensors"
     state, told = _header(checkpoint), _json(folder / FILE)
     rows = read_metrics(folder) if (folder / "metrics.jsonl").exists() else []
@@ -263,7 +263,7 @@ def _status(folder: Path, config: dict) -> Status:
         step=step,
         iteration=iteration,
         ending=state["final"] is not None or step in ("end", "prior", "done"),
-        iterations=config["em"]["iterations"],
+        iterations=iterations,
         finished=max((row["iteration"] for row in rows if "final" not in row), default=0),
         done=done,
         total=total,
@@ -279,6 +279,16 @@ def _figures(row: dict[str, Any]) -> dict[str, Any]:
     """The figures of a row that :attr:`Status.best` holds."""
     which = row.get("final", row["iteration"])
     return {"iteration": which, "score": row["score"], "score_se": row["score_se"], "final": "final" in row}
+
+
+def marker_of(folder: Path) -> dict[str, Any] | None:
+    """What run.json says of the run in a folder; None if it is not of diffem."""
+    text = reading.read(folder / "run.json")
+    try:
+        marker = json.loads(text or '{"run": "diffem"}')  # empty: it was killed, or the disk full, at once
+    except (ValueError, RecursionError):
+        return None
+    return marker if isinstance(marker, dict) and marker.get("run") == "diffem" else None
 
 
 def best_row(rows: list[dict]) -> dict:
