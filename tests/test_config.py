@@ -158,6 +158,15 @@ def test_sections_of_older_versions_are_refused(field):
         config.from_dict({"e_step": {field: 1}})
 
 
+@pytest.mark.parametrize("minutes", [-1.0, math.nan, math.inf])
+def test_times_between_checkpoints_that_cannot_be(minutes, tmp_path):
+    observations = Observations(np.zeros((40, 3), np.float32), GaussianNoise(0.1), range=(-1, 1))
+    with pytest.raises(DiffemError) as caught:
+        DiffEM(config.load_config(), observations, tmp_path / "run", checkpoint_minutes=minutes)
+    assert str(caught.value) == f"checkpoint_minutes: must be a number of minutes >= 0, got {minutes}"
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("batch", [0, -1])
 def test_batches_that_cannot_be(batch, tmp_path, capsys):
     observations = Observations(np.zeros((40, 3), np.float32), GaussianNoise(0.1), range=(-1, 1))

@@ -141,9 +141,10 @@ def test_without_a_guard_all_are_accepted_and_the_last_is_the_best():
     assert found.best.mean == pytest.approx(8.4)
 
 
+@pytest.mark.parametrize("guard", [True, False])
 @pytest.mark.parametrize("make", [box, scored])
-def test_invariant_5_a_criterion_that_is_not_a_number_is_refused(make):
-    found = selection(make(0.4))
+def test_invariant_5_a_criterion_that_is_not_a_number_is_refused(make, guard):
+    found = selection(make(0.4), guard=guard)
     one = make(0.3).items.clone()
     one[5] = torch.nan  # of a single observation
     nothing = {k: v * torch.nan for k, v in make(0.3).tensors.items()}

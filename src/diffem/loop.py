@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -50,6 +51,12 @@ class Progress:
     total: int
     loss: float | None = None
     left: float | None = field(default=None, compare=False)
+
+
+def refuse_minutes(minutes: float, name: str) -> None:
+    """Raises an error that begins with `name`, unless there is a time between checkpoints of `minutes`."""
+    if not 0 <= minutes < math.inf:
+        raise DiffemError(f"{name}: must be a number of minutes >= 0, got {minutes}")
 
 
 def stopped() -> None:
@@ -153,6 +160,7 @@ class DiffEM:
             observations = Observations.load(Path(observations))
         if batch is not None and batch < 1:
             raise DiffemError(f"batch: must be at least 1, got {batch}")
+        refuse_minutes(checkpoint_minutes, "checkpoint_minutes")
         self.config, self.observations, self.seed = config, observations, config.em.seed
         self.network = config.network if network is None else Given(network)
         self.hooks, self.progress, self.watch = hooks, progress, Watch(self)

@@ -8,7 +8,8 @@ accepted  the criterion is not worse than the best so far by more than :data:`GA
 best      accepted, and the criterion is smaller than the best so far (at first, that of the start)
 stop      `em.patience` iterations in a row were not the best
 
-An iteration whose criterion is not a number is refused. Without `em.guard` all are accepted, and the last is the best.
+An iteration whose criterion is not a number is refused. Without `em.guard` all others are accepted, and the last one is
+the best.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class Selection:
     """The decisions of a run so far; see the module.
 
     Attributes:
-        guard: Whether scores decide; if not, every iteration is accepted, and the last one is the best.
+        guard: Whether scores decide; if not, every iteration with a score is accepted, and the last one is the best.
         patience: The run ends after this many iterations in a row without a new best; with 0, never.
         first: The score of the start.
         best: The score of the best iteration; at first that of the start.
@@ -59,8 +60,11 @@ class Selection:
         """
         delta, error = current.criterion_difference(self.best)
         first = math.isfinite(current.criterion) and not math.isfinite(self.best.criterion)  # any number beats none
-        accepted = not self.guard or first or delta <= GATE * error
-        best = not self.guard or first or (accepted and delta < 0)
+        if self.guard:
+            accepted = first or delta <= GATE * error
+            best = first or (accepted and delta < 0)
+        else:
+            accepted = best = not math.isnan(current.criterion)
         self.stale = 0 if best else self.stale + 1
         if best:
             self.best = current

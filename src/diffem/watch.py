@@ -277,8 +277,7 @@ def _status(folder: Path, config: dict, iterations: int) -> Status:
 
 def _figures(row: dict[str, Any]) -> dict[str, Any]:
     """The figures of a row that :attr:`Status.best` holds."""
-    which = row.get("final", row["iteration"])
-    return {"iteration": which, "score": row["score"], "score_se": row["score_se"], "final": "final" in row}
+    return {"iteration": model_of(row), "score": row["score"], "score_se": row["score_se"], "final": "final" in row}
 
 
 def marker_of(folder: Path) -> dict[str, Any] | None:
@@ -295,6 +294,11 @@ def best_row(rows: list[dict]) -> dict:
     """The row of the model that a run holds: the last one that was the best. It is that of the final model if the run
     has ended, and at first that of the start."""
     return next((row for row in reversed(rows) if row.get("best")), rows[0])
+
+
+def model_of(row: dict) -> int:
+    """The iteration whose model a row describes. (The row of the final model has a number of its own.)"""
+    return row.get("final", row["iteration"])
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import math
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +21,7 @@ from diffem.data import Observations, open_array
 from diffem.diagnostics.check import quick
 from diffem.em import DiffEM
 from diffem.errors import DiffemError, Stopped
-from diffem.loop import TOGETHER
+from diffem.loop import TOGETHER, refuse_minutes
 from diffem.report import page, pictures
 from diffem.samplers import trained_kind
 from diffem.tracking import track
@@ -36,10 +35,7 @@ def run(arguments: argparse.Namespace) -> None:
             f"diffem train: {arguments.preset}: is a folder of observations: --observations {arguments.preset}"
         )
     config, place = configuration.load_config(arguments.preset, settings), place_of(arguments)
-    if not 0 <= arguments.checkpoint_minutes < math.inf:
-        raise DiffemError(
-            f"diffem train: --checkpoint-minutes: must be a number of minutes >= 0, got {arguments.checkpoint_minutes}"
-        )
+    refuse_minutes(arguments.checkpoint_minutes, "diffem train: --checkpoint-minutes")
     distributed.begin()
     devices.choose(arguments.device, arguments.precision)
     reference = None

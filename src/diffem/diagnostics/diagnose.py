@@ -18,7 +18,7 @@ from diffem.errors import DiffemError
 from diffem.posterior import from_pretrained
 from diffem.run import read_config
 from diffem.samplers import WIDTHS, draw_many, prior_samples
-from diffem.watch import best_row, read_metrics
+from diffem.watch import best_row, model_of, read_metrics
 
 ITEMS = 256  # held-out observations, each reconstructed once; also the number of prior samples
 COVERED = 64  # observations for coverage, with DRAWS draws each: most of the cost; twice as many with `full`
@@ -95,7 +95,7 @@ def diagnose(
     features = math.prod(data.shape)
     most = max(FEWEST, memory.at_once(features, ITEMS, NUMBERS))
     rows, key = evenly(test, most), seeding.fold(seed, *b"diagnose")  # not the draws of the training
-    result: dict = {"iteration": final.get("final", final["iteration"]), "items": len(rows)}
+    result: dict = {"iteration": model_of(final), "items": len(rows)}
     ratio = None if final.get("ratio") is None else (final["ratio"], final["ratio_se"])
     one, other = draw_many(posterior, data, evenly(rows, FEWEST), 2, key, batch=batch)
     first = [SAME] if torch.equal(one, other) else []

@@ -34,7 +34,7 @@ from diffem.diagnostics.scores import OVER_CONFIDENT, UNDER_CONFIDENT
 from diffem.errors import DiffemError
 from diffem.report import drawing
 from diffem.report.drawing import ITEMS, Figure, Pictures, Row, finite, seen_entries, std_limit, uri
-from diffem.watch import best_row, read_metrics, status, time_left
+from diffem.watch import best_row, model_of, read_metrics, status, time_left
 
 SCORES = {"crps": "CRPS", "energy_distance": "energy distance"}
 SAMPLES_OF = {"reconstructions": "reconstructions, re-corrupted", "prior": "prior samples, re-corrupted"}
@@ -65,7 +65,7 @@ class Run:
     @property
     def chosen(self) -> int:
         """The iteration of the final model."""
-        return self.final.get("final", self.final["iteration"])
+        return model_of(self.final)
 
     @property
     def iterations(self) -> list[Row]:
