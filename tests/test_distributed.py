@@ -88,7 +88,7 @@ def test_processes_leave_their_group_before_python_exits(tmp_path):
 
 
 @pytest.mark.parametrize("n", [2, 3])
-def test_any_number_of_processes_makes_the_same_reconstructions(n, script, alone, tmp_path):
+def test_invariant_7_any_number_of_processes_makes_the_same_reconstructions(n, script, alone, tmp_path):
     done = launch(n, str(script), str(tmp_path / "run"), "0")
     assert done.returncode == 0, done.stderr
     assert sorted(done.stdout.splitlines()) == [f"{rank} [0, 1, 2, 3]" for rank in range(n)]
