@@ -40,7 +40,7 @@ from torch import Tensor
 from diffem import distributed, files, memory, seeding, starts
 from diffem.errors import DiffemError
 from diffem.judging import chosen_width, elapsed, precise_score, row_of, selection_score
-from diffem.loop import ABOUT_THE_END, DiffEM, Progress, finish, rest, roll_back, with_hooks
+from diffem.loop import ABOUT_THE_END, DiffEM, Progress, draw_all, finish, rest, roll_back, with_hooks
 from diffem.posterior import from_pretrained
 from diffem.samplers import DiffusionSampler
 from diffem.selection import Selection, to_start
@@ -134,13 +134,11 @@ def learning_rate(em: DiffEM, within: float) -> float:
 
 
 def e_step(em: DiffEM) -> None:
-    """Draw a reconstruction of every observation, or of a fraction of them (em.refresh); the others keep theirs. Every
-    process draws a chunk of the observations at a time, and the first one writes."""
+    """Draw a reconstruction of every observation, or of a fraction of them (em.refresh); the others keep theirs."""
     state, config, data, sampler = em.state, em.config.em, em.data, em.sampler
     later = state.final is None and state.iteration > 0
     fraction, renoises = config.refresh if later else 1.0, later and state.iteration > 1 and em.renoises
     purpose = "e_step" if state.final is None else "end"  # an extended run uses this iteration number again
-    out, done = em.run.growing("next", data.array_shape, state.iteration, em.observations.item_layout.dtype)
 
     def renewed(rows: np.ndarray) -> tuple[Tensor, np.ndarray]:
         """The keys of those rows that are drawn anew, and these rows."""
@@ -148,50 +146,24 @@ def e_step(em: DiffEM) -> None:
         chosen = seeding.uniform(seeds, stream=REFRESH) < fraction  # all, if the fraction is 1
         return seeds[chosen], rows[chosen.numpy()]
 
-    def draw(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, Tensor]:
-        """The rows, those that are drawn, and their draws."""
+    def draw(rows: np.ndarray) -> tuple[np.ndarray, Tensor]:
+        """Those rows that are drawn anew, and their draws."""
         seeds, fresh = renewed(rows)
         if not len(fresh):
-            return rows, fresh, torch.zeros(0, *data.shape)
+            return fresh, torch.zeros(0, *data.shape)
         (y, params), seeds = data.batch(fresh, sampler.device), seeds.to(sampler.device)
         if renoises:
             x = sampler.renoise(em.items("current")[fresh].to(sampler.device), y, params, seeds)
         else:
             x = sampler.draw(y, params, seeds)
-        return rows, fresh, x.cpu()
+        return fresh, x.cpu()
 
-    def write(parts: list[tuple[np.ndarray, np.ndarray, Tensor] | None]) -> list[int]:
-        """The rows whose draws are not finite, of the first part that has any; the parts before it are written."""
-        assert out is not None
-        for rows, fresh, x in (part for part in parts if part is not None):
-            if fraction < 1:
-                out[rows] = em.run.array("current")[rows]
-            bad = fresh[~x.isfinite().flatten(1).all(1).numpy()]
-            if len(bad):
-                return bad.tolist()
-            data.items(out)[fresh] = x
-        return []
-
-    chunks, rank, size = [*data.chunks(np.arange(done, len(data)), em.batch)], distributed.rank(), distributed.size()
-    for k in range(0, len(chunks), size):
-        try:
-            parts = distributed.gathered(draw(chunks[k + rank]) if k + rank < len(chunks) else None)
-        except BaseException:  # such as a signal
-            em.run.grown("next", out, int(chunks[k][0]), state.iteration)
-            raise
-        if bad := distributed.shared(lambda parts=parts: write(parts)):
-            what = (
-                f"the draws of {len(bad)} observations (first: {bad[0]}) are not finite at iteration {state.iteration}"
-            )
-            if state.width is None:
-                raise DiffemError(f"start: {what}")
-            roll_back(em, what)
-            return
-        filled = int(chunks[min(k + size, len(chunks)) - 1][-1]) + 1
-        em.watch(Progress("e_step", state.iteration, filled, len(data)))
-        rest(em, lambda filled=filled: em.run.grown("next", out, filled, state.iteration))
-    if out is not None:
-        out.flush()
+    if bad := draw_all(em, draw):
+        what = f"the draws of {len(bad)} observations (first: {bad[0]}) are not finite at iteration {state.iteration}"
+        if state.width is None:
+            raise DiffemError(f"start: {what}")
+        roll_back(em, what)
+        return
     evaluations = 0 if state.width is None else em.sampler_class.evaluations(em.config.sampler, renoises)
     _, drawn = renewed(np.arange(len(data)))  # counted again, since a resumed E-step has drawn only a part of them
     em.next("judge", evaluations=len(drawn) * evaluations)

@@ -367,6 +367,49 @@ def rest(em: DiffEM, save: Callable[[], None] | None = None) -> None:
         (em.stop or stopped)()
 
 
+def draw_all(em: DiffEM, draw: Callable[[np.ndarray], tuple[np.ndarray, Tensor]]) -> list[int]:
+    """Fills next.npy with draws, chunk by chunk. Every process draws a chunk of the observations at a time, and the first
+    one writes. What an interrupted run has written is kept.
+
+    Arguments:
+        draw: Called with rows of observations. Returns those that are drawn anew (n,), and their draws (n, *shape). The
+            others keep their reconstructions.
+
+    Returns:
+        The rows whose draws are not finite, of the first chunk that has any, where the work ends; none if all are.
+    """
+    state, data, rank, size = em.state, em.data, distributed.rank(), distributed.size()
+    out, done = em.run.growing("next", data.array_shape, state.iteration, em.observations.item_layout.dtype)
+    chunks = [*data.chunks(np.arange(done, len(data)), em.batch)]
+
+    def write(parts: list[tuple[np.ndarray, tuple[np.ndarray, Tensor]] | None]) -> list[int]:
+        assert out is not None
+        for rows, (fresh, x) in (part for part in parts if part is not None):
+            if len(fresh) < len(rows):
+                out[rows] = em.run.array("current")[rows]
+            bad = fresh[~x.isfinite().flatten(1).all(1).numpy()]
+            if len(bad):
+                return bad.tolist()
+            data.items(out)[fresh] = x
+        return []
+
+    for k in range(0, len(chunks), size):
+        mine = chunks[k + rank] if k + rank < len(chunks) else None
+        try:
+            parts = distributed.gathered(None if mine is None else (mine, draw(mine)))
+        except BaseException:  # such as a signal
+            em.run.grown("next", out, int(chunks[k][0]), state.iteration)
+            raise
+        if bad := distributed.shared(lambda parts=parts: write(parts)):
+            return bad
+        filled = int(chunks[min(k + size, len(chunks)) - 1][-1]) + 1
+        em.watch(Progress("e_step", state.iteration, filled, len(data)))
+        rest(em, lambda filled=filled: em.run.grown("next", out, filled, state.iteration))
+    if out is not None:
+        out.flush()
+    return []
+
+
 def restore(em: DiffEM, tensors: dict[str, Tensor], facts: dict) -> None:
     """Takes over what a checkpoint holds."""
     config, version, selection = em.config.em, facts.pop("version", None), facts.pop("selection", None)
