@@ -17,6 +17,7 @@ from diffem import memory, seeding
 from diffem.cli import main
 from diffem.corruptions import (
     JPEG,
+    Corruption,
     EntrywiseCorruption,
     Gamma,
     GaussianNoise,
@@ -35,6 +36,7 @@ from diffem.diagnostics.check import check
 from diffem.diagnostics.scores import coverage, score
 from diffem.em import DiffEM
 from diffem.errors import DiffemError
+from diffem.mixtures import Diagonal, Mixture, Rows
 from diffem.networks import NetworkConfig
 from diffem.posterior import from_pretrained
 from diffem.samplers import DiffusionSampler, ObservationSampler, Sampler, SamplerConfig
@@ -423,3 +425,84 @@ def test_the_posterior_integrates_over_a_noise_level_that_is_not_known():
         assert drawn.var(0)[part].mean().item() == pytest.approx(spread[part].mean().item(), rel=0.15)
     first, last = exact[order[:150]].mean(), exact[order[-150:]].mean()
     assert first > 0.6 > 0.4 > last  # and so no single level would pass
+
+
+# --- Gaussian approximations, from which a run starts ------------------------------------------------
+
+
+@pytest.mark.parametrize(("mean", "gain", "noise"), [(6.0, 2.0, 0.5), (40.0, 4.0, 3.0), (0.0, 2.0, 0.0)])
+def test_the_variance_of_photon_noise_is_that_of_the_mean_signal(mean, gain, noise):
+    corruption, mask = PoissonGaussian(gain, noise), torch.rand(50, 1, 40, 40, generator=generator(1)) < 0.5
+    x = mean * (0.5 + torch.rand(50, 1, 40, 40, generator=generator(2)))
+    y, params = corruption.apply(x, {"mask": mask}, generator()), {"mask": mask}
+    expected = gain * max(mean, 0.1 * gain) + noise**2  # at least a tenth of a photon
+    assert corruption.variance(y, params).flatten().numpy() == pytest.approx(np.full(50, expected), rel=0.1)
+    found = corruption.likelihood(y, params)
+    assert torch.equal(found.precision.view(mask.shape) > 0, mask)
+    units = Units(30.0, 20.0)
+    scaled = corruption.scaled(units).likelihood(corruption.scale_y(y, params, units), params)
+    assert torch.allclose(scaled.precision, found.precision * 400, rtol=1e-4)
+    assert torch.allclose(scaled.z[mask.flatten(1)], (found.z[mask.flatten(1)] - 30) / 20, atol=1e-5)
+
+
+def test_the_variance_of_speckle_is_that_of_the_mean_signal():
+    x = 3 + torch.rand(20, 100, 100, generator=generator(4))
+    y = Speckle(0.5).apply(x, {}, generator())
+    assert Speckle(0.5).variance(y, {}).flatten().numpy() == pytest.approx(0.25 * float(x.square().mean()), rel=0.05)
+    blank = {"mask": torch.tensor([[True, False, True]])}  # nothing but zeros
+    precision = Speckle(0.5).scaled(Units(0.0, 2.0)).likelihood(torch.zeros(2, 3), blank).precision
+    assert precision.isfinite().all()
+    assert (precision > 0).tolist() == 2 * blank["mask"].tolist()
+
+
+def test_the_variance_of_rounding_is_that_of_a_uniform_error():
+    corruption = Quantise(5, 0.0, 8.0)
+    x = 8 * torch.rand(N, 1, generator=generator(3), dtype=torch.float64)
+    y = corruption.apply(x, {}, generator())
+    assert float((y - x).var()) == pytest.approx(float(corruption.variance(y, {})[0]), rel=0.02)
+
+
+def test_starts_are_mixtures_where_the_variance_is_known_and_hold_possible_items(tmp_path):
+    """Items are e^g with a Gaussian g of rank 2; a mixture learns their covariance, which single counts hide."""
+    rng = np.random.default_rng(0)
+    clean = np.exp(rng.normal(size=(600, 2)) @ rng.normal(size=(2, 12)) / 2).astype(np.float32)
+    corruption = PoissonGaussian(0.5)
+    y = corruption.apply(torch.from_numpy(clean), {}, generator()).numpy()
+    folder, config = tmp_path / "run", configuration.load_config(None, {"em.iterations": 0, "start.ranks": [2]})
+    run = DiffEM(config, Observations(y, corruption, range=(0, 6)), folder)
+    for _ in run.iterate():
+        pass
+    assert json.loads((folder / "start.json").read_text())["kind"] == "mixture"
+    draws = from_pretrained(folder / "posterior").sample(y, n=40)
+    assert draws.min() >= -1e-5
+    assert np.square(draws.mean(0) - clean).mean() < 0.6 * np.square(y - clean).mean()
+    assert 0.8 < np.mean(np.abs(draws.mean(0) - clean) < 1.64 * draws.std(0)) < 0.97
+    assert configuration.load_config(None).start.resolve(Saturate(1.0).scaled(Units()), (3,)) == "observation"
+
+
+class Halves(Corruption):
+    """y is half of x plus noise: with a likelihood of either kind."""
+
+    def __init__(self, rows: bool) -> None:
+        self.rows = rows
+
+    def apply(self, x, params, generator):
+        return x / 2 + 0.1 * torch.randn(x.shape, generator=generator)
+
+    def likelihood(self, y, params):
+        if not self.rows:
+            return Diagonal(2 * y, torch.full_like(y, 25.0))
+        matrix = torch.eye(y.shape[1]).expand(len(y), -1, -1) / 2
+        return Rows(y, matrix, torch.full_like(y[:, :1], 0.1))
+
+
+@pytest.mark.parametrize("rows", [False, True])
+def test_a_likelihood_of_ones_own_is_used_in_model_units(rows):
+    units, sigma = Units(3.0, 2.0), 1.5
+    scaled, u = Halves(rows).scaled(units), torch.tensor([[-0.5, 0.25, 1.0]])
+    y = units.scale(units.restore(u) / 2)
+    assert scaled.exact((3,))
+    found = Mixture.standard(3).posterior(scaled.likelihood(y, {}).given(u, torch.full((1, 1), sigma)))
+    precision = 1 + sigma**-2 + (2 * 0.5 / 0.1) ** 2  # of the prior, of u, and of y, whose noise is 0.1 of 2 * 0.5 u
+    assert torch.allclose(found.mean, u * (precision - 1) / precision, atol=1e-4)
+    assert torch.allclose(found.variance, torch.full((1, 3), 1 / precision), rtol=1e-3)

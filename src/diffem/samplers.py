@@ -213,7 +213,7 @@ class MixtureSampler(Sampler):
         posterior = self.prior.posterior(likelihood if withheld is None else likelihood.withheld(withheld))
         width = self.prior.rank + self.prior.features
         draw = posterior.draw(seeding.uniform(seeds), seeding.normal(seeds, (width,), stream=1))
-        return draw.view(-1, *self.shape).float()
+        return self.corruption.possible(draw.view(-1, *self.shape).float())
 
 
 @register_sampler

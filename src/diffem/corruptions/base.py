@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TypeVar
 
 import numpy as np
@@ -18,10 +19,11 @@ import torch
 from torch import Tensor
 
 from diffem.errors import DiffemError
-from diffem.mixtures import Basis, Likelihood
+from diffem.mixtures import Basis, Diagonal, Likelihood, Rows
 from diffem.units import Units
 
 Params = dict[str, Tensor]
+NOISE_FLOOR = 1e-3  # in model units: keeps likelihoods of noise-free data finite
 Observed = tuple[Tensor, Params]  # observations (B, *y shape), and their parameters
 
 
@@ -150,7 +152,8 @@ class Corruption:
         raise NotImplementedError
 
     def likelihood(self, y: Tensor, params: Params) -> Likelihood:
-        """p(y | x) as a function of flattened items, for exact posteriors under Gaussian mixtures."""
+        """p(y | x) as a function of flattened items, for posteriors under Gaussian mixtures. Some corruptions give a
+        Gaussian approximation: starts use it, and so does the reference of the denoiser, which its network corrects."""
         raise NotImplementedError
 
     def exact(self, shape: tuple[int, ...]) -> bool:
@@ -206,6 +209,10 @@ class Corruption:
         """
         x = self.initial(y, params)
         return x, x
+
+    def possible(self, x: Tensor) -> Tensor:
+        """The possible items that are nearest to x (B, *shape), where some cannot be, such as negative intensities."""
+        return x
 
     def seen(self, y: Tensor, params: Params) -> Tensor:
         """Which entries of y carry information: a boolean tensor that broadcasts against y."""
@@ -287,6 +294,28 @@ class Scaled(Corruption):
         assert isinstance(other, Scaled)
         other.inner = self.inner.with_file_parameters(parameters)
         return other
+
+    def exact(self, shape: tuple[int, ...]) -> bool:
+        return self.inner.exact(shape)
+
+    def likelihood(self, y: Tensor, params: Params) -> Likelihood:
+        units, given = self.units, self.inner.likelihood(self.inner.restore_y(y, params, self.units), params)
+        if isinstance(given, Diagonal) and given.basis is None:
+            z = units.scale(given.z.view(y.shape)).flatten(1)
+            deviation = units.scale_spread(given.precision.rsqrt().view(y.shape)).flatten(1).clamp(min=NOISE_FLOOR)
+            return replace(given, z=z, precision=deviation.square().reciprocal())
+        if isinstance(given, Rows) and not units.centre.ndim:
+            left = given.y - given.matrix.sum(-1) * float(units.centre)
+            return replace(given, y=left, matrix=given.matrix * float(units.half))
+        kind = type(self.inner).__name__
+        raise DiffemError(
+            f"{kind}: its likelihood must be Diagonal without a basis, or Rows of columns that share their units"
+        )
+
+    def possible(self, x: Tensor) -> Tensor:
+        if type(self.inner).possible is Corruption.possible:
+            return x  # without rounding
+        return self.units.scale(self.inner.possible(self.units.restore(x)))
 
     def measured(self, x: Tensor, params: Params) -> Tensor:
         return self.inner.measured(x, params)

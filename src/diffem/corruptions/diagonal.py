@@ -21,8 +21,8 @@ from torch import Tensor
 from diffem.errors import DiffemError
 from diffem.mixtures import Basis, Diagonal
 
-from .base import Params, register_corruption
-from .linear import NOISE_FLOOR, SPREAD, LinearCorruption
+from .base import NOISE_FLOOR, Params, register_corruption
+from .linear import SPREAD, LinearCorruption
 from .thinning import Masked
 
 WIDEST = 1000  # standard deviation of a kernel, in pixels

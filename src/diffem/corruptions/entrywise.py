@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 
 from diffem.errors import DiffemError
+from diffem.mixtures import Diagonal
 from diffem.units import Units
 
 from .base import Params, register_corruption
 from .thinning import Masked
 
 ROUNDING = 1e-5  # tolerance for rounding to single precision, relative to the largest values
+FEWEST_PHOTONS = 0.1  # per entry, for the variance of an observation
 CHECKED = 1024  # number of observations whose values are checked before training
 
 
@@ -32,6 +34,26 @@ class EntrywiseCorruption(Masked):
     def distort(self, x: Tensor, generator: torch.Generator) -> Tensor:
         """One draw of y for items x (B, *shape), in the units of the data."""
         raise NotImplementedError
+
+    def variance(self, y: Tensor, params: Params) -> Tensor:
+        """About the variance of y given x, where the mean of y is x: one value for each observation, shape (B, 1, ...), in
+        squared units of y. A subclass that defines it starts from a mixture, fitted with Gaussian noise of this variance.
+
+        The value must not depend much on single entries of y: entries that are too low by chance would be trusted more.
+        """
+        raise NotImplementedError
+
+    def mean(self, y: Tensor, params: Params) -> Tensor:
+        """The mean of the observed entries of each observation, shape (B, 1, ...)."""
+        seen, axes = self.seen(y, params).to(y).expand_as(y), tuple(range(1, y.ndim))
+        return (y * seen).sum(axes, keepdim=True) / seen.sum(axes, keepdim=True).clamp(min=1)
+
+    def exact(self, shape: tuple[int, ...]) -> bool:
+        return type(self).variance is not EntrywiseCorruption.variance
+
+    def likelihood(self, y: Tensor, params: Params) -> Diagonal:
+        precision = torch.where(self.seen(y, params), 1 / self.variance(y, params), 0.0)
+        return Diagonal(y.flatten(1), precision.expand_as(y).flatten(1), varied=True)
 
     def impossible(self, y: np.ndarray) -> np.ndarray | bool:
         """Which values of y cannot be observed for any x: boolean, broadcasts against y. By default all values can."""
@@ -86,6 +108,13 @@ class PoissonGaussian(EntrywiseCorruption):
         rate = (x.clamp(min=0) / self.gain).to(generator.device)
         return (self.gain * torch.poisson(rate, generator) + self.noise * _normal(rate, generator)).to(x)
 
+    def variance(self, y: Tensor, params: Params) -> Tensor:
+        photons = self.mean(y, params) / self.gain
+        return self.gain**2 * photons.clamp(min=FEWEST_PHOTONS) + self.noise**2
+
+    def possible(self, x: Tensor) -> Tensor:
+        return x.clamp(min=0)
+
     def impossible(self, y: np.ndarray) -> np.ndarray:
         if self.noise:
             return np.zeros(y.shape, dtype=bool)
@@ -107,6 +136,9 @@ class Speckle(EntrywiseCorruption):
 
     def distort(self, x: Tensor, generator: torch.Generator) -> Tensor:
         return x * (1 + self.std * _normal(x, generator))
+
+    def variance(self, y: Tensor, params: Params) -> Tensor:
+        return self.std**2 / (1 + self.std**2) * self.mean(y.square(), params)
 
 
 @register_corruption
@@ -150,6 +182,9 @@ class Quantise(EntrywiseCorruption):
 
     def distort(self, x: Tensor, generator: torch.Generator) -> Tensor:
         return self.low + self.step * ((x - self.low) / self.step).round().clamp(0, self.levels - 1)
+
+    def variance(self, y: Tensor, params: Params) -> Tensor:
+        return y.new_full((len(y), *(1,) * (y.ndim - 1)), self.step**2 / 12)  # of a uniform distribution
 
     def impossible(self, y: np.ndarray) -> np.ndarray:
         nearest = self.low + self.step * np.rint((y - self.low) / self.step).clip(0, self.levels - 1)

@@ -29,10 +29,9 @@ from diffem.errors import DiffemError
 from diffem.mixtures import Likelihood, Rows
 from diffem.units import Units
 
-from .base import Observed, Params
+from .base import NOISE_FLOOR, Observed, Params
 from .thinning import Masked, refuse_unless_it_broadcasts
 
-NOISE_FLOOR = 1e-3  # in model units: keeps likelihoods of noise-free data finite
 SPREAD = 0.5  # the assumed standard deviation of data in model units; noise well above it hides the data
 DENSE = 64  # the most features for which A is a dense matrix; an update of 100 items takes 0.1 s, with 256 features 9 s
 ADJOINT = 1e-2  # a larger relative error of A_adjoint is a mistake, not rounding

@@ -11,8 +11,8 @@ from torch import Tensor
 from diffem.errors import DiffemError
 from diffem.mixtures import Rows
 
-from .base import Observed, Params, register_corruption
-from .linear import NOISE_FLOOR, LinearCorruption
+from .base import NOISE_FLOOR, Observed, Params, register_corruption
+from .linear import LinearCorruption
 
 
 @register_corruption

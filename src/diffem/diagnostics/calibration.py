@@ -44,7 +44,7 @@ from torch import Tensor
 
 from diffem import memory, seeding
 from diffem.corruptions import Corruption, LinearCorruption, Params
-from diffem.corruptions.linear import NOISE_FLOOR
+from diffem.corruptions.base import NOISE_FLOOR
 from diffem.errors import DiffemError
 from diffem.samplers import BATCH, Sampler, draw_from, prior_samples
 

@@ -32,7 +32,7 @@ from azula.noise import VESchedule
 from torch import Tensor
 
 from diffem.corruptions import Corruption, Params
-from diffem.corruptions.linear import NOISE_FLOOR
+from diffem.corruptions.base import NOISE_FLOOR
 from diffem.denoiser import DenoiserConfig
 from diffem.errors import DiffemError, suggest
 from diffem.samplers import DiffusionSampler, Query, SamplerConfig, register_sampler
