@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -54,8 +53,8 @@ class Progress:
 
 
 def refuse_minutes(minutes: float, name: str) -> None:
-    """Raises an error that begins with `name`, unless there is a time between checkpoints of `minutes`."""
-    if not 0 <= minutes < math.inf:
+    """Raises an error that begins with `name`, unless `minutes` can be a time between checkpoints; it may be infinite."""
+    if not minutes >= 0:
         raise DiffemError(f"{name}: must be a number of minutes >= 0, got {minutes}")
 
 
@@ -127,7 +126,8 @@ class DiffEM:
         device: Where networks run; see :func:`diffem.devices.choose`.
         precision: Their arithmetic; see :func:`diffem.devices.choose`.
         batch: Observations per batch of draws; by default as many as fit in memory (:mod:`diffem.memory`).
-        checkpoint_minutes: Minutes between checkpoints: the most work that a killed run loses.
+        checkpoint_minutes: Minutes between checkpoints: the most work that a killed run loses. With infinity there are
+            none within a step.
         compile: Whether torch.compile translates the network: minutes at the start, for faster updates and draws.
     """
 
