@@ -36,6 +36,10 @@ WHITE, PHOTONS, READ = 255.0, 30, 0.5  # photons in white; read noise in photons
 GAIN, PATCH = WHITE / PHOTONS, 32
 DRAWS, LEVEL, DECILES = 39, 0.9, 10  # with 39 draws, 90 % is a whole number of ranks
 SETTINGS = {
+    "start.components": [1, 8],
+    "start.ranks": [32],
+    "start.items": 8192,
+    "start.tolerance": 1.0,
     "network.channels": [16, 32, 64],
     "network.blocks": [1, 1, 1],
     "sampler.steps": 6,
