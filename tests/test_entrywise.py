@@ -480,6 +480,18 @@ def test_starts_are_mixtures_where_the_variance_is_known_and_hold_possible_items
     assert configuration.load_config(None).start.resolve(Saturate(1.0).scaled(Units()), (3,)) == "observation"
 
 
+class Doubled(EntrywiseCorruption):
+    def distort(self, x, generator):
+        return 2 * x
+
+    def likelihood(self, y, params):
+        return Diagonal(y.flatten(1) / 2, torch.full_like(y, 100.0).flatten(1))
+
+
+def test_a_likelihood_of_an_entrywise_corruption_of_ones_own_counts():
+    assert [kind.exact((3,)) for kind in (Doubled(), Gamma(2.0), Speckle(0.1))] == [True, False, True]
+
+
 class Halves(Corruption):
     """y is half of x plus noise: with a likelihood of either kind."""
 

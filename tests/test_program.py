@@ -15,7 +15,17 @@ from test_em import make, observations
 from test_posterior import NETWORK, UNITS, diffusion, keys, mixture, observed, prior
 
 from diffem.cli import main
-from diffem.corruptions import BlackBox, Corruption, GaussianBlur, GaussianNoise, Params, RandomMask, RandomProjection
+from diffem.corruptions import (
+    BlackBox,
+    Corruption,
+    GaussianBlur,
+    GaussianNoise,
+    Params,
+    PoissonGaussian,
+    Quantise,
+    RandomMask,
+    RandomProjection,
+)
 from diffem.corruptions.blur import Blur
 from diffem.data import Layout
 from diffem.errors import DiffemError
@@ -56,6 +66,8 @@ CASES = {
     "blurs of files": (partial(denoising, network=NETWORK), Blur(noise=0.1), (4,), kernels),  # conjugate gradients
     "mask, mixture": (components, RandomMask(0.5, 0.1), (6,), observed),
     "cosines, mixture": (mixture, GaussianBlur(0.8, 0.1), (1, 4, 4), observed),
+    "photons, mixture": (mixture, PoissonGaussian(0.5, 0.1), (1, 4, 4), observed),
+    "levels, mixture": (mixture, Quantise(5, -2.0, 2.0), (1, 4, 4), observed),
     "projection, mixture": (mixture, RandomProjection(2, 0.1), (6,), observed),
 }
 WITHOUT_DIFFEM = """
