@@ -56,8 +56,8 @@ class EMConfig:
             black box is scored on training observations instead.
         guard: The guard: keep an iteration only if validation does not get clearly worse. Validation also decides which
             iteration is the best, when the run ends (see `diffem.selection`), and how wide the final draws are. If
-            false, every iteration with a score is accepted, and the last one is kept. Set it false to reproduce other methods, or if
-            there are too few observations to validate.
+            false, every iteration with a score is accepted, and the last one is kept. Set it false to reproduce other
+            methods, or if there are too few observations to validate.
         patience: Early stopping: the run ends after this many iterations in a row without a new best; 0 turns it off.
             Raise it if iterations are short. Unused without guard.
     """

@@ -11,8 +11,9 @@ was observed. There are two references (`denoiser.precondition`):
 
 * `plain`: N(0, I), and y is not used. Then :math:`m = x_t / (\sigma^2 + 1)`, :math:`S = \sigma /
   \sqrt{\sigma^2 + 1}`: the preconditioning of EDM with unit data variance.
-* `start`: the mixture fitted to the observations. The untrained denoiser is then the exact posterior mean under
-  the initial prior, and training only has to learn what a mixture cannot represent.
+* `start`: the mixture fitted to the observations. The untrained denoiser is then the posterior mean under the
+  initial prior (exact, unless the corruption's likelihood is an approximation), and training only has to learn what a
+  mixture cannot represent.
 
 The denoiser is trained on reconstructions :math:`x` and their observations :math:`y'`, simulated or real (a part
 of a real one is then hidden). The loss of an item is

@@ -211,7 +211,7 @@ class Corruption:
         return x, x
 
     def possible(self, x: Tensor) -> Tensor:
-        """The possible items that are nearest to x (B, *shape), where some cannot be, such as negative intensities."""
+        """The possible items nearest to x (B, *shape); negative intensities become 0, for example."""
         return x
 
     def seen(self, y: Tensor, params: Params) -> Tensor:

@@ -36,10 +36,11 @@ class EntrywiseCorruption(Masked):
         raise NotImplementedError
 
     def variance(self, y: Tensor, params: Params) -> Tensor:
-        """About the variance of y given x, where the mean of y is x: one value for each observation, shape (B, 1, ...), in
-        squared units of y. A subclass that defines it starts from a mixture, fitted with Gaussian noise of this variance.
+        """The variance of y given x, roughly: one value for each observation, shape (B, 1, ...), in squared units of y.
 
-        The value must not depend much on single entries of y: entries that are too low by chance would be trusted more.
+        A run with a subclass that defines it starts from a mixture, fitted as if y were x plus Gaussian noise of this
+        variance. It is a mean over entries: an entry's own variance would be estimated from its own noise, and entries
+        that are low by chance would be trusted more.
         """
         raise NotImplementedError
 
